@@ -1,0 +1,1 @@
+//! Xen's migration stream.
