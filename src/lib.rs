@@ -1,11 +1,16 @@
 //! Xenfold's pure library: everything that makes `xl migrate` send each distinct page once, without Xen and without unsafe code.
 //!
 //! `stream` reads and writes Xen's migration stream, `table` knows which page holds which content, `codec` turns pages
-//! into rows and back, `wire` frames the rows between two hosts, `engine` runs the phases of a migration in order.
+//! into rows and back, `policy` decides, `wire` frames the rows between two hosts, `engine` runs the phases of a
+//! migration in order.
 #![forbid(unsafe_code)]
 
+pub mod codec;
 pub mod page;
+pub mod policy;
 pub mod stream;
+pub mod table;
+pub mod wire;
 
 /// Version of the programs, with the commit they were built from.
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("XENFOLD_BUILD"), ")");

@@ -4,6 +4,9 @@ use std::fmt;
 /// Size of a guest page in bytes; Xen's stream fixes it (page_shift 12).
 pub const PAGE_SIZE: usize = 4096;
 
+/// An all-zero page.
+pub const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
 /// Guest page number as Xen's stream numbers them: 52 bits (`PAGE_DATA_PFN_MASK` in xg_sr_stream_format.h).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Pfn(u64);
@@ -33,4 +36,56 @@ impl fmt::Display for Pfn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}", self.0)
     }
+}
+
+/// Key of content ids: two hosts that hold the same key give the same page the same id, nobody else can.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ContentKey([u8; 32]);
+
+impl ContentKey {
+    pub const fn new(bytes: [u8; 32]) -> ContentKey {
+        ContentKey(bytes)
+    }
+
+    pub const fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// The id of one page: BLAKE3 with this key, cut to 128 bits. `page` may have any length; guests' pages have
+    /// [`PAGE_SIZE`] bytes.
+    pub fn id(&self, page: &[u8]) -> ContentId {
+        let hash = blake3::keyed_hash(&self.0, page);
+        let mut id = [0; 16];
+        id.copy_from_slice(&hash.as_bytes()[..16]);
+        ContentId(id)
+    }
+}
+
+impl fmt::Debug for ContentKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ContentKey(..)")
+    }
+}
+
+/// What a page holds: equal ids mean equal bytes (the "hash no." of the paper's table 3, made collision-resistant).
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ContentId(pub [u8; 16]);
+
+impl ContentId {
+    /// The first 64 bits, as the lookup key of hash tables; the full id decides.
+    pub fn lookup_key(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
+impl fmt::Debug for ContentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// Whether a page holds nothing but zeros.
+pub fn is_zero(page: &[u8]) -> bool {
+    page == ZERO_PAGE
 }

@@ -1,0 +1,158 @@
+//! Blocks: the bytes of up to [`BLOCK_PAGES`] full pages in a row, compressed as one.
+use super::CodecError;
+use crate::page::PAGE_SIZE;
+
+/// Pages in a block of ordinary size: 1 MiB, which compresses better and faster than page by page.
+pub const BLOCK_PAGES: usize = 256;
+
+/// How a block is compressed, cheapest first. The numbers are the wire's (zstd's level is the sender's affair).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Level {
+    Raw,
+    Lz4,
+    Zstd(i32),
+}
+
+impl Level {
+    /// The block codec's number on the wire.
+    pub fn wire(self) -> u8 {
+        match self {
+            Level::Raw => 0,
+            Level::Lz4 => 1,
+            Level::Zstd(_) => 2,
+        }
+    }
+}
+
+/// One worker's compressor; keeps its state between blocks.
+#[derive(Default)]
+pub struct Compressor {
+    zstd: Option<(i32, zstd::bulk::Compressor<'static>)>,
+}
+
+impl Compressor {
+    /// Compresses `pages` at `level`. `None` where that does not pay (less than 1/32 saved, or the library refused):
+    /// the block is then sent raw.
+    pub fn compress(&mut self, level: Level, pages: &[u8]) -> Option<Vec<u8>> {
+        let bound = pages.len() - pages.len() / 32;
+        let mut out = vec![0; bound];
+        let length = match level {
+            Level::Raw => return None,
+            Level::Lz4 => {
+                out.resize(lz4_flex::block::get_maximum_output_size(pages.len()), 0);
+                lz4_flex::block::compress_into(pages, &mut out).ok()?
+            }
+            Level::Zstd(level) => self.zstd(level)?.compress_to_buffer(pages, &mut out[..]).ok()?,
+        };
+        if length >= bound {
+            return None;
+        }
+        out.truncate(length);
+        out.shrink_to_fit();
+        Some(out)
+    }
+
+    fn zstd(&mut self, level: i32) -> Option<&mut zstd::bulk::Compressor<'static>> {
+        if self.zstd.as_ref().is_none_or(|(current, _)| *current != level) {
+            self.zstd = Some((level, zstd::bulk::Compressor::new(level).ok()?));
+        }
+        self.zstd.as_mut().map(|(_, compressor)| compressor)
+    }
+}
+
+/// One worker's decompressor.
+pub struct Decompressor {
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+}
+
+impl Default for Decompressor {
+    fn default() -> Self {
+        Decompressor {
+            zstd: zstd::bulk::Decompressor::new().ok(),
+        }
+    }
+}
+
+impl Decompressor {
+    /// Decompresses a block of `codec` (its number on the wire) that must yield exactly `pages` pages. Never allocates
+    /// more than that, whatever the block claims.
+    pub fn decompress(&mut self, codec: u8, block: &[u8], pages: usize) -> Result<Vec<u8>, CodecError> {
+        let fail = |why: &dyn ToString| CodecError::Block {
+            pages,
+            why: why.to_string(),
+        };
+        let wanted = pages * PAGE_SIZE;
+        let mut out = vec![0; wanted];
+        let got = match codec {
+            0 if block.len() == wanted => {
+                out.copy_from_slice(block);
+                wanted
+            }
+            0 => block.len(),
+            1 => lz4_flex::block::decompress_into(block, &mut out).map_err(|error| fail(&error))?,
+            2 => {
+                let zstd = self.zstd.as_mut().ok_or_else(|| fail(&"out of memory"))?;
+                zstd.decompress_to_buffer(block, &mut out[..])
+                    .map_err(|error| fail(&error))?
+            }
+            other => return Err(CodecError::BlockCodec(other)),
+        };
+        if got == wanted {
+            Ok(out)
+        } else {
+            Err(fail(&format!("{got} bytes, not {wanted}")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(pages: usize) -> Vec<u8> {
+        (0..pages * PAGE_SIZE).map(|i| (i / 7 % 97 + i % 5) as u8).collect()
+    }
+
+    #[test]
+    fn blocks_come_back() {
+        let pages = text(9);
+        for level in [Level::Lz4, Level::Zstd(-3), Level::Zstd(1), Level::Zstd(6)] {
+            let block = Compressor::default().compress(level, &pages).unwrap();
+            assert!(block.len() < pages.len() / 2);
+            assert_eq!(
+                Decompressor::default().decompress(level.wire(), &block, 9),
+                Ok(pages.clone())
+            );
+        }
+        assert_eq!(Decompressor::default().decompress(0, &pages, 9), Ok(pages));
+    }
+
+    #[test]
+    fn noise_is_left_raw() {
+        let mut noise = vec![0; 4 * PAGE_SIZE];
+        blake3::Hasher::new().finalize_xof().fill(&mut noise);
+        for level in [Level::Raw, Level::Lz4, Level::Zstd(1)] {
+            assert_eq!(Compressor::default().compress(level, &noise), None);
+        }
+    }
+
+    #[test]
+    fn blocks_that_lie_about_their_size_are_refused() {
+        let pages = text(9);
+        for level in [Level::Lz4, Level::Zstd(1)] {
+            let block = Compressor::default().compress(level, &pages).unwrap();
+            for claimed in [0, 1, 8, 10] {
+                assert!(
+                    Decompressor::default()
+                        .decompress(level.wire(), &block, claimed)
+                        .is_err()
+                );
+            }
+        }
+        assert!(Decompressor::default().decompress(0, &pages[1..], 9).is_err());
+        assert_eq!(
+            Decompressor::default().decompress(7, &[], 1),
+            Err(CodecError::BlockCodec(7))
+        );
+    }
+}

@@ -1,0 +1,206 @@
+//! The first bytes of each side: magic, versions, options. Both sides speak at once and each draws the same conclusion.
+use std::io::{Read, Write};
+
+use serde::{Deserialize, Serialize};
+
+use super::frame::{WireError, read_up_to};
+use crate::page::ContentKey;
+
+/// The newest protocol version spoken here.
+pub const VERSION_MAX: u16 = 1;
+/// The oldest protocol version spoken here.
+pub const VERSION_MIN: u16 = 1;
+
+const MAGIC: [u8; 8] = *b"XENFOLD\n";
+const FIXED_BYTES: usize = 16;
+const MAX_OPTIONS_BYTES: u32 = 64 << 10;
+
+/// What one side says of itself. Unknown options of a newer peer are ignored, absent ones take their defaults.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Hello {
+    /// Program and version, for messages only.
+    pub program: String,
+    /// Source: the key of content ids for this migration, 64 hexadecimal digits.
+    pub content_key: Option<String>,
+    /// Source: read every frame back before libxl's END is let through.
+    pub verify: bool,
+    /// Destination: contents of the guest under construction can be read back (HVM and PVH).
+    pub frames: bool,
+    /// Destination: rows that are certainly still in memory when a reference to them comes.
+    pub window_rows: u32,
+    /// Seconds of silence after which the sender of this hello gives the connection up.
+    pub timeout_s: u32,
+}
+
+/// What two hellos come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Agreement {
+    pub version: u16,
+    pub peer: Hello,
+}
+
+impl Hello {
+    /// The key that this hello carries. Errors: absent or not 64 hexadecimal digits.
+    pub fn key(&self) -> Result<ContentKey, WireError> {
+        let text = self
+            .content_key
+            .as_deref()
+            .ok_or(WireError::BadHello("the source sent no content key"))?;
+        let digits: Vec<u32> = text.chars().map_while(|digit| digit.to_digit(16)).collect();
+        let bytes: Vec<u8> = digits
+            .chunks_exact(2)
+            .map(|pair| (pair[0] << 4 | pair[1]) as u8)
+            .collect();
+        match <[u8; 32]>::try_from(bytes) {
+            Ok(key) if text.len() == 64 => Ok(ContentKey::new(key)),
+            _ => Err(WireError::BadHello("the content key is not 64 hexadecimal digits")),
+        }
+    }
+
+    pub fn with_key(mut self, key: &ContentKey) -> Hello {
+        self.content_key = Some(key.bytes().iter().map(|byte| format!("{byte:02x}")).collect());
+        self
+    }
+
+    /// Sends this hello, offering [`VERSION_MIN`] to [`VERSION_MAX`].
+    pub fn write(&self, writer: &mut impl Write) -> Result<(), WireError> {
+        let options =
+            serde_json::to_vec(self).map_err(|_| WireError::BadHello("own options cannot be written as JSON"))?;
+        let mut bytes = Vec::with_capacity(FIXED_BYTES + options.len() + 4);
+        bytes.extend_from_slice(&MAGIC);
+        bytes.extend_from_slice(&VERSION_MIN.to_le_bytes());
+        bytes.extend_from_slice(&VERSION_MAX.to_le_bytes());
+        bytes.extend_from_slice(&(options.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&options);
+        bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+        writer.write_all(&bytes)?;
+        writer.flush()?;
+        Ok(())
+    }
+
+    /// Reads the peer's hello and agrees on the newest common version. Errors: [`WireError::Closed`] when nothing came,
+    /// [`WireError::NoHello`] when something else did, [`WireError::NoCommonVersion`].
+    pub fn read(reader: &mut impl Read) -> Result<Agreement, WireError> {
+        let mut fixed = [0; FIXED_BYTES];
+        let arrived = read_up_to(reader, &mut fixed)?;
+        if arrived == 0 {
+            return Err(WireError::Closed);
+        }
+        let common = arrived.min(MAGIC.len());
+        if fixed.get(..common) != MAGIC.get(..common) {
+            return Err(WireError::NoHello);
+        }
+        if arrived < FIXED_BYTES {
+            return Err(WireError::Cut { what: "the hello" });
+        }
+        let [_, _, _, _, _, _, _, _, n0, n1, x0, x1, l0, l1, l2, l3] = fixed;
+        let there_min = u16::from_le_bytes([n0, n1]);
+        let there_max = u16::from_le_bytes([x0, x1]);
+        let length = u32::from_le_bytes([l0, l1, l2, l3]);
+        if length > MAX_OPTIONS_BYTES {
+            return Err(WireError::BadHello("its options are longer than 64 KiB"));
+        }
+        let mut options = Vec::new();
+        reader.take(length.into()).read_to_end(&mut options)?;
+        let mut sent = [0; 4];
+        if options.len() != length as usize || read_up_to(reader, &mut sent)? != sent.len() {
+            return Err(WireError::Cut { what: "the hello" });
+        }
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&fixed);
+        crc.update(&options);
+        if crc.finalize().to_le_bytes() != sent {
+            return Err(WireError::BadHello("it was damaged on the way"));
+        }
+        let version = there_max.min(VERSION_MAX);
+        if version < there_min.max(VERSION_MIN) {
+            return Err(WireError::NoCommonVersion {
+                here_min: VERSION_MIN,
+                here_max: VERSION_MAX,
+                there_min,
+                there_max,
+            });
+        }
+        let peer = serde_json::from_slice(&options)
+            .map_err(|_| WireError::BadHello("its options are not the JSON expected"))?;
+        Ok(Agreement { version, peer })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(hello: &Hello) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        hello.write(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_hello_arrives() {
+        let key = ContentKey::new([0xa5; 32]);
+        let hello = Hello {
+            program: "xenfold".into(),
+            verify: true,
+            ..Hello::default()
+        }
+        .with_key(&key);
+        let agreement = Hello::read(&mut &written(&hello)[..]).unwrap();
+        assert_eq!(
+            agreement,
+            Agreement {
+                version: VERSION_MAX,
+                peer: hello
+            }
+        );
+        assert_eq!(agreement.peer.key().unwrap(), key);
+    }
+
+    #[test]
+    fn options_of_a_newer_peer_are_ignored() {
+        let options = br#"{"program":"later","shape":"of things to come"}"#;
+        let mut bytes = [
+            &MAGIC[..],
+            &[1, 0, 9, 0],
+            &(options.len() as u32).to_le_bytes(),
+            options,
+        ]
+        .concat();
+        bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+        let agreement = Hello::read(&mut &bytes[..]).unwrap();
+        assert_eq!(
+            (agreement.version, agreement.peer.program.as_str()),
+            (VERSION_MAX, "later")
+        );
+    }
+
+    #[test]
+    fn versions_without_overlap_are_named() {
+        let mut bytes = [&MAGIC[..], &[8, 0, 9, 0], &2u32.to_le_bytes(), b"{}"].concat();
+        bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+        let error = Hello::read(&mut &bytes[..]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "no common protocol version: here 1 to 1, there 8 to 9"
+        );
+    }
+
+    #[test]
+    fn damage_and_cuts_are_refused() {
+        let bytes = written(&Hello::default());
+        for end in 0..bytes.len() {
+            assert!(Hello::read(&mut &bytes[..end]).is_err(), "cut at {end}");
+        }
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(Hello::read(&mut &damaged[..]).is_err(), "bit {bit}");
+        }
+        assert!(matches!(
+            Hello::read(&mut &b"xl migration receiver ready"[..]),
+            Err(WireError::NoHello)
+        ));
+    }
+}

@@ -1,0 +1,10 @@
+//! The wire between two xenfold: a hello from each side, then frames. FORMAT.md beside this file describes every byte.
+//!
+//! [`Hello`] negotiates, [`FrameWriter`] and [`FrameReader`] carry frames, `message` gives their bodies a meaning.
+mod frame;
+mod hello;
+mod message;
+
+pub use frame::{FRAME_HEADER_BYTES, Frame, FrameReader, FrameWriter, Kind, MAX_FRAME_BODY, WireError};
+pub use hello::{Agreement, Hello, VERSION_MAX, VERSION_MIN};
+pub use message::{Block, End, Rows, Verdict, from_json, u32_body};
