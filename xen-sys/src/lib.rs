@@ -1,1 +1,63 @@
 //! Safe handles over Xen's libraries.
+//!
+//! - [`Xenctrl`] (libxenctrl): domains, pause and unpause, HVM parameters, and from it [`LogDirty`];
+//! - [`ForeignMemory`] (libxenforeignmemory): a domain's frames, mapped in batches with an error per frame;
+//! - [`Xenstore`] (libxenstore): read, write, watch;
+//! - [`Libxl`] (libxenlight): what repairs a guest that xl left behind: resume, rename, unpause, destroy.
+//!
+//! The libraries are opened at run time by full soname, so a program that contains this crate starts on a machine without
+//! Xen and gets an [`XenError`] from `open` there. libxenctrl's and libxenlight's ABI changes with each release: only the
+//! release that the bindings were made from is opened ([`BUILT_FOR`]), and calls that the hypervisor itself versions are
+//! refused when another release is running.
+//!
+//! Threads: every handle is `Send`. [`ForeignMemory`] and [`Xenstore`] are `Sync` too; [`Xenctrl`], [`LogDirty`] and
+//! [`Libxl`] are not (each says why): open one per thread, they are cheap. No handle survives `fork`.
+//!
+//! This is the only crate with unsafe code; `ffi` is private and everything public is safe to call with any arguments.
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("xen-sys knows Xen's ABI on x86-64 Linux only");
+
+mod bitmap;
+mod domain;
+mod error;
+mod ffi;
+mod foreign;
+mod libxl;
+mod logdirty;
+mod store;
+
+pub use bitmap::Bitmap;
+pub use domain::{DOM0, DomId, DomainInfo, DomainState, ShutdownReason, Xenctrl, hvm_param};
+pub use error::{XenError, XenVersion};
+pub use foreign::{Access, ForeignMemory, Mapping, PAGE_BYTES};
+pub use libxl::Libxl;
+pub use logdirty::{DirtyStats, LogDirty, Peek};
+pub use store::{WatchEvent, Xenstore};
+
+/// The Xen release whose headers the bindings were made from, the only one whose libxenctrl and libxenlight are opened.
+pub const BUILT_FOR: XenVersion = XenVersion {
+    major: ffi::XEN_VERSION.0,
+    minor: ffi::XEN_VERSION.1,
+};
+
+/// The release of the hypervisor that runs here, from `/sys/hypervisor/version`: `None` when there is none.
+///
+/// Needs neither a library nor root; [`Xenctrl::version`] asks the hypervisor itself.
+pub fn running_version() -> Option<XenVersion> {
+    let number = |name: &str| -> Option<u32> {
+        std::fs::read_to_string(format!("/sys/hypervisor/version/{name}"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    };
+    let is_xen = std::fs::read_to_string("/sys/hypervisor/type").is_ok_and(|kind| kind.trim() == "xen");
+    if !is_xen {
+        return None;
+    }
+    Some(XenVersion {
+        major: number("major")?,
+        minor: number("minor")?,
+    })
+}
