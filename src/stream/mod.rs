@@ -26,6 +26,8 @@ mod error;
 mod page_data;
 mod reader;
 mod record;
+#[cfg(test)]
+mod tests;
 mod writer;
 pub mod xl;
 

@@ -149,7 +149,7 @@ impl<'a> PageDataHead<'a> {
             match PageType::new(found) {
                 Some(page_type) => head.pages += u32::from(page_type.has_data()),
                 None => {
-                    let offset = offset + PAGE_DATA_FIXED_SIZE as u64 + 8 * u64::from(index);
+                    let offset = offset.saturating_add(PAGE_DATA_FIXED_SIZE as u64 + 8 * u64::from(index));
                     return Err(StreamError::PageType {
                         offset,
                         record,

@@ -250,8 +250,9 @@ impl<R: Read> Reader<R> {
         let offset = self.offset;
         let fixed: [u8; XL_HEADER_SIZE] = self.read_array(Part::XlHeader)?;
         let optional_data_len = XlHeader::check_fixed(&fixed, offset)?;
+        self.current = Part::XlConfig;
         let mut raw = fixed.to_vec();
-        self.append(&mut raw, optional_data_len.into(), Part::XlConfig)?;
+        self.append(&mut raw, optional_data_len.into(), self.current)?;
         let header = XlHeader::parse(raw, offset)?;
         self.next = Next::LibxlHeader;
         Ok(Event::XlHeader(header))
