@@ -6,8 +6,10 @@
 #![forbid(unsafe_code)]
 
 pub mod codec;
+pub mod engine;
 pub mod page;
 pub mod policy;
+pub mod report;
 pub mod stream;
 pub mod table;
 pub mod wire;

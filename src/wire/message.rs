@@ -16,6 +16,8 @@ pub struct Block<'a> {
     /// Pages that it holds, 1 to [`MAX_ROWS`].
     pub pages: usize,
     pub bytes: &'a [u8],
+    /// Where `bytes` start in the frame's body; not looked at when writing.
+    pub offset: usize,
 }
 
 /// The body of a Rows frame: one PAGE_DATA record.
@@ -75,9 +77,10 @@ impl<'a> Rows<'a> {
     }
 
     /// Reads a frame's body. Lengths and counts are checked against what is there; the rows themselves are not decoded.
-    pub fn parse(mut body: &'a [u8]) -> Result<Rows<'a>, WireError> {
+    pub fn parse(body: &'a [u8]) -> Result<Rows<'a>, WireError> {
         let bad = |why| WireError::BadBody { kind: Kind::Rows, why };
-        let input = &mut body;
+        let mut rest = body;
+        let input = &mut rest;
         let mut word = || {
             take::<4>(input)
                 .map(u32::from_le_bytes)
@@ -109,8 +112,9 @@ impl<'a> Rows<'a> {
             }
             pages_left -= pages;
             let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+            let offset = body.len() - input.len();
             let bytes = take_slice(input, length).ok_or(bad("shorter than its blocks"))?;
-            blocks.push(Block { codec, pages, bytes });
+            blocks.push(Block { codec, pages, bytes, offset });
         }
         if !input.is_empty() {
             return Err(bad("bytes follow the last block"));
@@ -172,6 +176,8 @@ pub struct Verdict {
     pub verified_pages: u64,
     /// With `verify`: frames left out because Xen rewrites them.
     pub rewritten_by_xen_pages: u64,
+    /// With `verify`: how long that took.
+    pub time_ms: u64,
 }
 
 /// Reads a JSON body.

@@ -1,0 +1,286 @@
+//! The destination's phases: in front of `xl migrate-receive`, which believes that it talks to the source's xl.
+//!
+//! source.rs beside this file draws the sequence.
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
+
+use super::link::{Link, LinkEnds, Watch, Watched};
+pub use super::receiving::{Rebuilt, Receiving, Unread, XlInput};
+use super::sending::spawn;
+use super::verify::read_back;
+use super::{EngineError, FrameSource};
+use crate::page::ContentKey;
+use crate::report::DestinationFigures;
+use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError};
+
+/// How often the pipe to xl is looked at while it takes the last bytes before END.
+const POLL: Duration = Duration::from_millis(1);
+
+/// What the destination's phases wait for.
+pub enum Event {
+    Rebuilt(Box<Result<(Rebuilt, Option<Box<dyn FrameSource>>), EngineError>>),
+    Go(Vec<u8>),
+    Abort(String),
+    LinkLost(WireError),
+    /// xl has closed its standard output: it has ended or is about to.
+    XlEnded,
+    /// Somebody wants the migration to end: a signal.
+    Stop(String),
+}
+
+/// The receiving xl.
+pub struct XlProcess {
+    pub input: XlInput,
+    pub output: Box<dyn Read + Send>,
+    /// Waits for it and returns its exit status; with `true` the guest must not be left behind: whatever remains of
+    /// it is destroyed.
+    pub end: Box<dyn FnOnce(bool) -> i32 + Send>,
+}
+
+/// A connection on which both sides speak the same version.
+pub struct Negotiated {
+    link: Link,
+    reader: FrameReader<Watched<Box<dyn Read + Send>>>,
+    watch: Watch,
+    pub agreement: Agreement,
+    key: ContentKey,
+}
+
+/// Exchanges hellos. Errors: no xenfold of a common version at the other end.
+pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Negotiated, EngineError> {
+    let LinkEnds { mut to_peer, from_peer, hangup } = link;
+    hello.write(&mut to_peer)?;
+    let (mut from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
+    let agreement = Hello::read(&mut from_peer)?;
+    let key = agreement.peer.key()?;
+    let link = Link::start(to_peer, hangup)?;
+    Ok(Negotiated { link, reader: FrameReader::new(from_peer), watch, agreement, key })
+}
+
+/// Everything the engine needs beside the connection.
+pub struct DestinationSetup {
+    pub xl: XlProcess,
+    pub frames: Option<Box<dyn FrameSource>>,
+    /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
+    pub events: (Sender<Event>, Receiver<Event>),
+    /// The caller's name, and its processor time and peak memory (ms, bytes) when asked at the end.
+    pub program: String,
+    pub usage: fn() -> (u64, u64),
+}
+
+/// The channel that connects a caller's threads with the phases.
+pub fn events() -> (Sender<Event>, Receiver<Event>) {
+    unbounded()
+}
+
+/// Receives a guest from R0 to R2. Returns the exit status of xl. Errors: the guest was not taken over, and what
+/// was built of it has been destroyed.
+pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, EngineError> {
+    let Negotiated { link, reader, watch, agreement, key } = negotiated;
+    let DestinationSetup { xl, frames, events: (event_sender, events), program, usage } = setup;
+    let XlProcess { input, output, end } = xl;
+    let figures = Arc::new(Mutex::new(DestinationFigures { program, ..DestinationFigures::default() }));
+
+    let receiving = Receiving::start(input, frames, key.clone(), figures.clone())?;
+    let (to_link, to_events) = (link.clone(), event_sender.clone());
+    spawn("xenfold-relay", move || relay_xl(output, &to_link, &to_events))?;
+    let to_link = link.clone();
+    spawn("xenfold-frames", move || read_frames(reader, receiving, &to_link, &event_sender))?;
+
+    let destination = Destination { link: link.clone(), watch, events, key, verify: agreement.peer.verify };
+    let result = destination.run();
+    if let Err(error) = &result {
+        // The source waits for the reason; when the connection is gone nobody reads it, which is no loss.
+        link.send_if_free(Kind::Abort, &[error.to_string().as_bytes()]);
+    }
+    let status = end(result.is_err());
+    let mut figures = figures.lock().clone();
+    (figures.cpu_ms, figures.peak_rss_bytes) = usage();
+    if let Ok(figures) = serde_json::to_vec(&figures) {
+        link.send_if_free(Kind::Figures, &[&figures]);
+    }
+    link.send_if_free(Kind::Exit, &[&(status as u32).to_le_bytes()]);
+    result.map(|()| status)
+}
+
+struct Destination {
+    link: Link,
+    watch: Watch,
+    events: Receiver<Event>,
+    key: ContentKey,
+    verify: bool,
+}
+
+impl Destination {
+    fn run(&self) -> Result<(), EngineError> {
+        let (rebuilt, frames) = self.wait_rebuilt()?;
+        let mut xl = self.settle(rebuilt, frames)?;
+        let go = self.wait_go()?;
+        // ── Point of no return: xl may start the guest from here on. ──
+        // When xl has ended meanwhile it has destroyed the guest and its status tells so.
+        let _ = xl.write_all(&go).and_then(|()| xl.flush());
+        self.wait_xl();
+        Ok(())
+    }
+
+    /// Phase 1: frames become xl's stream, up to libxl's END record.
+    fn wait_rebuilt(&self) -> Result<(Rebuilt, Option<Box<dyn FrameSource>>), EngineError> {
+        let mut xl_ended = false;
+        loop {
+            match self.next()? {
+                Event::Rebuilt(result) => return *result,
+                // The pipe to it breaks next, which ends the rebuilding.
+                Event::XlEnded if !xl_ended => xl_ended = true,
+                Event::XlEnded | Event::Go(_) => return Err(EngineError::Protocol("xl was told to go early")),
+                _ => {}
+            }
+        }
+    }
+
+    /// Phase 2: END is kept back until libxl has taken everything before it and both hosts agree about the guest's
+    /// memory. Nothing outside has been touched yet: from END on disks are attached and a device model runs.
+    fn settle(
+        &self,
+        rebuilt: Rebuilt,
+        frames: Option<Box<dyn FrameSource>>,
+    ) -> Result<Box<dyn Write + Send>, EngineError> {
+        let Rebuilt { mut xl, end, digest, rows, ids } = rebuilt;
+        let (first, rest) = end.record.split_at(4);
+        xl.writer.write_all(first).and_then(|()| xl.writer.flush()).map_err(EngineError::Xl)?;
+        while (xl.unread)().map_err(EngineError::Xl)? > 0 {
+            self.check_events()?;
+            thread::sleep(POLL);
+        }
+        if (end.digest, end.rows) != (digest, rows) {
+            return Err(EngineError::DigestDiffers { rows: end.rows });
+        }
+        let start = Instant::now();
+        let mut verdict = Verdict { accepted: true, ..Verdict::default() };
+        if let (true, Some(mut frames)) = (self.verify, frames) {
+            let verified = read_back(&ids, frames.as_mut(), &self.key)?;
+            if let Some(first) = verified.first_different {
+                return Err(EngineError::VerifyFailed { count: verified.different, first });
+            }
+            verdict.verified_pages = verified.equal;
+            verdict.rewritten_by_xen_pages = verified.rewritten_by_xen;
+            verdict.time_ms = start.elapsed().as_millis() as u64;
+        }
+        self.check_events()?;
+        let verdict = serde_json::to_vec(&verdict).map_err(|_| EngineError::WorkerLost)?;
+        self.link.send(Kind::Verdict, &[&verdict]).map_err(|error| EngineError::Wire(error.into()))?;
+        xl.writer.write_all(rest).and_then(|()| xl.writer.flush()).map_err(EngineError::Xl)?;
+        Ok(xl.writer)
+    }
+
+    /// Phase 3: xl's R1 goes back by itself; then the source's GO comes, or the end of the connection.
+    fn wait_go(&self) -> Result<Vec<u8>, EngineError> {
+        loop {
+            match self.next()? {
+                Event::Go(go) => return Ok(go),
+                Event::XlEnded => return Err(EngineError::Refused("xl ended before the guest was handed over".into())),
+                _ => {}
+            }
+        }
+    }
+
+    /// Phase 4: xl reports (R2, by itself) and ends. What becomes of the connection does not matter any more.
+    fn wait_xl(&self) {
+        while let Ok(event) = self.events.recv() {
+            if matches!(event, Event::XlEnded) {
+                return;
+            }
+        }
+    }
+
+    fn check_events(&self) -> Result<(), EngineError> {
+        match self.events.try_recv() {
+            Ok(event) => self.judge(event).map(|_| ()),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn next(&self) -> Result<Event, EngineError> {
+        self.events.recv().map_err(|_| EngineError::WorkerLost).and_then(|event| self.judge(event))
+    }
+
+    fn judge(&self, event: Event) -> Result<Event, EngineError> {
+        match event {
+            Event::LinkLost(error) => Err(match self.watch.silence_s() {
+                Some(seconds) => EngineError::Silent { seconds },
+                None => EngineError::Wire(error),
+            }),
+            Event::Abort(reason) => Err(EngineError::PeerAborted(reason)),
+            Event::Stop(reason) => Err(EngineError::Stopped(reason)),
+            event => Ok(event),
+        }
+    }
+}
+
+/// Carries what xl writes to the source. When the connection is gone its output is still drained: xl must be able to
+/// write its report, or it ends before it has destroyed the guest.
+fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event>) {
+    let mut buffer = [0; 4096];
+    loop {
+        match output.read(&mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(n) => {
+                link.send_if_free(Kind::Xl, &[buffer.get(..n).unwrap_or_default()]);
+            }
+        }
+    }
+    // The phases have ended when nobody receives this.
+    let _ = events.send(Event::XlEnded);
+}
+
+/// Reads the source's frames: those of the stream become the stream, the others events.
+fn read_frames(
+    mut reader: FrameReader<Watched<Box<dyn Read + Send>>>,
+    receiving: Receiving,
+    link: &Link,
+    events: &Sender<Event>,
+) {
+    let mut receiving = Some(receiving);
+    loop {
+        let frame = match reader.read() {
+            Ok(frame) => frame,
+            Err(error) => {
+                let _ = events.send(Event::LinkLost(error));
+                return;
+            }
+        };
+        let event = match frame.kind {
+            Kind::Ping if frame.body.is_empty() => continue,
+            Kind::Ping => {
+                // A connection that cannot take this fails at its next read.
+                let _ = link.send(Kind::Pong, &[&frame.body]);
+                continue;
+            }
+            Kind::Go => Event::Go(frame.body),
+            Kind::Abort => Event::Abort(String::from_utf8_lossy(&frame.body).into_owned()),
+            kind => {
+                let Some(mut stream) = receiving.take() else {
+                    let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why: "the stream had ended" }));
+                    return;
+                };
+                let taken = stream.frame(frame);
+                if taken.is_ok() && kind != Kind::End {
+                    receiving = Some(stream);
+                    continue;
+                }
+                let finished = stream.finish();
+                Event::Rebuilt(Box::new(match (taken, finished) {
+                    (Err(error), Err(EngineError::WorkerLost)) => Err(error),
+                    (_, finished) => finished,
+                }))
+            }
+        };
+        if events.send(event).is_err() {
+            return;
+        }
+    }
+}

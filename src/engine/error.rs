@@ -1,0 +1,62 @@
+//! What ends a migration early.
+use std::io;
+
+use thiserror::Error;
+
+use crate::codec::CodecError;
+use crate::page::Pfn;
+use crate::stream::StreamError;
+use crate::table::TooSparse;
+use crate::wire::WireError;
+
+/// A frame of the guest could not be read.
+#[derive(Debug, Error)]
+pub enum FrameError {
+    #[error("the guest under construction was not found: {0}")]
+    NoGuest(String),
+    #[error("page {pfn} cannot be read")]
+    Unreadable { pfn: Pfn, source: io::Error },
+    #[error("Xen refused: {0}")]
+    Xen(String),
+}
+
+/// Why the stream did not get through. Before GO each of these leaves the guest running at the source.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    #[error("xl's stream is not what was expected")]
+    Stream(#[from] StreamError),
+    #[error("the connection to the other host failed")]
+    Wire(#[from] WireError),
+    #[error("nothing came from the other host for {seconds} s")]
+    Silent { seconds: u64 },
+    #[error("rows of a record are not valid")]
+    Codec(#[from] CodecError),
+    #[error("writing to xl failed: it has ended")]
+    Xl(#[source] io::Error),
+    #[error("a page that is referred to cannot be read back")]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    TooSparse(#[from] TooSparse),
+    #[error("page {pfn} refers to page {target}, which holds nothing yet")]
+    DanglingReference { pfn: Pfn, target: Pfn },
+    #[error("page {target}, referred to by page {pfn}, does not hold any more what it held when it arrived")]
+    ReferenceChanged { pfn: Pfn, target: Pfn },
+    #[error("the peer does not keep to the protocol: {0}")]
+    Protocol(&'static str),
+    #[error("the two hosts disagree about the guest's {rows} rows: the rebuilt memory is not the one that was sent")]
+    DigestDiffers { rows: u64 },
+    #[error("{count} pages read back are not what was carried for them; the first is page {first}")]
+    VerifyFailed { count: u64, first: Pfn },
+    #[error("the other host refused the rebuilt guest: {0}")]
+    Refused(String),
+    #[error("the other host gave up: {0}")]
+    PeerAborted(String),
+    #[error("xl on the other host ended with status {0}")]
+    RemoteEnded(i32),
+    #[error("stopped: {0}")]
+    Stopped(String),
+    #[error("a worker thread ended early")]
+    WorkerLost,
+    #[error("no thread could be started")]
+    Thread(#[source] io::Error),
+}

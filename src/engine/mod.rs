@@ -1,0 +1,34 @@
+//! The engine: phases of a migration in order, on both sides.
+//!
+//! [`source::run`] stands in for ssh at the source, [`destination::run`] in front of xl at the destination; both read
+//! top to bottom as the phases pass. Under them, [`sending`] turns the stream into rows and [`receiving`] rows into the
+//! stream, each a pipeline of three threads and a [`pool`] of workers.
+//!
+//! Pipes, page sources and the end of a connection are handed in: everything here runs without Xen.
+mod digest;
+mod error;
+mod link;
+mod pool;
+pub mod destination;
+mod receiving;
+mod rebuilt;
+mod sending;
+pub mod source;
+mod verify;
+
+pub use error::{EngineError, FrameError};
+pub use link::{Hangup, LinkEnds};
+pub use rebuilt::WINDOW_ROWS;
+
+use crate::page::Pfn;
+
+/// Reads guest memory by page number: the frames of a guest under construction, of a suspended one, or a file's.
+pub trait FrameSource: Send {
+    /// Fills `pages` with the bytes of `pfns`, 4096 each, in their order. Errors: a page that cannot be read.
+    fn read(&mut self, pfns: &[Pfn], pages: &mut [u8]) -> Result<(), FrameError>;
+
+    /// Pages that Xen's toolstack itself rewrites after they were carried: they cannot be verified.
+    fn rewritten_by_xen(&mut self) -> Result<Vec<Pfn>, FrameError> {
+        Ok(Vec::new())
+    }
+}

@@ -1,0 +1,157 @@
+//! What both ends know to be still in memory at the destination: the newest rebuilt records.
+//!
+//! The destination keeps whole records, the source only their page numbers; both drop the oldest by the same rule.
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::page::{PAGE_SIZE, Pfn};
+
+/// Pages that are certainly still in memory at the destination: the last this many that were carried (8 MiB).
+pub const WINDOW_ROWS: usize = 2048;
+
+/// At the source: which pages may be referred to although the destination cannot read frames.
+#[derive(Default)]
+pub struct Window {
+    order: VecDeque<Pfn>,
+    /// How often a page stands in `order`; the last place counts.
+    pages: HashMap<Pfn, Place>,
+    removed: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Place(u64);
+
+impl Window {
+    /// `pfn` was carried just now.
+    pub fn insert(&mut self, pfn: Pfn) {
+        let place = self.removed + self.order.len() as u64;
+        self.order.push_back(pfn);
+        self.pages.insert(pfn, Place(place));
+        while self.order.len() > WINDOW_ROWS {
+            let Some(old) = self.order.pop_front() else { break };
+            if self.pages.get(&old).is_some_and(|place| place.0 == self.removed) {
+                self.pages.remove(&old);
+            }
+            self.removed += 1;
+        }
+    }
+
+    pub fn contains(&self, pfn: Pfn) -> bool {
+        self.pages.contains_key(&pfn)
+    }
+
+    pub fn remove(&mut self, pfn: Pfn) {
+        self.pages.remove(&pfn);
+    }
+
+    pub fn clear(&mut self) {
+        *self = Window::default();
+    }
+}
+
+/// One PAGE_DATA record as it will be written: header, list and pages, byte for byte xl's.
+pub struct RebuiltRecord {
+    /// Number of the record, counted by the destination.
+    pub number: u64,
+    pub bytes: Vec<u8>,
+    /// Where the pages start in `bytes`.
+    pub pages_at: usize,
+}
+
+impl RebuiltRecord {
+    pub fn page(&self, index: usize) -> Option<&[u8]> {
+        let at = self.pages_at + index * PAGE_SIZE;
+        self.bytes.get(at..at + PAGE_SIZE)
+    }
+}
+
+/// At the destination: the newest records, at least [`WINDOW_ROWS`] carried pages of them.
+#[derive(Default)]
+pub struct Recent {
+    records: VecDeque<(Arc<RebuiltRecord>, Vec<(Pfn, usize)>)>,
+    /// The newest place of each page: record number and index of the page in it.
+    places: HashMap<Pfn, (u64, usize)>,
+    pages: usize,
+    /// The newest record that is not kept any more.
+    dropped: Option<u64>,
+}
+
+impl Recent {
+    /// The newest bytes of a page, if they are still here.
+    pub fn page(&self, pfn: Pfn) -> Option<&[u8]> {
+        let (number, index) = self.places.get(&pfn)?;
+        let first = self.records.front()?.0.number;
+        let (record, _) = self.records.get(usize::try_from(number.checked_sub(first)?).ok()?)?;
+        record.page(*index)
+    }
+
+    /// Takes a record in; `pages` are its plain pages with the index of each.
+    pub fn insert(&mut self, record: Arc<RebuiltRecord>, pages: Vec<(Pfn, usize)>) {
+        for (pfn, index) in &pages {
+            self.places.insert(*pfn, (record.number, *index));
+        }
+        self.pages += pages.len();
+        self.records.push_back((record, pages));
+        while let Some((oldest, pages)) = self.records.front() {
+            if self.pages - pages.len() < WINDOW_ROWS {
+                break;
+            }
+            for (pfn, index) in pages {
+                if self.places.get(pfn) == Some(&(oldest.number, *index)) {
+                    self.places.remove(pfn);
+                }
+            }
+            self.pages -= pages.len();
+            self.dropped = Some(oldest.number);
+            self.records.pop_front();
+        }
+    }
+
+    /// Nothing is known any more of what the page holds.
+    pub fn remove(&mut self, pfn: Pfn) {
+        self.places.remove(&pfn);
+    }
+
+    /// Forgets all pages; the records before this point count as dropped.
+    pub fn clear(&mut self) {
+        if let Some((newest, _)) = self.records.back() {
+            self.dropped = Some(newest.number);
+        }
+        self.records.clear();
+        self.places.clear();
+        self.pages = 0;
+    }
+
+    /// The newest record that a page not found here may have come in.
+    pub fn dropped(&self) -> Option<u64> {
+        self.dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pfn(raw: u64) -> Pfn {
+        Pfn::new(raw).unwrap()
+    }
+
+    #[test]
+    fn the_destination_has_what_the_source_counts_on() {
+        let mut window = Window::default();
+        let mut recent = Recent::default();
+        let mut place = 0u64;
+        for number in 0..200u64 {
+            let count = (number * 37 % 90 + 1) as usize;
+            let pages: Vec<(Pfn, usize)> = (0..count).map(|i| (pfn((place + i as u64) * 7 % 3001), i)).collect();
+            let bytes: Vec<u8> = pages.iter().flat_map(|(p, _)| [(p.get() % 251 + number % 3) as u8; PAGE_SIZE]).collect();
+            pages.iter().for_each(|(p, _)| window.insert(*p));
+            recent.insert(Arc::new(RebuiltRecord { number, bytes, pages_at: 0 }), pages);
+            place += count as u64;
+            for raw in 0..3001 {
+                assert!(!window.contains(pfn(raw)) || recent.page(pfn(raw)).is_some(), "record {number}, page {raw}");
+            }
+        }
+        assert!(recent.dropped().is_some() && recent.pages < WINDOW_ROWS + 90);
+    }
+}

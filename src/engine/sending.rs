@@ -1,0 +1,539 @@
+//! Stream to rows: xl's pipe in, frames out.
+//!
+//! Three threads in a row, each at most two records ahead of the next: [`Front`] reads records and has their pages
+//! hashed, [`Classifier`] decides what each page is, and has those sent in full compressed, [`Back`] writes frames in
+//! order. The workers of the pool do the hashing and compressing.
+use std::io::Read;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::Mutex;
+
+use super::EngineError;
+use super::digest::{ABSENT, Digest};
+use super::link::Link;
+use super::pool::{Pending, Pool};
+use super::rebuilt::Window;
+use crate::codec::block::BLOCK_PAGES;
+use crate::codec::{Level, MAX_ROWS, Row, rows};
+use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, is_zero};
+use crate::policy::LevelPolicy;
+use crate::report::{Figures, Pages};
+use crate::stream::{Event, GuestType, Layer, PageData, PageType, Reader, RecordHeader, StreamError, libxc, libxl};
+use crate::table::PageTable;
+use crate::wire::{Block, End, Kind, Rows};
+
+/// The largest PAGE_DATA body that becomes rows: MAX_ROWS entries, all with a page. Xen sends no larger one.
+const MAX_RECORD_BODY: usize = 8 + MAX_ROWS * (8 + PAGE_SIZE);
+
+/// Bytes of other records that travel in one frame.
+const BYTES_PER_FRAME: usize = 1 << 20;
+
+/// Pages that a worker hashes in one go.
+const HASH_PAGES: usize = 128;
+
+/// Records that may wait between two stages.
+const STAGE_DEPTH: usize = 1;
+
+/// What is needed to send a stream.
+pub struct Sending<R> {
+    pub stream: Reader<R>,
+    pub link: Link,
+    pub key: ContentKey,
+    pub pool: Pool,
+    /// The destination can read the guest's frames back, so references may go to any distance.
+    pub frames: bool,
+    pub table: PageTable,
+    pub figures: Arc<Mutex<Figures>>,
+}
+
+/// What is left when everything has been sent.
+pub struct Sent<R> {
+    /// xl's pipe, at the byte behind the stream.
+    pub xl: R,
+    /// What each page was last carried as.
+    pub table: PageTable,
+    pub guest_type: GuestType,
+}
+
+/// One PAGE_DATA record as it came.
+struct PageRecord {
+    body: Vec<u8>,
+    /// Where its pages start in `body`.
+    pages_at: usize,
+    entries: Vec<u64>,
+    /// Each entry's page number, type, and the index of its page among the record's pages.
+    list: Vec<(Pfn, PageType, Option<usize>)>,
+    reserved: u32,
+}
+
+impl PageRecord {
+    fn parse(body: Vec<u8>, offset: u64) -> Result<PageRecord, StreamError> {
+        let data = PageData::parse(&body, offset)?;
+        let entries = data.raw_entries().collect();
+        let reserved = data.reserved();
+        let mut pages = 0..;
+        let list = data
+            .entries()
+            .map(|entry| (entry.pfn, entry.page_type, entry.has_data.then(|| pages.next()).flatten()))
+            .collect();
+        let pages_at = body.len() - data.pages().len();
+        Ok(PageRecord { body, pages_at, entries, list, reserved })
+    }
+
+    /// The bytes of pages `range`, empty outside the record.
+    fn pages(&self, range: Range<usize>) -> &[u8] {
+        let at = |page: usize| self.pages_at + page * PAGE_SIZE;
+        self.body.get(at(range.start)..at(range.end)).unwrap_or_default()
+    }
+
+    fn page_count(&self) -> usize {
+        (self.body.len() - self.pages_at) / PAGE_SIZE
+    }
+}
+
+/// Page contents: `None` for zero pages.
+type Ids = Vec<Option<ContentId>>;
+
+/// From [`Front`] to [`Classifier`].
+enum Read1 {
+    Bytes(Vec<u8>),
+    Guest(GuestType),
+    Pages { record: Arc<PageRecord>, ids: Vec<Pending<Ids>> },
+    /// A PAGE_DATA record too large for rows follows as bytes.
+    Forget,
+    /// Pages that follow are only compared by Xen, not written.
+    Verify,
+    End([u8; 8]),
+}
+
+/// From [`Classifier`] to [`Back`].
+enum Ready {
+    Bytes(Vec<u8>),
+    Guest(GuestType),
+    Rows(ReadyRows),
+    Forget,
+    End(End),
+}
+
+struct ReadyRows {
+    record: Arc<PageRecord>,
+    frozen: bool,
+    rows: Vec<u8>,
+    blocks: Vec<Pending<ReadyBlock>>,
+    pages: Pages,
+    first: Option<Pfn>,
+    last: Option<Pfn>,
+}
+
+struct ReadyBlock {
+    level: Level,
+    pages: usize,
+    data: BlockData,
+}
+
+enum BlockData {
+    Own(Vec<u8>),
+    /// Pages of the record, in a row.
+    Record(Range<usize>),
+}
+
+impl<R: Read + Send + 'static> Sending<R> {
+    /// Sends the whole stream, up to the End frame. Blocks until xl has written it and the link has taken it.
+    pub fn run(self) -> Result<Sent<R>, EngineError> {
+        let Sending { stream, link, key, pool, frames, table, figures } = self;
+        let (to_classifier, from_front) = bounded(STAGE_DEPTH);
+        let (to_back, from_classifier) = bounded(STAGE_DEPTH);
+        let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers())));
+        let classifier = Classifier {
+            table,
+            window: Window::default(),
+            frames,
+            guest_type: GuestType::Hvm,
+            frozen: false,
+            digest: Digest::default(),
+            zero: key.id(&crate::page::ZERO_PAGE),
+            pool: pool.clone(),
+            policy: policy.clone(),
+        };
+        let back = Back { link, policy, figures, last_pfn: None };
+        let classifier = spawn("xenfold-rows", move || classifier.run(from_front, to_back))?;
+        let back = spawn("xenfold-send", move || back.run(from_classifier))?;
+        let mut front = Front { stream, pool, key, next: to_classifier };
+        let read = front.run();
+        let Front { stream, next, .. } = front;
+        drop(next);
+        // The first stage to fail makes its neighbours end with WorkerLost; the one with a cause is reported.
+        let classified = join(classifier);
+        let sent = join(back);
+        let (table, guest_type) = first_cause([read.err(), sent.err()], classified)?;
+        Ok(Sent { xl: stream.into_inner(), table, guest_type })
+    }
+}
+
+/// The result, unless a stage has failed: then the error of the one that did not merely lose a neighbour.
+pub(super) fn first_cause<T>(
+    errors: impl IntoIterator<Item = Option<EngineError>>,
+    result: Result<T, EngineError>,
+) -> Result<T, EngineError> {
+    let (value, own) = match result {
+        Ok(value) => (Some(value), None),
+        Err(error) => (None, Some(error)),
+    };
+    let mut errors: Vec<EngineError> = errors.into_iter().chain([own]).flatten().collect();
+    errors.sort_by_key(|error| matches!(error, EngineError::WorkerLost));
+    match (errors.into_iter().next(), value) {
+        (Some(error), _) => Err(error),
+        (None, Some(value)) => Ok(value),
+        (None, None) => Err(EngineError::WorkerLost),
+    }
+}
+
+pub(super) fn spawn<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<thread::JoinHandle<T>, EngineError> {
+    thread::Builder::new().name(name.into()).spawn(work).map_err(EngineError::Thread)
+}
+
+pub(super) fn join<T>(handle: thread::JoinHandle<Result<T, EngineError>>) -> Result<T, EngineError> {
+    handle.join().unwrap_or(Err(EngineError::WorkerLost))
+}
+
+struct Front<R> {
+    stream: Reader<R>,
+    pool: Pool,
+    key: ContentKey,
+    next: Sender<Read1>,
+}
+
+impl<R: Read> Front<R> {
+    fn pass(&self, item: Read1) -> Result<(), EngineError> {
+        self.next.send(item).map_err(|_| EngineError::WorkerLost)
+    }
+
+    fn run(&mut self) -> Result<(), EngineError> {
+        loop {
+            match self.stream.next()? {
+                Event::Record(header) if header.is(Layer::Libxl, libxl::END) => {
+                    self.skip_body(&header)?;
+                    self.pass(Read1::End(header.bytes()))?;
+                }
+                Event::Record(header) if header.is(Layer::Libxc, libxc::PAGE_DATA) => self.page_data(&header)?,
+                Event::Record(header) => {
+                    self.other_record(&header)?;
+                    if header.is(Layer::Libxc, libxc::VERIFY) {
+                        self.pass(Read1::Verify)?;
+                    }
+                }
+                Event::DomainHeader(header) => {
+                    self.pass(Read1::Guest(header.guest_type()))?;
+                    self.pass(Read1::Bytes(header.as_bytes().to_vec()))?;
+                }
+                Event::End => return Ok(()),
+                other => self.pass(Read1::Bytes(other.bytes().into_owned()))?,
+            }
+        }
+    }
+
+    /// libxl's END has no body; should a later Xen give it one, it would have to be carried.
+    fn skip_body(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
+        if header.length == 0 { Ok(()) } else { Err(EngineError::Protocol("libxl's END record has a body")) }
+    }
+
+    fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
+        if header.length as usize > MAX_RECORD_BODY {
+            self.pass(Read1::Forget)?;
+            return self.other_record(header);
+        }
+        let mut body = Vec::with_capacity(header.length as usize);
+        self.stream.read_body(&mut body, MAX_RECORD_BODY)?;
+        let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
+        if count as usize > MAX_ROWS {
+            self.pass(Read1::Forget)?;
+            self.pass(Read1::Bytes(header.bytes().to_vec()))?;
+            return body.chunks(BYTES_PER_FRAME).try_for_each(|part| self.pass(Read1::Bytes(part.to_vec())));
+        }
+        let record = Arc::new(PageRecord::parse(body, header.body_offset())?);
+        let pages = record.page_count();
+        let ids = (0..pages)
+            .step_by(HASH_PAGES)
+            .map(|start| {
+                let (record, key) = (record.clone(), self.key.clone());
+                let range = start..pages.min(start + HASH_PAGES);
+                self.pool.run(move |_| hash(&key, record.pages(range)))
+            })
+            .collect();
+        self.pass(Read1::Pages { record, ids })
+    }
+
+    fn other_record(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
+        let mut bytes = header.bytes().to_vec();
+        loop {
+            let have = bytes.len();
+            let more = self.stream.body_left().min((BYTES_PER_FRAME - have) as u64) as usize;
+            bytes.resize(have + more, 0);
+            self.stream.read_body_part(bytes.get_mut(have..).unwrap_or_default())?;
+            self.pass(Read1::Bytes(std::mem::take(&mut bytes)))?;
+            if self.stream.body_left() == 0 {
+                return Ok(());
+            }
+        }
+    }
+}
+
+pub(super) fn hash(key: &ContentKey, pages: &[u8]) -> Ids {
+    pages.chunks_exact(PAGE_SIZE).map(|page| if is_zero(page) { None } else { Some(key.id(page)) }).collect()
+}
+
+struct Classifier {
+    table: PageTable,
+    /// Pages that the destination still has in memory: all that may be referred to where frames cannot be read.
+    window: Window,
+    frames: bool,
+    guest_type: GuestType,
+    frozen: bool,
+    digest: Digest,
+    zero: ContentId,
+    pool: Pool,
+    policy: Arc<Mutex<LevelPolicy>>,
+}
+
+impl Classifier {
+    fn run(mut self, input: Receiver<Read1>, next: Sender<Ready>) -> Result<(PageTable, GuestType), EngineError> {
+        for item in input {
+            let ready = match item {
+                Read1::Bytes(bytes) => Ready::Bytes(bytes),
+                Read1::Guest(guest_type) => {
+                    self.guest_type = guest_type;
+                    Ready::Guest(guest_type)
+                }
+                Read1::Verify => {
+                    self.frozen = true;
+                    continue;
+                }
+                Read1::Forget => {
+                    self.table.clear();
+                    self.window.clear();
+                    Ready::Forget
+                }
+                Read1::Pages { record, ids } => self.pages(record, ids)?,
+                Read1::End(record) => {
+                    Ready::End(End { digest: self.digest.finish(), rows: self.digest.rows(), record })
+                }
+            };
+            next.send(ready).map_err(|_| EngineError::WorkerLost)?;
+        }
+        Ok((self.table, self.guest_type))
+    }
+
+    fn pages(&mut self, record: Arc<PageRecord>, pending: Vec<Pending<Ids>>) -> Result<Ready, EngineError> {
+        let mut contents = Vec::with_capacity(record.page_count());
+        for part in pending {
+            contents.extend(part.wait()?);
+        }
+        let mut kinds = Vec::with_capacity(record.list.len());
+        let mut ids = Vec::with_capacity(record.list.len());
+        let mut full = Vec::new();
+        let mut pages = Pages::default();
+        for (pfn, page_type, index) in &record.list {
+            let (row, id) = match index {
+                None => (Row::Absent, ABSENT),
+                Some(index) => match contents.get(*index).copied().flatten() {
+                    None => (Row::Zero, self.zero),
+                    Some(id) => (self.classify(*page_type, &id), id),
+                },
+            };
+            match row {
+                Row::Zero => pages.zero += 1,
+                Row::Reference(_) => pages.reference += 1,
+                Row::Absent => pages.absent += 1,
+                Row::Full => {
+                    pages.full += 1;
+                    full.extend(index);
+                }
+            }
+            self.enter(*pfn, *page_type, row, id)?;
+            kinds.push(row);
+            ids.push(id);
+        }
+        self.digest.record(&record.entries, &ids);
+        let mut encoded = Vec::new();
+        rows::encode(&record.entries, &kinds, &mut encoded);
+        let blocks = self.compress(&record, &full);
+        let (first, last) = (record.list.first().map(|entry| entry.0), record.list.last().map(|entry| entry.0));
+        Ok(Ready::Rows(ReadyRows { record, frozen: self.frozen, rows: encoded, blocks, pages, first, last }))
+    }
+
+    fn classify(&self, page_type: PageType, id: &ContentId) -> Row {
+        let holder = if page_type == PageType::NoTab { self.table.holder(id) } else { None };
+        match holder {
+            Some(holder) if self.reads_frames() || self.window.contains(holder) => Row::Reference(holder),
+            _ => Row::Full,
+        }
+    }
+
+    /// Frames are found by page number, which only HVM and PVH guests allow.
+    fn reads_frames(&self) -> bool {
+        self.frames && self.guest_type == GuestType::Hvm
+    }
+
+    fn enter(&mut self, pfn: Pfn, page_type: PageType, row: Row, id: ContentId) -> Result<(), EngineError> {
+        if self.frozen {
+            return Ok(());
+        }
+        if row == Row::Absent || page_type != PageType::NoTab {
+            self.table.remove(pfn);
+            self.window.remove(pfn);
+        } else {
+            self.table.set(pfn, id)?;
+            if !self.reads_frames() {
+                self.window.insert(pfn);
+            }
+        }
+        Ok(())
+    }
+
+    /// Splits the full pages into blocks of about [`BLOCK_PAGES`] and hands each to a worker.
+    fn compress(&mut self, record: &Arc<PageRecord>, full: &[usize]) -> Vec<Pending<ReadyBlock>> {
+        let count = full.len().div_ceil(BLOCK_PAGES).max(1);
+        let each = full.len().div_ceil(count).max(1);
+        let blocks = full.chunks(each);
+        blocks
+            .map(|indices| {
+                let level = self.policy.lock().choose();
+                let (record, indices, policy) = (record.clone(), indices.to_vec(), self.policy.clone());
+                self.pool.run(move |tools| {
+                    let source = gather(&record, &indices);
+                    let bytes = match &source {
+                        BlockData::Own(bytes) => bytes,
+                        BlockData::Record(range) => record.pages(range.clone()),
+                    };
+                    let start = Instant::now();
+                    let packed = tools.compressor.compress(level, bytes);
+                    let output = packed.as_ref().map_or(bytes.len(), Vec::len);
+                    policy.lock().compressed(level, bytes.len(), output, start.elapsed());
+                    match packed {
+                        Some(packed) => ReadyBlock { level, pages: indices.len(), data: BlockData::Own(packed) },
+                        None => ReadyBlock { level: Level::Raw, pages: indices.len(), data: source },
+                    }
+                })
+            })
+            .collect()
+    }
+}
+
+/// The pages of a block: where they stand in the record when they stand in a row, else copied together.
+fn gather(record: &PageRecord, indices: &[usize]) -> BlockData {
+    match (indices.first(), indices.last()) {
+        (Some(&first), Some(&last)) if last - first + 1 == indices.len() => BlockData::Record(first..last + 1),
+        _ => {
+            let mut bytes = Vec::with_capacity(indices.len() * PAGE_SIZE);
+            indices.iter().for_each(|index| bytes.extend_from_slice(record.pages(*index..index + 1)));
+            BlockData::Own(bytes)
+        }
+    }
+}
+
+struct Back {
+    link: Link,
+    policy: Arc<Mutex<LevelPolicy>>,
+    figures: Arc<Mutex<Figures>>,
+    last_pfn: Option<Pfn>,
+}
+
+impl Back {
+    fn run(mut self, input: Receiver<Ready>) -> Result<(), EngineError> {
+        for item in input {
+            let mut stream_bytes = 0;
+            match item {
+                Ready::Bytes(bytes) => {
+                    self.send(Kind::Bytes, &[&bytes])?;
+                    stream_bytes = bytes.len();
+                }
+                Ready::Guest(guest_type) => {
+                    let number: u32 = if guest_type == GuestType::Pv { 1 } else { 2 };
+                    self.send(Kind::Guest, &[&number.to_le_bytes()])?;
+                }
+                Ready::Rows(rows) => {
+                    stream_bytes = 8 + rows.record.body.len();
+                    self.rows(rows)?;
+                }
+                Ready::Forget => self.send(Kind::Forget, &[])?,
+                Ready::End(end) => {
+                    self.send(Kind::End, &[&end.to_bytes()])?;
+                    stream_bytes = end.record.len();
+                }
+            }
+            let wire_bytes = self.link.bytes();
+            let mut figures = self.figures.lock();
+            figures.stream_bytes += stream_bytes as u64;
+            figures.wire_bytes = wire_bytes;
+        }
+        Ok(())
+    }
+
+    fn send(&self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
+        self.link.send(kind, parts).map_err(|error| EngineError::Wire(error.into()))
+    }
+
+    fn rows(&mut self, ready: ReadyRows) -> Result<(), EngineError> {
+        let blocks = ready.blocks.into_iter().map(Pending::wait).collect::<Result<Vec<_>, _>>()?;
+        let frame = Rows {
+            count: ready.record.entries.len(),
+            frozen: ready.frozen,
+            reserved: ready.record.reserved,
+            rows: &ready.rows,
+            blocks: blocks
+                .iter()
+                .map(|block| Block {
+                    codec: block.level.wire(),
+                    pages: block.pages,
+                    bytes: match &block.data {
+                        BlockData::Own(bytes) => bytes,
+                        BlockData::Record(range) => ready.record.pages(range.clone()),
+                    },
+                    offset: 0,
+                })
+                .collect(),
+        };
+        let (bytes, elapsed) = frame.parts(|parts| {
+            let start = Instant::now();
+            let bytes: usize = parts.iter().map(|part| part.len()).sum();
+            self.send(Kind::Rows, parts).map(|()| (bytes, start.elapsed()))
+        })?;
+        self.note(&blocks, bytes, elapsed, ready.pages, ready.first, ready.last);
+        Ok(())
+    }
+
+    fn note(
+        &mut self,
+        blocks: &[ReadyBlock],
+        bytes: usize,
+        elapsed: Duration,
+        pages: Pages,
+        first: Option<Pfn>,
+        last: Option<Pfn>,
+    ) {
+        self.policy.lock().written(bytes, elapsed);
+        let mut figures = self.figures.lock();
+        // A pass begins where the page numbers fall (XEN.md: a hint, two short passes can ascend).
+        if first <= self.last_pfn || self.last_pfn.is_none() {
+            figures.iteration += 1;
+            figures.iteration_pages = 0;
+        }
+        self.last_pfn = last;
+        figures.add_rows(pages);
+        for block in blocks {
+            let name = match block.level {
+                Level::Raw => "raw".to_owned(),
+                Level::Lz4 => "lz4".to_owned(),
+                Level::Zstd(level) => format!("zstd-{level}"),
+            };
+            *figures.blocks.entry(name).or_default() += 1;
+        }
+    }
+}

@@ -1,0 +1,422 @@
+//! The source's phases: between xl, which believes that it talks to ssh, and the other host.
+//!
+//! ```text
+//!   xl migrate                  source agent                              destination agent
+//!      │ ◀── R0 ───────────────────┤ ◀── Xl(R0) ──────────────────────────────┤  wait_ready
+//!      ├─ S0 S1 S2 S3… ───────────▶├─ Bytes, Guest, Rows…, End ──────────────▶│  send_stream
+//!      │                           │ ◀── Verdict ─────────────────────────────┤  settle
+//!      │ ◀── R1 ───────────────────┤ ◀── Xl(R1) ──────────────────────────────┤  hand_over
+//!      ├─ GO ─────────────────────▶├─ Ping ──────────▶ ◀────────────── Pong ──┤
+//!      │                           ├─ Go ════ point of no return ════════════▶│
+//!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤
+//! ```
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
+
+use super::link::{Link, LinkEnds, Watch, Watched};
+use super::pool::Pool;
+use super::sending::{Sending, Sent, spawn};
+use super::verify::read_back;
+use super::{EngineError, FrameSource};
+use crate::page::ContentKey;
+use crate::report::{DestinationFigures, Figures, VerifyFigures};
+use crate::stream::{GuestType, Reader, xl};
+use crate::table::PageTable;
+use crate::wire::{Agreement, Frame, FrameReader, Hello, Kind, Verdict, WireError, from_json, u32_body};
+
+/// How long the other host may take to clean up after the migration was given up.
+const CLEAN_UP: Duration = Duration::from_secs(20);
+
+/// What the source's phases wait for.
+pub enum Event {
+    Frame(Frame),
+    LinkLost(WireError),
+    /// The pipeline has ended, well or not.
+    Streamed(Box<Result<StreamEnd, EngineError>>),
+    /// The 44 bytes after R1, or nothing when xl closed its end.
+    Go(Option<[u8; 44]>),
+    /// Somebody wants the migration to end: a signal, the death of xl.
+    Stop(String),
+}
+
+/// xl's pipe and the table after the stream.
+pub struct StreamEnd {
+    sent: Sent<Box<dyn Read + Send>>,
+}
+
+/// How a migration ended, and who owns a runnable guest.
+#[derive(Debug)]
+pub enum Ending {
+    /// xl was told how it went; the exit status of the command on the other host.
+    Completed { status: i32 },
+    /// Nothing was handed over: the guest is the source's, xl has been or will be told by the end of this process.
+    SourceOwns(EngineError),
+    /// GO may have arrived: at most one side runs the guest, and which one is not known here.
+    Unknown(EngineError),
+}
+
+/// A connection on which both sides speak the same version.
+pub struct Negotiated {
+    link: Link,
+    reader: FrameReader<Watched<Box<dyn Read + Send>>>,
+    watch: Watch,
+    pub agreement: Agreement,
+    key: ContentKey,
+}
+
+/// Exchanges hellos. Errors: [`WireError::Closed`] and [`WireError::NoHello`] when no xenfold answered,
+/// [`WireError::NoCommonVersion`] when one of another time did: then the stream can still be carried plain.
+pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Negotiated, EngineError> {
+    let LinkEnds { mut to_peer, from_peer, hangup } = link;
+    let key = hello.key()?;
+    // A failure to send shows as an end when reading, which tells more.
+    let _ = hello.write(&mut to_peer);
+    let (mut from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
+    let agreement = Hello::read(&mut from_peer)?;
+    let link = Link::start(to_peer, hangup)?;
+    Ok(Negotiated { link, reader: FrameReader::new(from_peer), watch, agreement, key })
+}
+
+/// What the source's phases work on.
+pub struct Source {
+    link: Link,
+    watch: Watch,
+    events: Receiver<Event>,
+    event_sender: Sender<Event>,
+    /// Bytes of the destination's xl that have not been handed to the source's xl yet.
+    inbox: Vec<u8>,
+    to_xl: Box<dyn Write + Send>,
+    key: ContentKey,
+    agreement: Agreement,
+    /// Reads the suspended source's frames, for `--verify`.
+    frames: Option<Box<dyn FrameSource>>,
+    figures: Arc<Mutex<Figures>>,
+    start: Instant,
+}
+
+/// What a phase may meet.
+enum Signal {
+    Xl,
+    Verdict(Verdict),
+    Pong(Vec<u8>),
+    Exit(i32),
+    Streamed(Box<Result<StreamEnd, EngineError>>),
+    Go(Option<[u8; 44]>),
+}
+
+/// Everything the engine needs beside the connection.
+pub struct SourceSetup {
+    pub to_xl: Box<dyn Write + Send>,
+    pub frames: Option<Box<dyn FrameSource>>,
+    pub figures: Arc<Mutex<Figures>>,
+    /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
+    pub events: (Sender<Event>, Receiver<Event>),
+}
+
+/// The channel that connects a caller's threads with the phases.
+pub fn events() -> (Sender<Event>, Receiver<Event>) {
+    unbounded()
+}
+
+/// Runs a migration from R0 to R2. `from_xl` is the pipe on which xl sends its stream.
+pub fn run(negotiated: Negotiated, setup: SourceSetup, from_xl: Box<dyn Read + Send>) -> Ending {
+    let mut source = match Source::new(negotiated, setup) {
+        Ok(source) => source,
+        Err(error) => return Ending::SourceOwns(error),
+    };
+    let early = (|| {
+        source.wait_ready()?;
+        let end = source.send_stream(from_xl)?;
+        source.settle(&end)?;
+        source.wait_received()?;
+        Ok(end)
+    })();
+    let ending = match early {
+        Ok(end) => source.hand_over(end.sent.xl),
+        Err(error) => Ending::SourceOwns(error),
+    };
+    source.close(ending)
+}
+
+impl Source {
+    pub fn new(negotiated: Negotiated, setup: SourceSetup) -> Result<Source, EngineError> {
+        let Negotiated { link, reader, watch, agreement, key } = negotiated;
+        let SourceSetup { to_xl, frames, figures, events: (event_sender, events) } = setup;
+        let to_events = event_sender.clone();
+        spawn("xenfold-back", move || read_frames(reader, &to_events))?;
+        let (inbox, start) = (Vec::new(), Instant::now());
+        Ok(Source { link, watch, events, event_sender, inbox, to_xl, key, agreement, frames, figures, start })
+    }
+
+    /// Phase 1: the receiving xl is there (R0). xl waits for it before it does anything to the guest.
+    fn wait_ready(&mut self) -> Result<(), EngineError> {
+        let banner = self.message(xl::R0_BANNER.len())?;
+        self.tell_xl(&banner)?;
+        if banner != xl::R0_BANNER {
+            return Err(EngineError::Protocol("the other host's xl did not send its banner"));
+        }
+        self.figures.lock().setup_time_ms = self.start.elapsed().as_millis() as u64;
+        Ok(())
+    }
+
+    /// Phase 2: all of xl's stream, as rows.
+    pub fn send_stream(&mut self, from_xl: Box<dyn Read + Send>) -> Result<StreamEnd, EngineError> {
+        let sending = Sending {
+            stream: Reader::new(from_xl).pass_unknown(true),
+            link: self.link.clone(),
+            key: self.key.clone(),
+            pool: Pool::start()?,
+            frames: self.agreement.peer.frames,
+            table: PageTable::default(),
+            figures: self.figures.clone(),
+        };
+        let done = self.event_sender.clone();
+        spawn("xenfold-stream", move || {
+            let end = sending.run().map(|sent| StreamEnd { sent });
+            // Nobody waits any more when the migration was stopped meanwhile.
+            let _ = done.send(Event::Streamed(Box::new(end)));
+        })?;
+        loop {
+            match self.next()? {
+                Signal::Streamed(end) => return *end,
+                Signal::Exit(status) => return Err(EngineError::RemoteEnded(status)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Phase 3: the destination, which keeps libxl's END back, compares what it rebuilt with what was sent.
+    pub fn settle(&mut self, end: &StreamEnd) -> Result<(), EngineError> {
+        let changed = self.changed_since(end)?;
+        loop {
+            match self.next()? {
+                Signal::Verdict(verdict) if verdict.accepted => {
+                    self.figures.lock().verify = changed.map(|changed| VerifyFigures {
+                        equal_pages: verdict.verified_pages,
+                        rewritten_by_xen_pages: verdict.rewritten_by_xen_pages,
+                        changed_at_source_pages: changed,
+                        time_ms: verdict.time_ms,
+                    });
+                    return Ok(());
+                }
+                Signal::Verdict(verdict) => return Err(EngineError::Refused(verdict.reason)),
+                Signal::Exit(status) => return Err(EngineError::RemoteEnded(status)),
+                _ => {}
+            }
+        }
+    }
+
+    /// With `--verify`: how many frames of the suspended source are not any more what was carried. Backends may still
+    /// finish reads into them, so this is counted, not judged. `None` without `--verify`.
+    fn changed_since(&mut self, end: &StreamEnd) -> Result<Option<u64>, EngineError> {
+        match &mut self.frames {
+            Some(frames) if end.sent.guest_type == GuestType::Hvm => {
+                match read_back(end.sent.table.ids(), frames.as_mut(), &self.key) {
+                    Ok(verified) => Ok(Some(verified.different)),
+                    Err(error) => {
+                        log::warn!("the suspended guest's frames cannot be compared: {error}");
+                        Ok(Some(0))
+                    }
+                }
+            }
+            Some(_) => Ok(Some(0)),
+            None => Ok(None),
+        }
+    }
+
+    /// Phase 4: the receiving xl has the guest, paused (R1). From the moment R1 is written xl counts on the other side.
+    fn wait_received(&mut self) -> Result<(), EngineError> {
+        let received = self.message(xl::R1_READY.len())?;
+        self.tell_xl(&received)?;
+        if received != xl::R1_READY {
+            return Err(EngineError::Protocol("the other host's xl did not say that it received the guest"));
+        }
+        Ok(())
+    }
+
+    /// Phase 5: GO. When anything breaks before it is sent, xl is answered here (R2 with status 1, then R3) and
+    /// resumes the guest; after it nothing is answered that did not come from the destination.
+    fn hand_over(&mut self, mut from_xl: Box<dyn Read + Send>) -> Ending {
+        let to_events = self.event_sender.clone();
+        let reading = spawn("xenfold-go", move || {
+            let mut go = [0; xl::GO.len()];
+            let came = from_xl.read_exact(&mut go).is_ok();
+            let _ = to_events.send(Event::Go(came.then_some(go)));
+        });
+        if let Err(error) = reading {
+            return Ending::SourceOwns(error);
+        }
+        let mut failure = None;
+        let go = loop {
+            match self.next() {
+                Ok(Signal::Go(Some(go))) if go == *xl::GO => break go,
+                Ok(Signal::Go(_)) => {
+                    return Ending::SourceOwns(EngineError::Stopped("xl ended before it let the guest go".into()));
+                }
+                Ok(Signal::Exit(status)) => failure = Some(EngineError::RemoteEnded(status)),
+                Ok(_) => {}
+                // xl has R1 and will send GO; only then can it be told that nothing became of it.
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        };
+        if let Some(error) = failure.or_else(|| self.probe().err()) {
+            return self.take_back(error);
+        }
+        // ── Point of no return: the destination may run the guest from here on. Nothing below fails ordinarily. ──
+        if let Err(error) = self.link.send(Kind::Go, &[&go]) {
+            return Ending::Unknown(EngineError::Wire(error.into()));
+        }
+        self.result()
+    }
+
+    /// Asks the other host whether it is still there, right before GO.
+    fn probe(&mut self) -> Result<(), EngineError> {
+        let nonce = self.start.elapsed().as_nanos().to_le_bytes();
+        let (nonce, _) = nonce.split_at(8);
+        self.link.send(Kind::Ping, &[nonce]).map_err(|error| EngineError::Wire(error.into()))?;
+        loop {
+            match self.next()? {
+                Signal::Pong(echo) if echo == nonce => return Ok(()),
+                Signal::Exit(status) => return Err(EngineError::RemoteEnded(status)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Answers xl in the destination's place: the guest did not start there, the source may resume it.
+    fn take_back(&mut self, error: EngineError) -> Ending {
+        let answer = [&xl::R2_REPORT[..], &[1], &xl::R3_GO_BACK[..]].concat();
+        match self.tell_xl(&answer) {
+            Ok(()) => Ending::SourceOwns(error),
+            Err(_) => Ending::SourceOwns(EngineError::Stopped(format!("xl ended, and before that: {error}"))),
+        }
+    }
+
+    /// Phase 6: how it went over there (R2), passed on to xl, which then destroys its copy or takes it back.
+    fn result(&mut self) -> Ending {
+        let report = match self.message(xl::R2_REPORT.len() + 1) {
+            Ok(report) => report,
+            Err(error) => return Ending::Unknown(error),
+        };
+        // That xl is gone changes nothing any more.
+        let _ = self.tell_xl(&report);
+        if report.last() == Some(&0) {
+            let mut figures = self.figures.lock();
+            figures.completed = true;
+            drop(figures);
+            return Ending::Completed { status: self.exit_status() };
+        }
+        match self.message(xl::R3_GO_BACK.len()) {
+            Ok(back) => {
+                let _ = self.tell_xl(&back);
+                Ending::SourceOwns(EngineError::Refused("the guest could not be started there".into()))
+            }
+            Err(error) => Ending::Unknown(error),
+        }
+    }
+
+    fn exit_status(&mut self) -> i32 {
+        loop {
+            match self.next() {
+                Ok(Signal::Exit(status)) => return status,
+                Ok(_) => {}
+                // The guest runs over there; how its xl ended afterwards is of no consequence.
+                Err(_) => return 0,
+            }
+        }
+    }
+
+    /// Ends the connection. After a failure the other host is told, and given time to clean up, so that the next
+    /// migration of the same guest finds nothing in its way.
+    pub fn close(&mut self, ending: Ending) -> Ending {
+        let mut figures = self.figures.lock();
+        figures.time_elapsed_ms = self.start.elapsed().as_millis() as u64;
+        figures.wire_bytes = self.link.bytes();
+        drop(figures);
+        if let Ending::SourceOwns(error) = &ending {
+            let reason = error.to_string();
+            let until = Instant::now() + CLEAN_UP;
+            if self.link.send_if_free(Kind::Abort, &[reason.as_bytes()]) {
+                while let Ok(event) = self.events.recv_deadline(until) {
+                    match event {
+                        Event::LinkLost(_) => break,
+                        Event::Frame(frame) if frame.kind == Kind::Exit => break,
+                        _ => {}
+                    }
+                }
+            }
+            self.link.hang_up();
+        }
+        ending
+    }
+
+    /// Collects `length` bytes that the destination's xl wrote.
+    fn message(&mut self, length: usize) -> Result<Vec<u8>, EngineError> {
+        while self.inbox.len() < length {
+            if let Signal::Exit(status) = self.next()? {
+                return Err(EngineError::RemoteEnded(status));
+            }
+        }
+        let rest = self.inbox.split_off(length);
+        Ok(std::mem::replace(&mut self.inbox, rest))
+    }
+
+    fn tell_xl(&mut self, bytes: &[u8]) -> Result<(), EngineError> {
+        self.to_xl.write_all(bytes).and_then(|()| self.to_xl.flush()).map_err(EngineError::Xl)
+    }
+
+    /// The next thing that a phase has to know of. Errors: the connection is lost, the peer gave up, somebody stops us.
+    fn next(&mut self) -> Result<Signal, EngineError> {
+        loop {
+            let frame = match self.events.recv().map_err(|_| EngineError::WorkerLost)? {
+                Event::Frame(frame) => frame,
+                Event::LinkLost(error) => return Err(self.lost(error)),
+                Event::Streamed(end) => return Ok(Signal::Streamed(end)),
+                Event::Go(go) => return Ok(Signal::Go(go)),
+                Event::Stop(reason) => return Err(EngineError::Stopped(reason)),
+            };
+            match frame.kind {
+                Kind::Xl => {
+                    self.inbox.extend_from_slice(&frame.body);
+                    return Ok(Signal::Xl);
+                }
+                Kind::Verdict => return Ok(Signal::Verdict(from_json(frame.kind, &frame.body)?)),
+                Kind::Exit => return Ok(Signal::Exit(u32_body(frame.kind, &frame.body)? as i32)),
+                Kind::Figures => {
+                    let figures: DestinationFigures = from_json(frame.kind, &frame.body)?;
+                    self.figures.lock().destination = Some(figures);
+                }
+                Kind::Pong => return Ok(Signal::Pong(frame.body)),
+                Kind::Ping if frame.body.is_empty() => {}
+                Kind::Ping => {
+                    self.link.send(Kind::Pong, &[&frame.body]).map_err(|error| EngineError::Wire(error.into()))?;
+                }
+                Kind::Abort => {
+                    return Err(EngineError::PeerAborted(String::from_utf8_lossy(&frame.body).into_owned()));
+                }
+                _ => return Err(EngineError::Protocol("a frame came that only a source sends")),
+            }
+        }
+    }
+
+    fn lost(&self, error: WireError) -> EngineError {
+        match self.watch.silence_s() {
+            Some(seconds) => EngineError::Silent { seconds },
+            None => EngineError::Wire(error),
+        }
+    }
+}
+
+fn read_frames(mut reader: FrameReader<Watched<Box<dyn Read + Send>>>, events: &Sender<Event>) {
+    loop {
+        let event = reader.read().map_or_else(Event::LinkLost, Event::Frame);
+        let last = matches!(event, Event::LinkLost(_));
+        if events.send(event).is_err() || last {
+            return;
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Figures of a migration: one struct for the run, its log, `--stats` and the benchmarks.
+//!
+//! Names and units as libvirt and QEMU print them; "memory processed" counts guest bytes, savings show in wire bytes.
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::page::PAGE_SIZE;
+
+/// What was carried, and what it cost. Times are in milliseconds, sizes in bytes, pages in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Figures {
+    pub guest: String,
+    pub host: String,
+    /// "xenfold", or "plain" when the stream was passed through.
+    pub mode: String,
+    pub completed: bool,
+    pub time_elapsed_ms: u64,
+    /// From the start until the receiving xl was ready.
+    pub setup_time_ms: u64,
+    /// From the last pass's first page until the receiving xl reported the guest running, as the agent sees it.
+    pub downtime_ms: u64,
+    pub memory_total_bytes: u64,
+    pub memory_processed_bytes: u64,
+    pub wire_bytes: u64,
+    /// Bytes of xl's stream that were carried.
+    pub stream_bytes: u64,
+    /// Passes over memory that were seen to begin.
+    pub iteration: u32,
+    /// Pages of the current pass so far.
+    pub iteration_pages: u64,
+    pub pages: Pages,
+    /// Blocks by the codec that carried them.
+    pub blocks: BTreeMap<String, u64>,
+    pub cpu_ms: u64,
+    pub peak_rss_bytes: u64,
+    pub verify: Option<VerifyFigures>,
+    pub destination: Option<DestinationFigures>,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// Pages by kind of row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Pages {
+    pub zero: u64,
+    pub reference: u64,
+    pub full: u64,
+    /// Entries without a page.
+    pub absent: u64,
+}
+
+impl Pages {
+    /// Pages with data in xl's stream.
+    pub fn carried(&self) -> u64 {
+        self.zero + self.reference + self.full
+    }
+}
+
+/// What `--verify` found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VerifyFigures {
+    /// Frames at the destination that are as last carried.
+    pub equal_pages: u64,
+    /// Frames left out, because Xen's toolstack rewrites them.
+    pub rewritten_by_xen_pages: u64,
+    /// Frames of the suspended source that have changed since they were carried: backends finish reads into them.
+    pub changed_at_source_pages: u64,
+    pub time_ms: u64,
+}
+
+/// What the destination tells at the end.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DestinationFigures {
+    pub program: String,
+    /// References resolved from pages still in memory, and from the guest's own frames.
+    pub resolved_from_memory: u64,
+    pub resolved_from_frames: u64,
+    /// Time spent waiting until a record had been applied.
+    pub apply_wait_ms: u64,
+    pub cpu_ms: u64,
+    pub peak_rss_bytes: u64,
+}
+
+impl Figures {
+    /// Share of the guest's bytes that did not have to travel, 0 to 1.
+    pub fn reduction(&self) -> f64 {
+        if self.stream_bytes == 0 { 0.0 } else { 1.0 - self.wire_bytes as f64 / self.stream_bytes as f64 }
+    }
+
+    /// Rate at which guest memory is processed, bytes a second.
+    pub fn rate(&self) -> f64 {
+        self.memory_processed_bytes as f64 / Duration::from_millis(self.time_elapsed_ms.max(1)).as_secs_f64()
+    }
+
+    /// Notes rows of one record.
+    pub fn add_rows(&mut self, pages: Pages) {
+        self.pages.zero += pages.zero;
+        self.pages.reference += pages.reference;
+        self.pages.full += pages.full;
+        self.pages.absent += pages.absent;
+        self.iteration_pages += pages.carried() + pages.absent;
+        self.memory_processed_bytes += pages.carried() * PAGE_SIZE as u64;
+    }
+}
