@@ -107,8 +107,9 @@ lab_build() {
 
 lab_verify_stream() {
   [ $# = 1 ] || die "usage: lab verify-stream FILE"
-  local tools
+  local tools format=libxl
   tools=$(image rootfs)/verify-stream
   [ -d "$tools" ] || die "no Xen tools yet: run scripts/lab build"
-  PYTHONPATH=$tools/python PYTHONDONTWRITEBYTECODE=1 python3 "$LAB_D/verify-stream.py" "$tools" "$1"
+  [ "$(head -c 26 "$1")" != 'Xen saved domain, xl forma' ] || format=xl
+  PYTHONPATH=$tools/python PYTHONDONTWRITEBYTECODE=1 python3 "$tools/verify-stream-v2" -f $format -i "$1"
 }

@@ -13,6 +13,10 @@ for applet in sh mount ip insmod sleep sed cat mkdir echo hostname dd; do ln -s 
 install -m 755 "$LAB_D/small/init" small/init
 (cd small && find . | cpio -o -H newc --quiet | gzip -1) >root/small/initrd
 
-[ ! -e "$IMAGE_debian/vmlinuz" ] || cp "$IMAGE_debian/vmlinuz" "$IMAGE_debian/initrd" root/debian/
+cp "$IMAGE_debian/vmlinuz" root/debian/
+mkdir -p debian/lab
+cp "$GUEST_BINARY" debian/lab/
+{ cat "$IMAGE_debian/initrd"; (cd debian && printf "lab\nlab/lab-guest\n" | cpio -o -H newc --quiet -R 0:0); } >root/debian/initrd
+
 mkfs.ext4 -q -d root -L guests guests.img 128M
-rm -rf root small
+rm -rf root small debian
