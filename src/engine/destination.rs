@@ -45,10 +45,10 @@ pub struct XlProcess {
 /// A connection on which both sides speak the same version.
 pub struct Negotiated {
     link: Link,
-    reader: FrameReader<Watched<Box<dyn Read + Send>>>,
+    pub reader: FrameReader<Watched<Box<dyn Read + Send>>>,
     watch: Watch,
     pub agreement: Agreement,
-    key: ContentKey,
+    pub key: ContentKey,
 }
 
 /// Exchanges hellos. Errors: no xenfold of a common version at the other end.
@@ -106,6 +106,15 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     }
     link.send_if_free(Kind::Exit, &[&(status as u32).to_le_bytes()]);
     result.map(|()| status)
+}
+
+impl Negotiated {
+    /// The settling of a stream that goes to a file, where no xl has to be waited for.
+    pub fn settle(self, rebuilt: Rebuilt) -> Result<(), EngineError> {
+        let Negotiated { link, watch, agreement, key, .. } = self;
+        let destination = Destination { link, watch, events: events().1, key, verify: agreement.peer.verify };
+        destination.settle(rebuilt, None).map(|_| ())
+    }
 }
 
 struct Destination {

@@ -1,0 +1,173 @@
+//! The link between the two sides of a replay: pipes, paced without touching the bytes (splice and tee).
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::process::Child;
+use std::str::FromStr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::pipe::{SpliceFlags, fcntl_setpipe_size, splice};
+use xenfold::wire::Hello;
+
+/// Bytes in flight in each pipe.
+const PIPE_BYTES: usize = 1 << 20;
+
+/// How much may be sent at once: what a link of this rate carries in a millisecond, at least this.
+const MIN_BURST: u64 = 64 << 10;
+
+/// A link's rate; `None` is as fast as the machine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rate(Option<f64>);
+
+impl FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Rate, String> {
+        let wrong = || format!("`{text}` is not a rate: none, or a number with mbit or gbit behind it");
+        if text == "none" {
+            return Ok(Rate(None));
+        }
+        let (number, unit) = match (text.strip_suffix("mbit"), text.strip_suffix("gbit")) {
+            (Some(number), _) => (number, 1e6),
+            (_, Some(number)) => (number, 1e9),
+            _ => return Err(wrong()),
+        };
+        let number = number.parse::<f64>().map_err(|_| wrong())?;
+        if number > 0.0 && number <= 1e6 { Ok(Rate(Some(number * unit / 8.0))) } else { Err(wrong()) }
+    }
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            None => f.write_str("none"),
+            Some(bytes) if bytes >= 1e9 / 8.0 => write!(f, "{}gbit", bytes * 8.0 / 1e9),
+            Some(bytes) => write!(f, "{}mbit", bytes * 8.0 / 1e6),
+        }
+    }
+}
+
+/// Lets bytes through at a rate: the time at which the next may go advances with what went. A link that was idle does
+/// not catch up.
+struct Pacer {
+    rate: Option<f64>,
+    next: Instant,
+}
+
+impl Pacer {
+    fn new(rate: Rate) -> Pacer {
+        Pacer { rate: rate.0, next: Instant::now() }
+    }
+
+    fn burst(&self) -> usize {
+        self.rate.map_or(PIPE_BYTES, |rate| ((rate / 1000.0) as u64).clamp(MIN_BURST, PIPE_BYTES as u64) as usize)
+    }
+
+    fn sent(&mut self, bytes: usize) {
+        let Some(rate) = self.rate else { return };
+        let now = Instant::now();
+        self.next = self.next.max(now - Duration::from_millis(2)) + Duration::from_secs_f64(bytes as f64 / rate);
+        if let Some(wait) = self.next.checked_duration_since(now).filter(|wait| *wait > Duration::from_micros(100)) {
+            thread::sleep(wait);
+        }
+    }
+}
+
+/// Moves everything from one pipe to another at a rate; at least one end is a pipe. Returns the bytes moved. A
+/// receiver that has closed ends it: its own error says why.
+fn carry(from: impl AsFd, to: impl AsFd, rate: Rate) -> Result<u64> {
+    let mut pacer = Pacer::new(rate);
+    let mut total = 0;
+    loop {
+        match splice(&from, None, &to, None, pacer.burst(), SpliceFlags::empty()) {
+            Ok(0) => return Ok(total),
+            Ok(n) => {
+                total += n as u64;
+                pacer.sent(n);
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::PIPE) => return Ok(total),
+            Err(error) => return Err(io::Error::from(error)).context("the link between the sides broke"),
+        }
+    }
+}
+
+/// Connects two sides until both have closed. Returns the bytes that went to the receiver. What goes there is also
+/// written to `record`.
+pub fn between(from: &mut Child, to: &mut Child, rate: Rate, record: Option<&File>) -> Result<u64> {
+    let (wire_out, wire_in) = (pipe(from.stdout.take())?, pipe(to.stdin.take())?);
+    let (back_out, back_in) = (pipe(to.stdout.take())?, pipe(from.stdin.take())?);
+    let back = thread::spawn(move || carry(back_out, back_in, Rate(None)));
+    let bytes = match record {
+        None => carry(wire_out, wire_in, rate)?,
+        Some(record) => carry_recorded(&wire_out, &wire_in, record, rate)?,
+    };
+    back.join().ok().context("the link between the sides ended early")??;
+    Ok(bytes)
+}
+
+fn carry_recorded(mut from: &File, mut to: &File, mut record: &File, rate: Rate) -> Result<u64> {
+    use std::io::{Read, Write};
+    let mut pacer = Pacer::new(rate);
+    let mut buffer = vec![0; pacer.burst()];
+    let mut total = 0;
+    loop {
+        let n = from.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(total);
+        }
+        let part = buffer.get(..n).unwrap_or_default();
+        record.write_all(part)?;
+        to.write_all(part)?;
+        total += n as u64;
+        pacer.sent(n);
+    }
+}
+
+/// A sender alone: it is answered with a hello and what it sends is thrown away. Returns the bytes sent.
+pub fn to_nowhere(from: &mut Child, rate: Rate) -> Result<u64> {
+    let wire_out = pipe(from.stdout.take())?;
+    let mut back_in = pipe(from.stdin.take())?;
+    // A sender of another mode does not read this.
+    let _ = Hello { frames: true, ..Hello::default() }.write(&mut back_in);
+    let nowhere = File::options().write(true).open("/dev/null")?;
+    carry(wire_out, nowhere, rate)
+}
+
+/// A receiver alone, fed from a recording.
+pub fn from_recording(mut recorded: &File, to: &mut Child, rate: Rate) -> Result<()> {
+    use std::io::Seek;
+    recorded.rewind()?;
+    let wire_in = pipe(to.stdin.take())?;
+    let back_out = pipe(to.stdout.take())?;
+    let nowhere = File::options().write(true).open("/dev/null")?;
+    let back = thread::spawn(move || carry(back_out, nowhere, Rate(None)));
+    carry(recorded, &wire_in, rate)?;
+    drop(wire_in);
+    back.join().ok().context("the link ended early")??;
+    Ok(())
+}
+
+fn pipe(end: Option<impl Into<std::os::fd::OwnedFd>>) -> Result<File> {
+    let file = File::from(end.context("a side of the replay has no pipe")?.into());
+    fcntl_setpipe_size(&file, PIPE_BYTES)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_read_and_printed() {
+        for text in ["none", "100mbit", "1gbit", "10gbit", "2.5gbit"] {
+            assert_eq!(text.parse::<Rate>().unwrap().to_string(), text);
+        }
+        for text in ["", "fast", "0mbit", "-1gbit", "1kbit", "nangbit"] {
+            assert!(text.parse::<Rate>().is_err(), "{text}");
+        }
+    }
+}

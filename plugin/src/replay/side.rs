@@ -1,0 +1,231 @@
+//! One side of a replay, a process of its own: the wire on standard input and output.
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use parking_lot::Mutex;
+use xenfold::engine::destination::{Receiving, XlInput};
+use xenfold::engine::source::{self, Source, SourceSetup};
+use xenfold::engine::{EngineError, FrameError, FrameSource, LinkEnds, WINDOW_ROWS, destination};
+use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
+use xenfold::report::{DestinationFigures, Figures};
+use xenfold::stream::PageData;
+use xenfold::wire::{Hello, Kind};
+
+use super::{Mode, SideFigures};
+use crate::usage;
+
+/// Silence that ends a replay; nothing is silent in one unless it is stuck.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Role {
+    Send,
+    /// Does not wait for the receiver's verdict: there is none.
+    SendAlone,
+    Receive,
+}
+
+impl Role {
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Send => "send",
+            Role::SendAlone => "send-alone",
+            Role::Receive => "receive",
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub struct SideArguments {
+    role: Role,
+    mode: Mode,
+    file: PathBuf,
+    figures: PathBuf,
+    output: Option<PathBuf>,
+}
+
+/// Plays one side and leaves its figures.
+pub fn run_side(arguments: &SideArguments) -> Result<()> {
+    let mut side = SideFigures::default();
+    let output = || -> Result<File> {
+        let path = arguments.output.as_ref().context("a receiver needs an output")?;
+        Ok(File::options().read(true).write(true).open(path)?)
+    };
+    match (arguments.mode, arguments.role) {
+        (Mode::Xenfold, Role::Receive) => receive(output()?)?,
+        (Mode::Xenfold, role) => side.figures = Some(send(File::open(&arguments.file)?, role == Role::Send)?),
+        (_, Role::Receive) => copy_in(arguments.mode, output()?)?,
+        _ => copy_out(arguments.mode, File::open(&arguments.file)?)?,
+    }
+    (side.cpu_ms, side.peak_rss_bytes) = usage::cpu_ms_and_peak_rss_bytes();
+    std::fs::write(&arguments.figures, serde_json::to_vec(&side)?)?;
+    Ok(())
+}
+
+/// Bytes that the copying modes move at once.
+const COPY_BYTES: usize = 1 << 20;
+
+fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; COPY_BYTES];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return to.flush(),
+            n => to.write_all(buffer.get(..n).unwrap_or_default())?,
+        }
+    }
+}
+
+fn copy_out(mode: Mode, file: File) -> Result<()> {
+    let wire = stdout()?;
+    match mode {
+        Mode::Plain => copy(file, wire)?,
+        Mode::Zstd1 => {
+            let mut wire = zstd::Encoder::new(BufWriter::with_capacity(COPY_BYTES, wire), 1)?;
+            copy(file, &mut wire)?;
+            wire.finish()?.flush()?;
+        }
+        Mode::Lz4 => {
+            let mut wire = lz4_flex::frame::FrameEncoder::new(BufWriter::with_capacity(COPY_BYTES, wire));
+            copy(file, &mut wire)?;
+            wire.finish()?.flush()?;
+        }
+        Mode::Xenfold => bail!("not a copying mode"),
+    }
+    Ok(())
+}
+
+fn copy_in(mode: Mode, output: File) -> Result<()> {
+    let wire = stdin()?;
+    match mode {
+        Mode::Plain => copy(wire, output)?,
+        Mode::Zstd1 => copy(zstd::Decoder::new(wire)?, output)?,
+        Mode::Lz4 => copy(lz4_flex::frame::FrameDecoder::new(wire), output)?,
+        Mode::Xenfold => bail!("not a copying mode"),
+    }
+    Ok(())
+}
+
+fn stdin() -> Result<File> {
+    Ok(File::from(rustix::io::dup(rustix::stdio::stdin())?))
+}
+
+fn stdout() -> Result<File> {
+    // Closed at the end of the run, so that the peer sees it: the original goes with the process.
+    Ok(File::from(rustix::io::dup(rustix::stdio::stdout())?))
+}
+
+fn link() -> Result<LinkEnds> {
+    Ok(LinkEnds {
+        to_peer: Box::new(stdout()?),
+        from_peer: Box::new(stdin()?),
+        hangup: Arc::new(|| {
+            eprintln!("replay: the other side does not answer");
+            std::process::exit(70);
+        }),
+    })
+}
+
+fn send(file: File, settle: bool) -> Result<Figures> {
+    let key = ContentKey::new(*b"replayed, so nothing is secret..");
+    let hello = Hello { program: xenfold::VERSION.into(), ..Hello::default() }.with_key(&key);
+    let negotiated = source::negotiate(link()?, &hello, TIMEOUT)?;
+    let figures = Arc::new(Mutex::new(Figures { mode: "xenfold".into(), ..Figures::default() }));
+    let setup = SourceSetup {
+        to_xl: Box::new(io::sink()),
+        frames: None,
+        figures: figures.clone(),
+        events: source::events(),
+    };
+    let mut source = Source::new(negotiated, setup)?;
+    let end = source.send_stream(Box::new(file))?;
+    if settle {
+        source.settle(&end)?;
+    }
+    let figures = figures.lock().clone();
+    Ok(figures)
+}
+
+fn receive(output: File) -> Result<()> {
+    let hello = Hello {
+        program: xenfold::VERSION.into(),
+        frames: true,
+        window_rows: WINDOW_ROWS as u32,
+        ..Hello::default()
+    };
+    let mut negotiated = destination::negotiate(link()?, &hello, TIMEOUT)?;
+    let image = Arc::new(Mutex::new(Image { file: output, written: 0, places: HashMap::new() }));
+    let input = XlInput { writer: Box::new(ImageWriter(image.clone())), unread: Arc::new(|| Ok(0)) };
+    let figures = Arc::new(Mutex::new(DestinationFigures::default()));
+    let mut receiving =
+        Receiving::start(input, Some(Box::new(ImageFrames(image))), negotiated.key.clone(), figures)?;
+    loop {
+        let frame = negotiated.reader.read().map_err(EngineError::from)?;
+        let kind = frame.kind;
+        if kind == Kind::Ping {
+            continue;
+        }
+        if let Err(error) = receiving.frame(frame) {
+            return Err(receiving.finish().err().filter(|e| !matches!(e, EngineError::WorkerLost)).unwrap_or(error).into());
+        }
+        if kind == Kind::End {
+            break;
+        }
+    }
+    let (rebuilt, _) = receiving.finish()?;
+    negotiated.settle(rebuilt)?;
+    Ok(())
+}
+
+/// What has been rebuilt so far: the saved guest itself, and where in it each page's newest bytes are.
+struct Image {
+    file: File,
+    written: u64,
+    places: HashMap<Pfn, u64>,
+}
+
+struct ImageWriter(Arc<Mutex<Image>>);
+
+impl Write for ImageWriter {
+    /// The engine writes a record in one call.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut image = self.0.lock();
+        image.file.write_all(bytes)?;
+        if let Some((_, body)) = bytes.split_at_checked(8)
+            && let Ok(data) = PageData::parse(body, 0)
+        {
+            let mut place = image.written + (bytes.len() - data.pages().len()) as u64;
+            for entry in data.entries().filter(|entry| entry.has_data) {
+                image.places.insert(entry.pfn, place);
+                place += PAGE_SIZE as u64;
+            }
+        }
+        image.written += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct ImageFrames(Arc<Mutex<Image>>);
+
+impl FrameSource for ImageFrames {
+    fn read(&mut self, pfns: &[Pfn], pages: &mut [u8]) -> Result<(), FrameError> {
+        let image = self.0.lock();
+        for (pfn, page) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)) {
+            let missing = || io::Error::from(io::ErrorKind::NotFound);
+            let place = image.places.get(pfn).ok_or_else(missing);
+            place
+                .and_then(|place| image.file.read_exact_at(page, *place))
+                .map_err(|source| FrameError::Unreadable { pfn: *pfn, source })?;
+        }
+        Ok(())
+    }
+}
