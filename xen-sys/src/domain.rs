@@ -52,6 +52,20 @@ pub enum ShutdownReason {
     Other(u32),
 }
 
+impl ShutdownReason {
+    fn from_raw(reason: u32) -> Self {
+        match reason {
+            ctrl::SHUTDOWN_poweroff => ShutdownReason::Poweroff,
+            ctrl::SHUTDOWN_reboot => ShutdownReason::Reboot,
+            ctrl::SHUTDOWN_suspend => ShutdownReason::Suspend,
+            ctrl::SHUTDOWN_crash => ShutdownReason::Crash,
+            ctrl::SHUTDOWN_watchdog => ShutdownReason::Watchdog,
+            ctrl::SHUTDOWN_soft_reset => ShutdownReason::SoftReset,
+            other => ShutdownReason::Other(other),
+        }
+    }
+}
+
 /// What a domain is doing, the weightiest first: one that is dying is also shut down, a paused one may also be blocked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DomainState {
@@ -104,17 +118,8 @@ impl DomainInfo {
 
     fn from_raw(raw: &ctrl::xc_domaininfo_t) -> Option<Self> {
         let has = |flag: u32| raw.flags & flag != 0;
-        let shutdown = has(ctrl::XEN_DOMINF_shutdown).then(|| {
-            match raw.flags >> ctrl::XEN_DOMINF_shutdownshift & ctrl::XEN_DOMINF_shutdownmask {
-                ctrl::SHUTDOWN_poweroff => ShutdownReason::Poweroff,
-                ctrl::SHUTDOWN_reboot => ShutdownReason::Reboot,
-                ctrl::SHUTDOWN_suspend => ShutdownReason::Suspend,
-                ctrl::SHUTDOWN_crash => ShutdownReason::Crash,
-                ctrl::SHUTDOWN_watchdog => ShutdownReason::Watchdog,
-                ctrl::SHUTDOWN_soft_reset => ShutdownReason::SoftReset,
-                other => ShutdownReason::Other(other),
-            }
-        });
+        let reason = raw.flags >> ctrl::XEN_DOMINF_shutdownshift & ctrl::XEN_DOMINF_shutdownmask;
+        let shutdown = has(ctrl::XEN_DOMINF_shutdown).then(|| ShutdownReason::from_raw(reason));
         let dying = has(ctrl::XEN_DOMINF_dying);
         let paused = has(ctrl::XEN_DOMINF_paused);
         let state = match shutdown {

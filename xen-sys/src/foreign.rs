@@ -15,7 +15,8 @@ const WORD_BYTES: usize = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     Read,
-    /// Also marks every mapped frame dirty for log-dirty when it is unmapped, written or not.
+    /// What is written does not show in the log-dirty bitmap of an HVM or PVH guest (`xen/arch/x86/mm.c`): it is not for
+    /// a guest that is being migrated or saved.
     ReadWrite,
 }
 

@@ -28,7 +28,7 @@ pub enum Peek {
 /// Xen's own counts (`xen_domctl_shadow_op_stats`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DirtyStats {
-    /// Frames marked dirty since the last CLEAN.
+    /// Frames marked dirty since the last CLEAN. With log-dirty off an old number, though the bitmap is empty.
     pub dirty_pages: u32,
     /// Faults taken for it; always 0 with hardware-assisted paging.
     pub faults: u32,
