@@ -630,9 +630,7 @@ fn oracle() -> Option<(String, String)> {
             !required,
             "XENFOLD_REQUIRE_ORACLES=1, but XENFOLD_VERIFY_STREAM does not name verify-stream-v2"
         );
-        skipped(&format!(
-            "XENFOLD_VERIFY_STREAM does not name Xen's verify-stream-v2; streams are NOT checked by it"
-        ));
+        skipped("XENFOLD_VERIFY_STREAM does not name Xen's verify-stream-v2; streams are NOT checked by it");
         return None;
     };
     let library = std::env::var("PYTHONPATH").unwrap_or_else(|_| {
