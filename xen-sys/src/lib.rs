@@ -32,7 +32,7 @@ pub use domain::{DOM0, DomId, DomainInfo, DomainState, ShutdownReason, Xenctrl, 
 pub use error::{XenError, XenVersion};
 pub use foreign::{Access, ForeignMemory, Mapping, PAGE_BYTES};
 pub use libxl::Libxl;
-pub use logdirty::{DirtyStats, LogDirty, Peek};
+pub use logdirty::{LogDirty, Peek};
 pub use store::{WatchEvent, Xenstore};
 
 /// The Xen release whose headers the bindings were made from, the only one whose libxenctrl and libxenlight are opened.

@@ -7,7 +7,6 @@
 //!
 //! What cannot be kept apart here: xl turns a mode that it finds on off and on again, and is then cleaned by us. So turn
 //! it off, or drop the handle, before xl is let go on.
-use std::io;
 use std::ptr::{self, NonNull};
 
 use crate::domain::Handle;
@@ -18,20 +17,12 @@ use crate::{Bitmap, DomId, XenError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Peek {
-    /// The bitmap has been read.
-    Read(DirtyStats),
+    /// The bitmap has been read and has so many bits set. (Not Xen's own count: turning log-dirty on does not reset that,
+    /// so until the first CLEAN it includes an earlier migration's.)
+    Read { dirty_pages: u64 },
     /// Another log-dirty operation on this domain is parked half-way (EBUSY); the bitmap is as before. Skip this reading:
     /// retrying at once can make xl's next CLEAN fail.
     Busy,
-}
-
-/// Xen's own counts (`xen_domctl_shadow_op_stats`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DirtyStats {
-    /// Frames marked dirty since the last CLEAN. With log-dirty off an old number, though the bitmap is empty.
-    pub dirty_pages: u32,
-    /// Faults taken for it; always 0 with hardware-assisted paging.
-    pub faults: u32,
 }
 
 /// A domain's dirty bitmap. `Send`, not `Sync`; from [`crate::Xenctrl::log_dirty`].
@@ -109,6 +100,12 @@ impl LogDirty {
         self.ours
     }
 
+    /// Takes over a log-dirty that a migration left on whose xl and helper are dead. Only for their heir: of a living
+    /// migration it would take the bits.
+    pub fn adopt(&mut self) {
+        self.ours = true;
+    }
+
     /// Turns log-dirty on with an empty bitmap. The guest's large mappings are split while it is on.
     ///
     /// # Errors
@@ -120,7 +117,7 @@ impl LogDirty {
             ctrl::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY,
             false,
         ) {
-            Ok(_) => {
+            Ok(()) => {
                 self.ours = true;
                 Ok(())
             }
@@ -171,23 +168,21 @@ impl LogDirty {
         // For a dying domain Xen answers success and writes nothing (paging_domctl): the last reading must not show.
         // SAFETY: the mapping is `words` long and ours alone outside of a hypercall.
         unsafe { ptr::write_bytes(self.memory.as_ptr(), 0, words) };
-        let stats = match self.control(what, operation, true) {
-            Ok(stats) => stats,
+        match self.control(what, operation, true) {
+            Ok(()) => {}
             Err(XenError::Call { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => return Ok(Peek::Busy),
             Err(error) => return Err(error),
-        };
+        }
         // SAFETY: fill_with asks for the words of `pages` bits, which the mapping has room for; Xen writes to it during
         // the hypercall only, and words are little-endian on this architecture.
         bitmap.fill_with(self.pages, |word| unsafe { self.memory.add(word).read() });
-        Ok(Peek::Read(stats))
+        Ok(Peek::Read {
+            dirty_pages: bitmap.count_ones(),
+        })
     }
 
-    fn control(&mut self, what: &'static str, operation: u32, with_bitmap: bool) -> Result<DirtyStats, XenError> {
+    fn control(&mut self, what: &'static str, operation: u32, with_bitmap: bool) -> Result<(), XenError> {
         let logdirty_control = symbol!(self.handle.library, xc_logdirty_control);
-        let mut stats = ctrl::xc_shadow_op_stats_t {
-            fault_count: 0,
-            dirty_count: 0,
-        };
         let (buffer, pages) = if with_bitmap {
             (&raw mut self.buffer, self.pages)
         } else {
@@ -195,7 +190,7 @@ impl LogDirty {
         };
         // SAFETY: the handle is open, the release was checked when this was made; `buffer` is null or an allocated
         // hypercall buffer with room for `pages` bits rounded up to whole pages (Xen writes no byte past the last bit's);
-        // `stats` is where the counts go.
+        // the counts are not asked for.
         let covered = unsafe {
             logdirty_control(
                 self.handle.as_ptr(),
@@ -204,17 +199,14 @@ impl LogDirty {
                 buffer,
                 pages,
                 0,
-                &mut stats,
+                ptr::null_mut(),
             )
         };
         if covered < 0 {
-            let source: io::Error = errno();
-            return Err(XenError::call(what, Some(self.domid), source));
+            Err(XenError::call(what, Some(self.domid), errno()))
+        } else {
+            Ok(())
         }
-        Ok(DirtyStats {
-            dirty_pages: stats.dirty_count,
-            faults: stats.fault_count,
-        })
     }
 }
 
