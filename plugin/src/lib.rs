@@ -1,5 +1,18 @@
-//! What `xl migrate` meets: `xenfold-ssh` at the source, `xenfold` at the destination and on the administrator's terminal.
+//! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
+//! ([`receive`]), and on the administrator's terminal `xenfold resume` and `xenfold replay`.
 #![forbid(unsafe_code)]
 
+pub mod arguments;
+pub mod config;
+pub mod guest;
+pub mod process;
+pub mod progress;
+pub mod receive;
+pub mod record;
 pub mod replay;
+pub mod repair;
+pub mod resume;
+pub mod signals;
+pub mod source;
+pub mod ssh;
 pub mod usage;

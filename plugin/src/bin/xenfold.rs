@@ -1,10 +1,13 @@
 //! The `xenfold` command.
 #![forbid(unsafe_code)]
 
-use std::process::ExitCode;
+use std::path::Path;
+use std::process::exit;
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
-use xenfold_plugin::replay;
+use xenfold_plugin::config::{self, Config};
+use xenfold_plugin::{receive, replay, resume};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
@@ -15,23 +18,40 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Receive a guest: what xenfold-ssh starts on the other host.
+    Receive(receive::Arguments),
+    /// Set a guest going again that a broken migration left suspended here.
+    Resume(resume::Arguments),
+    #[command(hide = true)]
+    GuestState(resume::StateArguments),
     /// Carry a saved guest through both engines and compare with plain copy, zstd and lz4.
     Replay(replay::Arguments),
     #[command(hide = true)]
     ReplaySide(replay::SideArguments),
 }
 
-fn main() -> ExitCode {
+fn main() {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp_millis().init();
-    let result = match Arguments::parse().command {
-        Command::Replay(arguments) => replay::run(&arguments),
-        Command::ReplaySide(arguments) => replay::run_side(&arguments).map(|()| 0),
-    };
-    match result {
-        Ok(status) => ExitCode::from(status),
+    match run(Arguments::parse().command) {
+        // Threads that wait for what does not come any more end with the process.
+        Ok(status) => exit(status),
         Err(error) => {
             eprintln!("xenfold: {error:#}");
-            ExitCode::from(if error.is::<replay::BadInput>() { 2 } else { 1 })
+            exit(if error.is::<replay::BadInput>() { 2 } else { 1 })
         }
     }
+}
+
+fn run(command: Command) -> Result<i32> {
+    match command {
+        Command::Receive(arguments) => receive::run(&arguments, &configuration()?),
+        Command::Resume(arguments) => resume::run(&arguments, &configuration()?).map(|()| 0),
+        Command::GuestState(arguments) => resume::print_state(&arguments).map(|()| 0),
+        Command::Replay(arguments) => replay::run(&arguments).map(i32::from),
+        Command::ReplaySide(arguments) => replay::run_side(&arguments).map(|()| 0),
+    }
+}
+
+fn configuration() -> Result<Config> {
+    Ok(config::read(Path::new(config::PATH))?)
 }

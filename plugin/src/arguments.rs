@@ -1,0 +1,154 @@
+//! The command line of `xenfold-ssh`: ssh's own options, ours among them, the host, the command.
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::config::Config;
+
+/// ssh's options that take a value (ssh(1), OpenSSH 9).
+const SSH_OPTIONS_WITH_VALUE: &str = "BbcDEeFIiJLlmOoPpQRSWw";
+
+pub const USAGE: &str = "\
+usage: xl migrate -s xenfold-ssh GUEST HOST
+       xl migrate -s 'xenfold-ssh [OPTIONS] [ssh's options]' GUEST HOST
+
+  --verify         read every frame of the rebuilt guest back before it may start
+  --no-fallback    fail when the other host has no xenfold, instead of sending as plain xl does
+  --stats FILE     write all figures of the migration to FILE as JSON
+  --timeout SECONDS  silence after which the other host is given up (15)
+  --quiet          no lines of progress, no summary
+  --version, --help
+
+/etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout, quiet, ssh.";
+
+/// Why a command line cannot be followed.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ArgumentError {
+    #[error("{0} needs a value")]
+    ValueMissing(String),
+    #[error("{option} takes a number of seconds from 1 to 3600, not `{value}`")]
+    BadNumber { option: String, value: String },
+    #[error("no host and command: xenfold-ssh is called by `xl migrate -s xenfold-ssh GUEST HOST`")]
+    NoCommand,
+    #[error("unknown option {0}; xenfold-ssh --help lists them")]
+    Unknown(String),
+}
+
+/// What one migration is to be done with.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Arguments {
+    pub config: Config,
+    /// Options for ssh, as they came.
+    pub ssh: Vec<String>,
+    pub host: String,
+    /// The command for the other host: `xl migrate-receive` with its options.
+    pub command: Vec<String>,
+}
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    Migrate(Box<Arguments>),
+    Help,
+    Version,
+}
+
+/// Reads the arguments behind the program's name. Options before the host are ours when they begin with `--`.
+pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Result<Action, ArgumentError> {
+    let mut parsed = Arguments { config, ..Arguments::default() };
+    let mut rest = arguments.into_iter();
+    while let Some(argument) = rest.next() {
+        let mut value = || rest.next().ok_or_else(|| ArgumentError::ValueMissing(argument.clone()));
+        match argument.as_str() {
+            "--help" => return Ok(Action::Help),
+            "--version" => return Ok(Action::Version),
+            "--verify" => parsed.config.verify = true,
+            "--no-fallback" => parsed.config.fallback = false,
+            "--quiet" => parsed.config.quiet = true,
+            "--stats" => parsed.config.stats = Some(PathBuf::from(value()?)),
+            "--timeout" => {
+                let text = value()?;
+                let seconds = text.parse().ok().filter(|seconds| (1..=3600).contains(seconds));
+                parsed.config.timeout =
+                    seconds.ok_or(ArgumentError::BadNumber { option: argument.clone(), value: text })?;
+            }
+            "--" => {}
+            long if long.starts_with("--") => return Err(ArgumentError::Unknown(argument)),
+            short if short.starts_with('-') && short.len() > 1 => {
+                let takes_value = short.chars().nth(1).is_some_and(|option| SSH_OPTIONS_WITH_VALUE.contains(option));
+                let separate = takes_value && short.len() == 2;
+                let extra = if separate { Some(value()?) } else { None };
+                parsed.ssh.push(argument);
+                parsed.ssh.extend(extra);
+            }
+            _ => {
+                parsed.host = argument;
+                parsed.command = rest.collect();
+                break;
+            }
+        }
+    }
+    if parsed.host.is_empty() || parsed.command.is_empty() {
+        return Err(ArgumentError::NoCommand);
+    }
+    Ok(Action::Migrate(Box::new(parsed)))
+}
+
+impl Arguments {
+    pub fn timeout(&self) -> Duration {
+        Duration::from_secs(self.config.timeout.into())
+    }
+
+    /// Remus and COLO speak the stream in both directions: they are carried plain.
+    pub fn is_checkpointed(&self) -> bool {
+        let mut options = self.command.iter().skip_while(|word| *word != "migrate-receive").skip(1);
+        options.any(|word| {
+            let short = word.starts_with('-') && !word.starts_with("--");
+            word.starts_with("--colo") || word.starts_with("--userspace-colo") || (short && word.contains('r'))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn migrate(line: &str) -> Arguments {
+        match parse(Config::default(), line.split_whitespace().map(str::to_owned)) {
+            Ok(Action::Migrate(arguments)) => *arguments,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn options_of_ssh_and_ours_are_told_apart() {
+        let parsed = migrate("--verify -p 2222 -oPort=1 -4 --stats /tmp/s -i key host xl migrate-receive -e");
+        assert_eq!(parsed.ssh, ["-p", "2222", "-oPort=1", "-4", "-i", "key"]);
+        assert_eq!((parsed.host.as_str(), parsed.command.join(" ").as_str()), ("host", "xl migrate-receive -e"));
+        assert!(parsed.config.verify && parsed.config.fallback && !parsed.is_checkpointed());
+        assert_eq!(parsed.config.stats, Some(PathBuf::from("/tmp/s")));
+    }
+
+    #[test]
+    fn checkpointed_streams_are_known() {
+        for (line, checkpointed) in [
+            ("h xl migrate-receive", false),
+            ("h xl -vvv migrate-receive -e -p", false),
+            ("h xl migrate-receive -r", true),
+            ("h xl migrate-receive --colo --userspace-colo-proxy", true),
+        ] {
+            assert_eq!(migrate(line).is_checkpointed(), checkpointed, "{line}");
+        }
+    }
+
+    #[test]
+    fn wrong_lines_are_explained() {
+        let error = |line: &str| parse(Config::default(), line.split_whitespace().map(str::to_owned)).unwrap_err();
+        assert_eq!(error(""), ArgumentError::NoCommand);
+        assert_eq!(error("host"), ArgumentError::NoCommand);
+        assert_eq!(error("--verfy host xl"), ArgumentError::Unknown("--verfy".into()));
+        assert_eq!(error("-p"), ArgumentError::ValueMissing("-p".into()));
+        assert!(error("--timeout 0 h xl").to_string().contains("1 to 3600"));
+    }
+}

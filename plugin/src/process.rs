@@ -1,0 +1,115 @@
+//! What /proc tells of the processes around us: xl and libxl's helper.
+use std::fs;
+
+use xen_sys::DomId;
+
+/// Arguments of a process; empty when it is gone.
+pub fn arguments(pid: u32) -> Vec<String> {
+    let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words = raw.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    let mut words: Vec<String> = words.collect();
+    words.pop();
+    words
+}
+
+/// Its parent, `None` when it is gone.
+pub fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name stands in parentheses and may contain any character.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn all() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+fn is_descendant(mut pid: u32, ancestor: u32) -> bool {
+    while pid > 1 {
+        if pid == ancestor {
+            return true;
+        }
+        let Some(next) = parent(pid) else { return false };
+        pid = next;
+    }
+    false
+}
+
+/// libxl's helper and the domain it works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Helper {
+    pub pid: u32,
+    pub domid: DomId,
+}
+
+/// Finds the helper that saves (`--save-domain`) or restores (`--restore-domain`) below `ancestor`.
+pub fn find_helper(ancestor: u32, direction: &str) -> Option<Helper> {
+    all().find_map(|pid| {
+        let domid = helper_domid(&arguments(pid), direction)?;
+        is_descendant(pid, ancestor).then_some(Helper { pid, domid })
+    })
+}
+
+/// `libxl-save-helper --save-domain STREAM_FD BACK_FD NUMBERS…`, the first number being the domid
+/// (tools/libs/light/libxl_save_callout.c).
+fn helper_domid(arguments: &[String], direction: &str) -> Option<DomId> {
+    match arguments {
+        [program, what, _, _, domid, ..] if program.ends_with("libxl-save-helper") && what == direction => {
+            domid.parse().ok().and_then(DomId::new)
+        }
+        _ => None,
+    }
+}
+
+/// The guest as named on an `xl migrate` command line: the argument before the last, the options skipped.
+pub fn guest_of_xl(arguments: &[String]) -> Option<String> {
+    let mut words = arguments.iter().skip_while(|word| *word != "migrate").skip(1);
+    let mut positional = Vec::new();
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "-C" | "-s" => drop(words.next()),
+            option if option.starts_with('-') && option.len() > 1 => {}
+            _ => positional.push(word.clone()),
+        }
+    }
+    match &positional[..] {
+        [guest, _host] => Some(guest.clone()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<String> {
+        line.split(' ').map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn the_guest_is_found_on_xls_command_line() {
+        for line in [
+            "xl migrate g1 host",
+            "xl -v migrate --debug -s xenfold-ssh g1 host",
+            "/usr/sbin/xl migrate -C /etc/g.cfg -sxenfold-ssh -p g1 host",
+        ] {
+            assert_eq!(guest_of_xl(&words(line)).as_deref(), Some("g1"), "{line}");
+        }
+        assert_eq!(guest_of_xl(&words("bash -c true")), None);
+    }
+
+    #[test]
+    fn the_helper_names_its_domain() {
+        let line = words("/usr/lib/xen-4.17/bin/libxl-save-helper --restore-domain 0 12 7 0 1");
+        assert_eq!(helper_domid(&line, "--restore-domain"), DomId::new(7));
+        assert_eq!(helper_domid(&line, "--save-domain"), None);
+        assert_eq!(helper_domid(&words("sshd: root"), "--save-domain"), None);
+    }
+
+    #[test]
+    fn our_own_process_is_there() {
+        let me = std::process::id();
+        assert!(is_descendant(me, parent(me).unwrap()));
+        assert!(!arguments(me).is_empty());
+    }
+}

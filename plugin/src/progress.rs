@@ -1,0 +1,148 @@
+//! What the administrator sees: a line a second in xl's manner, and a summary.
+use std::io::{IsTerminal, Write, stderr};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use parking_lot::Mutex;
+use xen_sys::Xenctrl;
+use xenfold::page::PAGE_SIZE;
+use xenfold::report::Figures;
+
+use crate::guest::{KnownDomain, is_suspended};
+
+const EVERY: Duration = Duration::from_secs(1);
+/// How often the guest's state is looked at, to know when it was suspended.
+const WATCH_EVERY: Duration = Duration::from_millis(50);
+
+/// Prints and watches until it is dropped.
+pub struct Progress {
+    stop: Option<Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+    suspended: Arc<Mutex<Option<Instant>>>,
+}
+
+impl Progress {
+    pub fn start(figures: Arc<Mutex<Figures>>, domain: KnownDomain, quiet: bool) -> std::io::Result<Progress> {
+        let (stop, stopped) = bounded::<()>(0);
+        let suspended = Arc::new(Mutex::new(None));
+        let seen = suspended.clone();
+        let work = move || {
+            let xen = Xenctrl::open().ok();
+            let terminal = stderr().is_terminal();
+            let start = Instant::now();
+            let mut next_line = start + EVERY;
+            while stopped.recv_timeout(WATCH_EVERY) == Err(RecvTimeoutError::Timeout) {
+                if seen.lock().is_none()
+                    && let (Some(xen), Some(domid)) = (&xen, domain.get())
+                    && xen.domain(domid).ok().flatten().is_some_and(|info| is_suspended(&info))
+                {
+                    *seen.lock() = Some(Instant::now());
+                }
+                if !quiet && Instant::now() >= next_line {
+                    next_line += EVERY;
+                    let mut now = figures.lock().clone();
+                    now.time_elapsed_ms = start.elapsed().as_millis() as u64;
+                    let (begin, end) = if terminal { ("\r", "\x1b[K") } else { ("", "\n") };
+                    // Nobody has to read it.
+                    let _ = write!(stderr(), "{begin}xenfold: {}{end}", line(&now));
+                }
+            }
+            if terminal && !quiet {
+                let _ = writeln!(stderr());
+            }
+        };
+        let thread = thread::Builder::new().name("xenfold-progress".into()).spawn(work)?;
+        Ok(Progress { stop: Some(stop), thread: Some(thread), suspended })
+    }
+
+    /// How long ago the guest was seen suspended, to about 50 ms.
+    pub fn since_suspend(&self) -> Option<Duration> {
+        self.suspended.lock().map(|at| at.elapsed())
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // It only prints.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// One line: pass and how far it is, rate, what went over the wire, what was saved.
+fn line(figures: &Figures) -> String {
+    if figures.iteration == 0 {
+        return format!("{}: waiting for {}", figures.guest, figures.host);
+    }
+    let total = (figures.memory_total_bytes / PAGE_SIZE as u64).max(1);
+    let percent = (100 * figures.iteration_pages / total).min(100);
+    format!(
+        "{}: pass {}, {percent}%, {:.1} MiB/s, {:.1} MiB on the wire, {:.0}% saved",
+        figures.guest,
+        figures.iteration,
+        figures.rate() / f64::from(1 << 20),
+        mib(figures.wire_bytes),
+        100.0 * figures.reduction()
+    )
+}
+
+/// The lines at the end.
+pub fn summary(figures: &Figures) -> String {
+    let pages = &figures.pages;
+    let blocks: Vec<String> = figures.blocks.iter().map(|(name, count)| format!("{count} {name}")).collect();
+    let mut text = format!(
+        "time elapsed {} ms (setup {} ms, downtime {} ms), {} passes\n\
+         memory processed {:.1} MiB: {} zero, {} references, {} full pages, {} without data\n\
+         wire {:.1} MiB instead of {:.1} MiB, {:.1}% saved; blocks: {}",
+        figures.time_elapsed_ms,
+        figures.setup_time_ms,
+        figures.downtime_ms,
+        figures.iteration,
+        mib(figures.memory_processed_bytes),
+        pages.zero,
+        pages.reference,
+        pages.full,
+        pages.absent,
+        mib(figures.wire_bytes),
+        mib(figures.stream_bytes),
+        100.0 * figures.reduction(),
+        if blocks.is_empty() { "none".to_owned() } else { blocks.join(", ") },
+    );
+    if let Some(verify) = &figures.verify {
+        text.push_str(&format!(
+            "\nverified {} frames read back equal ({} rewritten by Xen left out) in {} ms; {} changed at the source since",
+            verify.equal_pages, verify.rewritten_by_xen_pages, verify.time_ms, verify.changed_at_source_pages
+        ));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_tells_how_far_it_is() {
+        let mut figures = Figures { guest: "g1".into(), host: "b".into(), ..Figures::default() };
+        assert_eq!(line(&figures), "g1: waiting for b");
+        figures = Figures {
+            iteration: 2,
+            iteration_pages: 256,
+            memory_total_bytes: 4 << 20,
+            memory_processed_bytes: 20 << 20,
+            time_elapsed_ms: 10_000,
+            stream_bytes: 20 << 20,
+            wire_bytes: 5 << 20,
+            ..figures
+        };
+        assert_eq!(line(&figures), "g1: pass 2, 25%, 2.0 MiB/s, 5.0 MiB on the wire, 75% saved");
+    }
+}

@@ -1,0 +1,204 @@
+//! `xenfold receive -- xl migrate-receive …`: the destination's agent, started by ssh.
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{FdFlags, fcntl_setfd, ioctl_fionread};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::process::{Pid, Signal, kill_process};
+use xen_sys::{DomId, Libxl, Xenctrl, Xenstore};
+use xenfold::engine::destination::{self, DestinationSetup, Event, XlInput, XlProcess};
+use xenfold::engine::{FrameSource, LinkEnds, WINDOW_ROWS};
+use xenfold::wire::Hello;
+
+use crate::config::Config;
+use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
+use crate::source::chain;
+use crate::{process, signals, ssh, usage};
+
+/// Room in the pipe to xl.
+const PIPE_BYTES: usize = 256 << 10;
+
+/// How long xl may take to end after it was given up; destroying a large guest takes its time.
+const XL_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often xl's children are looked at until its helper is there.
+const HELPER_EVERY: Duration = Duration::from_millis(100);
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// The command that receives the guest: `xl migrate-receive` with its options.
+    #[arg(required = true, last = true)]
+    command: Vec<String>,
+}
+
+/// Receives one guest. Returns the exit status of xl, or 1 when the guest was not taken over.
+pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
+    let domain = KnownDomain::default();
+    let frames: Option<Box<dyn FrameSource>> = match GuestFrames::open(domain.clone()) {
+        Ok(frames) => Some(Box::new(frames)),
+        Err(error) => {
+            log::warn!("pages cannot be referred to at any distance: {}", chain(&error));
+            None
+        }
+    };
+    let hello = Hello {
+        program: xenfold::VERSION.into(),
+        frames: frames.is_some(),
+        window_rows: WINDOW_ROWS as u32,
+        timeout_s: config.timeout,
+        ..Hello::default()
+    };
+    let link = link()?;
+    let negotiated = destination::negotiate(link, &hello, Duration::from_secs(config.timeout.into()))
+        .context("the source did not introduce itself; xenfold receive is started by xenfold-ssh")?;
+    let events = destination::events();
+    let stop = events.0.clone();
+    signals::handle(move || drop(stop.send(Event::Stop("terminated by a signal".into()))))?;
+    let xl = start_xl(&arguments.command, domain)?;
+    let setup = DestinationSetup {
+        xl,
+        frames,
+        events,
+        program: xenfold::VERSION.into(),
+        usage: usage::cpu_ms_and_peak_rss_bytes,
+    };
+    match destination::run(negotiated, setup) {
+        Ok(status) => Ok(status),
+        Err(error) => {
+            eprintln!(
+                "xenfold receive: the guest was not taken over and nothing of it is left here: {}. It is the source's.",
+                chain(&error)
+            );
+            Ok(1)
+        }
+    }
+}
+
+/// Standard input and output, with an input that can be made to end.
+fn link() -> Result<LinkEnds> {
+    let input = rustix::io::dup(rustix::stdio::stdin())?;
+    let output = File::from(rustix::io::dup(rustix::stdio::stdout())?);
+    let (cancelled, cancel) = pipe_with(PipeFlags::CLOEXEC)?;
+    Ok(LinkEnds {
+        to_peer: Box::new(output),
+        from_peer: Box::new(Cancellable { input, cancelled }),
+        // One byte is enough, and an error means that nobody reads any more.
+        hangup: Arc::new(move || {
+            let _ = rustix::io::write(&cancel, &[0]);
+        }),
+    })
+}
+
+/// A reader that ends when something is written to the other end of `cancelled`.
+struct Cancellable {
+    input: OwnedFd,
+    cancelled: OwnedFd,
+}
+
+impl Read for Cancellable {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut polled = [PollFd::new(&self.input, PollFlags::IN), PollFd::new(&self.cancelled, PollFlags::IN)];
+        poll(&mut polled, None)?;
+        if !polled[1].revents().is_empty() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        Ok(rustix::io::read(&self.input, buffer)?)
+    }
+}
+
+/// Starts xl with pipes on both sides, and a thread that finds the guest it builds.
+fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
+    let (stdin, to_xl) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (from_xl, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
+    fcntl_setpipe_size(&to_xl, PIPE_BYTES)?;
+    // xl inherits the reading end of its own output, too: should this process be killed, its report still finds
+    // somewhere to go, and it destroys the guest instead of ending before that (XEN.md, R2).
+    let kept = rustix::io::dup(&from_xl)?;
+    fcntl_setfd(&kept, FdFlags::empty())?;
+    let (program, words) = command.split_first().context("no command to receive with")?;
+    let child = Command::new(program).args(words).stdin(Stdio::from(stdin)).stdout(Stdio::from(stdout)).spawn();
+    let child = child.with_context(|| format!("{program} cannot be started"))?;
+    drop(kept);
+    let pid = child.id();
+    let found = domain.clone();
+    thread::Builder::new().name("xenfold-helper".into()).spawn(move || {
+        while !process::arguments(pid).is_empty() {
+            if let Some(helper) = process::find_helper(pid, "--restore-domain") {
+                found.set(helper.domid);
+                return;
+            }
+            thread::sleep(HELPER_EVERY);
+        }
+    })?;
+    let watched = to_xl.try_clone()?;
+    Ok(XlProcess {
+        input: XlInput { writer: Box::new(File::from(to_xl)), unread: Arc::new(move || unread(&watched)) },
+        output: Box::new(File::from(from_xl)),
+        end: Box::new(move |given_up| end_xl(child, &domain, given_up)),
+    })
+}
+
+/// Bytes in a pipe that its reader has not taken. Errors: it has no reader any more.
+fn unread(pipe: &OwnedFd) -> io::Result<u64> {
+    let mut polled = [PollFd::new(pipe, PollFlags::empty())];
+    poll(&mut polled, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    if polled[0].revents().contains(PollFlags::ERR) {
+        return Err(io::ErrorKind::BrokenPipe.into());
+    }
+    Ok(ioctl_fionread(pipe)?)
+}
+
+/// Waits for xl. Given up, it has a minute to destroy the guest by itself; what it leaves is destroyed here.
+fn end_xl(mut child: Child, domain: &KnownDomain, given_up: bool) -> i32 {
+    let deadline = Instant::now() + XL_PATIENCE;
+    let mut terminated = false;
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break ssh::code(status),
+            Ok(None) => {}
+            Err(error) => {
+                log::warn!("xl cannot be waited for: {error}");
+                break 1;
+            }
+        }
+        if given_up && !terminated && Instant::now() > deadline {
+            terminated = true;
+            if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+                // Gone meanwhile is as good.
+                let _ = kill_process(pid, Signal::TERM);
+            }
+        }
+        thread::sleep(Duration::from_millis(10));
+    };
+    if given_up && let Some(domid) = domain.get() {
+        match destroy_leftover(domid) {
+            Ok(false) => {}
+            Ok(true) => eprintln!("xenfold receive: xl left domain {} behind; it was destroyed", domid.get()),
+            Err(error) => eprintln!(
+                "xenfold receive: what is left of the guest (domain {}) cannot be destroyed: {error:#}; type `xl destroy {}`",
+                domid.get(),
+                domid.get()
+            ),
+        }
+    }
+    status
+}
+
+/// Destroys the guest under construction if it is still there and was never started. Whether it was.
+fn destroy_leftover(domid: DomId) -> Result<bool> {
+    let (xen, store) = (Xenctrl::open()?, Xenstore::open()?);
+    let Some(info) = xen.domain(domid)? else { return Ok(false) };
+    let name = name_of(&store, domid)?.unwrap_or_default();
+    if info.dying || !name.ends_with(INCOMING) {
+        return Ok(false);
+    }
+    Libxl::open()?.destroy(domid)?;
+    Ok(true)
+}

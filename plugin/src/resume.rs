@@ -1,0 +1,126 @@
+//! `xenfold resume GUEST`: a source that was left suspended goes on, after the destination was asked.
+use anyhow::{Context, Result, bail};
+use xen_sys::{Xenctrl, Xenstore};
+
+use crate::config::Config;
+use crate::guest::{self, AWAY, INCOMING, Guest};
+use crate::record::{self, Migration};
+use crate::{repair, ssh};
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// The guest's name, with or without xl's `--migratedaway`, its domid, or its uuid.
+    guest: String,
+    /// The host it was going to, where that is not known here any more.
+    #[arg(long)]
+    host: Option<String>,
+    /// Resume although the other host cannot be asked. If it runs the guest, two will run, on one disk.
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct StateArguments {
+    uuid: String,
+}
+
+/// What a host says of a guest: `xenfold guest-state` prints it as one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    Absent,
+    /// Paused as `NAME--incoming`: left over from a migration that did not come to its end.
+    Incoming,
+    Present,
+}
+
+impl Held {
+    fn word(self) -> &'static str {
+        match self {
+            Held::Absent => "absent",
+            Held::Incoming => "incoming",
+            Held::Present => "present",
+        }
+    }
+}
+
+/// Prints what this host holds of a guest.
+pub fn print_state(arguments: &StateArguments) -> Result<()> {
+    println!("{}", held_here(&arguments.uuid)?.word());
+    Ok(())
+}
+
+fn held_here(uuid: &str) -> Result<Held> {
+    let (xen, store) = (Xenctrl::open()?, Xenstore::open()?);
+    let mut held = Held::Absent;
+    for info in xen.domains()?.iter().filter(|info| guest::uuid_text(&info.uuid) == uuid) {
+        let name = guest::name_of(&store, info.domid)?.unwrap_or_default();
+        if !name.ends_with(INCOMING) {
+            return Ok(Held::Present);
+        }
+        held = Held::Incoming;
+    }
+    Ok(held)
+}
+
+/// Repairs a source. Errors: why not, who owns a runnable guest, and what to do next.
+pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
+    let found = match guest::find(&arguments.guest)? {
+        Some(found) => Some(found),
+        None => guest::find(&format!("{}{AWAY}", arguments.guest))?,
+    };
+    let Some(found) = found else { bail!("there is no guest {} on this host", arguments.guest) };
+    let info = Xenctrl::open()?.domain(found.domid)?;
+    if !info.as_ref().is_some_and(guest::is_suspended) {
+        bail!("guest {} is not suspended: there is nothing to resume", found.name);
+    }
+    let migration = record::left_behind(&found.uuid)?;
+    ask_destination(arguments, config, &found, migration)?;
+    let done = repair::resume(found.domid)?;
+    record::forget(&found.uuid);
+    println!("xenfold: {done}");
+    Ok(())
+}
+
+fn ask_destination(
+    arguments: &Arguments,
+    config: &Config,
+    guest: &Guest,
+    migration: Option<Migration>,
+) -> Result<()> {
+    let Guest { name, uuid, .. } = guest;
+    let ssh = migration.as_ref().map_or_else(|| vec![config.ssh.clone()], |migration| migration.ssh.clone());
+    let Some(host) = arguments.host.clone().or(migration.map(|migration| migration.host)) else {
+        if arguments.force {
+            return Ok(());
+        }
+        bail!(
+            "it is not known here where guest {name} was going; if it runs nowhere else, type \
+             `xenfold resume {} --host HOST`, or --force when there is no such host any more",
+            arguments.guest
+        );
+    };
+    let question = ["xenfold", "guest-state", uuid].map(str::to_owned);
+    let (answer, status) = ssh::run(&ssh, &host, &question).context("ssh cannot be started")?;
+    match (answer.trim(), status) {
+        ("absent", 0) => Ok(()),
+        ("present", 0) => bail!(
+            "{host} holds guest {name} and owns it: two would run on one disk. If it is well there, end the copy here \
+             with `xl destroy {name}`"
+        ),
+        ("incoming", 0) => bail!(
+            "{host} still has a paused copy of guest {name}; end that first with `ssh {host} xl destroy \
+             DOMID` (its name there ends in {INCOMING}), then type `xenfold resume {}` again",
+            arguments.guest
+        ),
+        _ if arguments.force => {
+            eprintln!("xenfold: {host} could not be asked; resuming because of --force");
+            Ok(())
+        }
+        _ => bail!(
+            "{host} could not be asked whether it runs guest {name} (status {status}). Make sure that it does not, then \
+             type `xenfold resume {} --force`",
+            arguments.guest
+        ),
+    }
+}
+

@@ -1,0 +1,342 @@
+//! `xenfold-ssh`: stands where xl expects ssh.
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::process::{CommandExt, parent_id};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use crossbeam_channel::Sender;
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use xen_sys::Xenctrl;
+use xenfold::engine::source::{self, Ending, Event, Negotiated, SourceSetup};
+use xenfold::engine::{EngineError, FrameSource};
+use xenfold::page::{ContentKey, PAGE_SIZE};
+use xenfold::report::Figures;
+use xenfold::wire::{Hello, WireError};
+
+use crate::arguments::Arguments;
+use crate::guest::{AWAY, Guest, GuestFrames, KnownDomain};
+use crate::process::{self, Helper};
+use crate::progress::{Progress, summary};
+use crate::record::Record;
+use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
+use crate::{guest, repair, signals, usage};
+
+/// How often xl's children are looked at until its helper is there.
+const HELPER_EVERY: Duration = Duration::from_millis(100);
+
+/// The words in which the destination is called; xl's command follows.
+const RECEIVE: [&str; 3] = ["xenfold", "receive", "--"];
+
+/// Migrates, or carries plain. Returns the exit status: that of the command at the other end, 255 when the
+/// connection failed, 1 otherwise.
+pub fn run(arguments: &Arguments) -> Result<i32> {
+    let ssh = ssh_words(arguments);
+    if arguments.is_checkpointed() {
+        return Err(plain(&ssh, arguments));
+    }
+    let xl = parent_id();
+    let guest = guest::of_xl(xl).unwrap_or_else(|error| {
+        log::debug!("the guest is not known: {error:#}");
+        None
+    });
+    let record = match &guest {
+        Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone())?),
+        None => None,
+    };
+    let remote: Vec<String> = RECEIVE.map(str::to_owned).into_iter().chain(arguments.command.clone()).collect();
+    let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
+    match source::negotiate(link, &hello(arguments)?, arguments.timeout()) {
+        Ok(negotiated) => Agent { arguments, guest, record, process, xl }.migrate(negotiated),
+        Err(error) => without_xenfold(arguments, &ssh, &process, record, error),
+    }
+}
+
+fn ssh_words(arguments: &Arguments) -> Vec<String> {
+    let program = arguments.config.ssh.split_whitespace().map(str::to_owned);
+    program.chain(arguments.ssh.iter().cloned()).collect()
+}
+
+fn hello(arguments: &Arguments) -> Result<Hello> {
+    let mut key = [0; 32];
+    File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut key)).context("no random key")?;
+    let hello = Hello {
+        program: xenfold::VERSION.into(),
+        verify: arguments.config.verify,
+        timeout_s: arguments.config.timeout,
+        ..Hello::default()
+    };
+    Ok(hello.with_key(&ContentKey::new(key)))
+}
+
+/// Becomes ssh with xl's own command: the stream goes as plain xl sends it. Returns only when that fails.
+fn plain(ssh: &[String], arguments: &Arguments) -> anyhow::Error {
+    let mut words = ssh.iter();
+    let program = words.next().map_or("ssh", String::as_str);
+    let error = Command::new(program).args(words).arg(&arguments.host).args(&arguments.command).exec();
+    anyhow::Error::from(error).context(format!("{program} cannot be started"))
+}
+
+/// No xenfold answered. Nothing has been read from xl yet, so the stream can still go plain.
+fn without_xenfold(
+    arguments: &Arguments,
+    ssh: &[String],
+    process: &Ssh,
+    record: Option<Record>,
+    error: EngineError,
+) -> Result<i32> {
+    if let Some(record) = record {
+        record.close();
+    }
+    let host = &arguments.host;
+    let why = match error {
+        EngineError::Wire(error @ (WireError::NoHello | WireError::NoCommonVersion { .. })) => error.to_string(),
+        EngineError::Wire(WireError::Closed) => match process.wait() {
+            status if COMMAND_NOT_FOUND.contains(&status) => "it has no xenfold".to_owned(),
+            status => {
+                eprintln!(
+                    "xenfold: the connection to {host} ended before anything was sent (status {status}). The guest is \
+                     untouched and runs on here; try `ssh {host} xenfold --version`."
+                );
+                return Ok(status.max(1));
+            }
+        },
+        error => {
+            process.hang_up();
+            eprintln!(
+                "xenfold: {host} does not answer as it should: {}. The guest is untouched and runs on here.",
+                chain(&error)
+            );
+            return Ok(1);
+        }
+    };
+    process.hang_up();
+    if !arguments.config.fallback {
+        eprintln!(
+            "xenfold: {host} cannot receive through xenfold: {why}. The guest is untouched and runs on here; install \
+             xenfold on {host}, or migrate without --no-fallback."
+        );
+        return Ok(1);
+    }
+    eprintln!("xenfold: {host} cannot receive through xenfold: {why}; sending as plain xl does");
+    Err(plain(ssh, arguments))
+}
+
+/// An error and all that caused it, in one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// One migration with a xenfold at the other end.
+struct Agent<'a> {
+    arguments: &'a Arguments,
+    guest: Option<Guest>,
+    record: Option<Record>,
+    process: Ssh,
+    /// Process number of the xl that called us.
+    xl: u32,
+}
+
+/// What the threads around the engine have seen.
+#[derive(Clone, Default)]
+struct Seen {
+    domain: KnownDomain,
+    helper: Arc<Mutex<Option<Helper>>>,
+    xl_ended: Arc<Mutex<bool>>,
+}
+
+impl Agent<'_> {
+    fn migrate(mut self, negotiated: Negotiated) -> Result<i32> {
+        let seen = Seen::default();
+        if let Some(guest) = &self.guest {
+            seen.domain.set(guest.domid);
+        }
+        let figures = Arc::new(Mutex::new(self.first_figures()));
+        let events = source::events();
+        self.watch(&seen, &events.0)?;
+        let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet)?;
+        let setup = SourceSetup {
+            to_xl: Box::new(File::from(rustix::io::dup(rustix::stdio::stdout())?)),
+            frames: self.frames(&seen.domain),
+            figures: figures.clone(),
+            events,
+        };
+        let from_xl = File::from(rustix::io::dup(rustix::stdio::stdin())?);
+        let ending = source::run(negotiated, setup, Box::new(from_xl));
+
+        let downtime = progress.since_suspend();
+        drop(progress);
+        let mut last = figures.lock().clone();
+        last.downtime_ms = downtime.map_or(0, |time| time.as_millis() as u64);
+        (last.cpu_ms, last.peak_rss_bytes) = usage::cpu_ms_and_peak_rss_bytes();
+        let status = self.end(ending, &seen, &mut last);
+        self.write_stats(&last);
+        Ok(status)
+    }
+
+    fn first_figures(&self) -> Figures {
+        let name = self.guest.as_ref().map_or_else(|| "guest".to_owned(), |guest| guest.name.clone());
+        let info = self.guest.as_ref().and_then(|guest| Xenctrl::open().ok()?.domain(guest.domid).ok()?);
+        Figures {
+            guest: name,
+            host: self.arguments.host.clone(),
+            mode: "xenfold".into(),
+            memory_total_bytes: info.map_or(0, |info| info.total_pages * PAGE_SIZE as u64),
+            ..Figures::default()
+        }
+    }
+
+    /// The source's own frames, for `--verify`.
+    fn frames(&self, domain: &KnownDomain) -> Option<Box<dyn FrameSource>> {
+        if !self.arguments.config.verify {
+            return None;
+        }
+        match GuestFrames::open(domain.clone()) {
+            Ok(frames) => Some(Box::new(frames)),
+            Err(error) => {
+                log::warn!("the source's frames cannot be read for --verify: {}", chain(&error));
+                None
+            }
+        }
+    }
+
+    /// Starts the threads that wait for signals, for the end of xl, and for its helper.
+    fn watch(&self, seen: &Seen, events: &Sender<Event>) -> Result<()> {
+        let stop = events.clone();
+        // The phases have ended when nobody receives these.
+        signals::handle(move || drop(stop.send(Event::Stop("terminated by a signal".into()))))?;
+        let (xl, stop, ended) = (self.xl, events.clone(), seen.xl_ended.clone());
+        let pid = i32::try_from(xl).ok().and_then(Pid::from_raw).context("xl has no process number")?;
+        let handle = pidfd_open(pid, PidfdFlags::empty()).context("xl has ended already")?;
+        thread::Builder::new().name("xenfold-xl".into()).spawn(move || {
+            while poll(&mut [PollFd::new(&handle, PollFlags::IN)], None) == Err(rustix::io::Errno::INTR) {}
+            *ended.lock() = true;
+            let _ = stop.send(Event::Stop("xl was ended".into()));
+        })?;
+        let (seen, stop, expected) = (seen.clone(), events.clone(), self.guest.clone());
+        thread::Builder::new().name("xenfold-helper".into()).spawn(move || {
+            while !*seen.xl_ended.lock() {
+                if let Some(helper) = process::find_helper(xl, "--save-domain") {
+                    *seen.helper.lock() = Some(helper);
+                    seen.domain.set(helper.domid);
+                    if expected.is_some_and(|guest| guest.domid != helper.domid) {
+                        let _ = stop.send(Event::Stop("xl migrates another guest than its command line names".into()));
+                    }
+                    return;
+                }
+                thread::sleep(HELPER_EVERY);
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Says how it ended, who owns the guest, and what to type next; sets the source going where xl cannot any more.
+    fn end(&mut self, ending: Ending, seen: &Seen, figures: &mut Figures) -> i32 {
+        let (guest, host) = (figures.guest.clone(), figures.host.clone());
+        let xl_ended = *seen.xl_ended.lock();
+        match ending {
+            Ending::Completed { status } => {
+                self.close_record();
+                if !self.arguments.config.quiet {
+                    summary(figures).lines().for_each(|line| eprintln!("xenfold: {line}"));
+                }
+                if xl_ended {
+                    eprintln!(
+                        "xenfold: guest {guest} runs on {host}, but xl was ended here before it could remove its copy. \
+                         Check with `ssh {host} xl list`, then type `xl destroy {guest}{AWAY}`."
+                    );
+                    return 1;
+                }
+                let ended = self.process.wait();
+                if status == 0 { ended } else { status }
+            }
+            Ending::SourceOwns(error) => {
+                figures.error = Some(chain(&error));
+                eprintln!("xenfold: migration of guest {guest} to {host} failed: {}", chain(&error));
+                if xl_ended {
+                    self.repair(seen, &guest);
+                } else {
+                    eprintln!(
+                        "xenfold: guest {guest} is this host's and runs on here (xl resumes it); {host} has none of it. \
+                         Try again with the same command."
+                    );
+                    self.close_record();
+                }
+                exit_status(&error)
+            }
+            Ending::Unknown(error) => {
+                figures.error = Some(chain(&error));
+                if let Some(Err(error)) = self.record.take().map(Record::leave_behind) {
+                    log::warn!("what is known of this migration could not be noted: {error:#}");
+                }
+                eprintln!(
+                    "xenfold: the connection failed after {host} was told to start guest {guest}: {}\n\
+                     xenfold: it may run there; the copy here is suspended and safe. Type `xenfold resume {guest}`: it \
+                     asks {host}, and resumes the guest here only if it does not run there.",
+                    chain(&error)
+                );
+                exit_status(&error)
+            }
+        }
+    }
+
+    /// xl is dead and cannot resume the guest: that is done here.
+    fn repair(&mut self, seen: &Seen, guest: &str) {
+        let helper = *seen.helper.lock();
+        let repaired = helper.map_or(Ok(()), repair::end_helper).and_then(|()| match seen.domain.get() {
+            Some(domid) => repair::resume(domid),
+            None => Ok("the guest was not touched yet".into()),
+        });
+        match repaired {
+            Ok(done) => {
+                eprintln!("xenfold: xl was ended; {done}. Try again with the same command.");
+                self.close_record();
+            }
+            Err(error) => eprintln!(
+                "xenfold: xl was ended, and guest {guest} could not be set going again: {error:#}. It is this host's; \
+                 type `xenfold resume {guest}`."
+            ),
+        }
+    }
+
+    fn close_record(&mut self) {
+        if let Some(record) = self.record.take() {
+            record.close();
+        }
+    }
+
+    fn write_stats(&self, figures: &Figures) {
+        let Some(path) = &self.arguments.config.stats else { return };
+        let written = serde_json::to_vec_pretty(figures).map_err(io::Error::from).and_then(|json| {
+            let mut file = File::create(path)?;
+            file.write_all(&json)
+        });
+        if let Err(error) = written {
+            eprintln!("xenfold: the figures cannot be written to {}: {error}", path.display());
+        }
+    }
+}
+
+fn exit_status(error: &EngineError) -> i32 {
+    match error {
+        EngineError::RemoteEnded(status) if *status != 0 => *status,
+        EngineError::Wire(_) | EngineError::Silent { .. } => ssh::TRANSPORT_FAILED,
+        _ => 1,
+    }
+}

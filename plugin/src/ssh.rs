@@ -1,0 +1,76 @@
+//! Running ssh.
+use std::io::{self, Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use xenfold::engine::LinkEnds;
+
+/// ssh's exit status for a failure of its own.
+pub const TRANSPORT_FAILED: i32 = 255;
+
+/// The shell's exit statuses for a command that is not there, or cannot be run.
+pub const COMMAND_NOT_FOUND: [i32; 2] = [126, 127];
+
+/// A running ssh with a command at the other end.
+pub struct Ssh {
+    child: Arc<Mutex<Child>>,
+}
+
+/// ssh ignores SIGINT and SIGHUP as we do: a Ctrl-C on xl must not cut the connection over which the destination is
+/// told to clean up. A shell sets that, since what is ignored stays ignored across exec.
+const IGNORING: &str = r#"trap "" INT HUP; exec "$@""#;
+
+fn command(ssh: &[String], host: &str, remote: &[String]) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", IGNORING, "sh"]).args(ssh).arg(host).args(remote);
+    command
+}
+
+/// Starts ssh (program and options in `ssh`) with `remote` as the command on `host`.
+pub fn start(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(Ssh, LinkEnds)> {
+    let mut child = command(ssh, host, remote).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let no_pipe = || io::Error::other("ssh was started without its pipes");
+    let to_peer: Box<dyn Write + Send> = Box::new(child.stdin.take().ok_or_else(no_pipe)?);
+    let from_peer: Box<dyn Read + Send> = Box::new(child.stdout.take().ok_or_else(no_pipe)?);
+    let child = Arc::new(Mutex::new(child));
+    let killed = child.clone();
+    let hangup = Arc::new(move || {
+        // Already gone is as good.
+        let _ = killed.lock().kill();
+    });
+    Ok((Ssh { child }, LinkEnds { to_peer, from_peer, hangup }))
+}
+
+/// Runs a command on `host` to its end. Its standard output, and its exit status as ssh reports it.
+pub fn run(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(String, i32)> {
+    let output = command(ssh, host, remote).stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+    Ok((String::from_utf8_lossy(&output.stdout).into_owned(), code(output.status)))
+}
+
+impl Ssh {
+    /// Ends ssh, if it has not ended.
+    pub fn hang_up(&self) {
+        // Already gone is as good.
+        let _ = self.child.lock().kill();
+    }
+
+    /// Waits for ssh; its exit status is the remote command's.
+    pub fn wait(&self) -> i32 {
+        loop {
+            // Not waited for under the lock: a hang-up must get through.
+            match self.child.lock().try_wait() {
+                Ok(Some(status)) => return code(status),
+                Ok(None) => {}
+                Err(_) => return TRANSPORT_FAILED,
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+/// An exit status as a shell gives it.
+pub fn code(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
