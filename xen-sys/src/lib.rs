@@ -61,3 +61,39 @@ pub fn running_version() -> Option<XenVersion> {
         minor: number("minor")?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every `open` on a machine that is no dom0: an error that says what is missing, with or without the libraries.
+    #[test]
+    fn without_xen_every_open_is_an_error() {
+        if running_version().is_some() {
+            eprintln!("SKIPPED: this machine runs Xen; tests/lab.rs is for it");
+            return;
+        }
+        let errors = [
+            Xenctrl::open().err(),
+            ForeignMemory::open().err(),
+            Xenstore::open().err(),
+            Libxl::open().err(),
+        ];
+        for error in errors {
+            let error = error.expect("there is no Xen here");
+            let text = error.to_string();
+            match error {
+                XenError::LibraryMissing { name, package, .. } => {
+                    assert!(
+                        text.contains(&name) && text.contains(&package) && name.contains(".so."),
+                        "{text}"
+                    );
+                }
+                XenError::Unavailable { what, .. } => assert!(text.contains(what) && text.contains("dom0"), "{text}"),
+                XenError::Libxl { what, .. } => assert!(text.contains(what), "{text}"),
+                _ => panic!("{text}"),
+            }
+            println!("{text}");
+        }
+    }
+}
