@@ -581,7 +581,7 @@ fn skipped(what: &str) {
     let _ = writeln!(io::stderr(), "SKIPPED: {what}");
 }
 
-/// A PVH guest's `xl save` from the lab (tests/fixtures/README says which), unpacked.
+/// A small PVH guest's `xl save` from the lab, unpacked.
 fn capture() -> Option<Vec<u8>> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/small-pvh.save.zst");
     if !std::path::Path::new(path).exists() {
