@@ -5,9 +5,9 @@
 # What each image is made from, beside its own script: files here, and images.
 made_from() {
   case $1 in
-    rootfs) ;;
+    rootfs) echo "$LAB_D/bootstrap" ;;
     dom0) echo "image:rootfs $LAB_D/dom0" ;;
-    debian) echo "$LAB_D/debian" ;;
+    debian) echo "$LAB_D/bootstrap $LAB_D/debian" ;;
     guests) echo "image:rootfs image:debian $LAB_D/small $(guest_binary)" ;;
     hypervisor) ;;
   esac

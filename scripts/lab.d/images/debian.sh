@@ -6,13 +6,10 @@ packages=(
   systemd-sysv udev dbus kmod initramfs-tools procps iproute2 netbase linux-image-cloud-amd64
   postgresql postgresql-contrib nginx-light curl gcc libc6-dev
 )
-apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' \
-  'Created-By: Packages' 'Origin: Debian' | sort -u >sources.list
-[ -s sources.list ] || { echo "apt knows no Debian archive: run apt-get update"; exit 1; }
-mmdebstrap --variant=minbase --aptopt='APT::Install-Recommends "false"' \
-  --include="$(IFS=,; echo "${packages[*]}")" \
-  --setup-hook="mkdir -p \"\$1/etc\" && cp -r '$LAB_D/debian/etc/initramfs-tools' \"\$1/etc/\" && chmod 755 \"\$1/etc/initramfs-tools/scripts/init-bottom/lab\"" \
-  bookworm rootfs.tar <sources.list
+# The ramdisk is made when the kernel is installed, so its configuration comes first.
+"$LAB_D/bootstrap" rootfs.tar "$(IFS=,; echo "${packages[*]}")" \
+  --setup-hook="mkdir -p \"\$1/etc\" && cp -r '$LAB_D/debian/etc/initramfs-tools' \"\$1/etc/\" &&
+    chmod 755 \"\$1/etc/initramfs-tools/scripts/init-bottom/lab\""
 
 mkdir root
 tar -xf rootfs.tar -C root
@@ -20,6 +17,8 @@ cp root/boot/vmlinuz-* vmlinuz
 cp root/boot/initrd.img-* initrd
 cp -r "$LAB_D/debian/." root/
 chmod 755 root/usr/local/sbin/*
+# Its contents come with the ramdisk.
+install -m 755 /dev/null root/usr/local/bin/lab-guest
 : >root/etc/machine-id
 units=root/etc/systemd/system
 mkdir -p "$units/multi-user.target.wants"
@@ -31,4 +30,4 @@ for unit in e2scrub_reap.service e2scrub_all.timer apt-daily.timer apt-daily-upg
   ln -sf /dev/null "$units/$unit"
 done
 mkfs.ext4 -q -d root -L debian disk.raw 2G
-rm -rf root rootfs.tar sources.list
+rm -rf root rootfs.tar

@@ -16,7 +16,8 @@ install -m 755 "$LAB_D/small/init" small/init
 cp "$IMAGE_debian/vmlinuz" root/debian/
 mkdir -p debian/lab
 cp "$GUEST_BINARY" debian/lab/
-{ cat "$IMAGE_debian/initrd"; (cd debian && printf "lab\nlab/lab-guest\n" | cpio -o -H newc --quiet -R 0:0); } >root/debian/initrd
+# In front of Debian's: the kernel takes archives one after the other, if the first is not compressed.
+{ (cd debian && printf 'lab\nlab/lab-guest\n' | cpio -o -H newc --quiet -R 0:0); cat "$IMAGE_debian/initrd"; } >root/debian/initrd
 
 mkfs.ext4 -q -d root -L guests guests.img 128M
 rm -rf root small debian

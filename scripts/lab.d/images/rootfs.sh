@@ -9,12 +9,7 @@ packages=(
   libxen-dev      # the unversioned libxenctrl.so, which a test oracle loads
   busybox-static python3-minimal zstd
 )
-# Debian's own archives as apt is configured here: the machine knows where its mirror is.
-apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' \
-  'Created-By: Packages' 'Origin: Debian' | sort -u >sources.list
-[ -s sources.list ] || { echo "apt knows no Debian archive: run apt-get update"; exit 1; }
-mmdebstrap --variant=minbase --aptopt='APT::Install-Recommends "false"' \
-  --include="$(IFS=,; echo "${packages[*]}")" bookworm rootfs.tar <sources.list
+"$LAB_D/bootstrap" rootfs.tar "$(IFS=,; echo "${packages[*]}")"
 
 mkdir root
 tar -xf rootfs.tar -C root
@@ -28,4 +23,4 @@ for module in xen-netfront xen-blkfront; do
 done
 cp root/usr/lib/xen-4.17/bin/verify-stream-v2 verify-stream/
 cp -r root/usr/lib/xen-4.17/lib/python verify-stream/
-rm -rf root sources.list
+rm -rf root
