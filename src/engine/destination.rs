@@ -13,7 +13,7 @@ use super::link::{Link, LinkEnds, Watch, Watched};
 pub use super::receiving::{Rebuilt, Receiving, Unread, XlInput};
 use super::sending::spawn;
 use super::verify::read_back;
-use super::{EngineError, FrameSource};
+use super::{EngineError, Frames};
 use crate::page::ContentKey;
 use crate::report::DestinationFigures;
 use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError};
@@ -23,7 +23,7 @@ const POLL: Duration = Duration::from_millis(1);
 
 /// What the destination's phases wait for.
 pub enum Event {
-    Rebuilt(Box<Result<(Rebuilt, Option<Box<dyn FrameSource>>), EngineError>>),
+    Rebuilt(Box<Result<(Rebuilt, Frames), EngineError>>),
     Go(Vec<u8>),
     Abort(String),
     LinkLost(WireError),
@@ -65,7 +65,7 @@ pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Neg
 /// Everything the engine needs beside the connection.
 pub struct DestinationSetup {
     pub xl: XlProcess,
-    pub frames: Option<Box<dyn FrameSource>>,
+    pub frames: Frames,
     /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
     pub events: (Sender<Event>, Receiver<Event>),
     /// The caller's name, and its processor time and peak memory (ms, bytes) when asked at the end.
@@ -138,7 +138,7 @@ impl Destination {
     }
 
     /// Phase 1: frames become xl's stream, up to libxl's END record.
-    fn wait_rebuilt(&self) -> Result<(Rebuilt, Option<Box<dyn FrameSource>>), EngineError> {
+    fn wait_rebuilt(&self) -> Result<(Rebuilt, Frames), EngineError> {
         let mut xl_ended = false;
         loop {
             match self.next()? {
@@ -156,7 +156,7 @@ impl Destination {
     fn settle(
         &self,
         rebuilt: Rebuilt,
-        frames: Option<Box<dyn FrameSource>>,
+        frames: Frames,
     ) -> Result<Box<dyn Write + Send>, EngineError> {
         let Rebuilt { mut xl, end, digest, rows, ids } = rebuilt;
         let (first, rest) = end.record.split_at(4);

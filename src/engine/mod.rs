@@ -22,6 +22,9 @@ pub use rebuilt::WINDOW_ROWS;
 
 use crate::page::Pfn;
 
+/// A guest's frames, where they can be read.
+pub type Frames = Option<Box<dyn FrameSource>>;
+
 /// Reads guest memory by page number: the frames of a guest under construction, of a suspended one, or a file's.
 pub trait FrameSource: Send {
     /// Fills `pages` with the bytes of `pfns`, 4096 each, in their order. Errors: a page that cannot be read.

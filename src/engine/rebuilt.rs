@@ -65,10 +65,16 @@ impl RebuiltRecord {
     }
 }
 
+/// A record and its plain pages, each with its index in the record.
+struct Kept {
+    record: Arc<RebuiltRecord>,
+    pages: Vec<(Pfn, usize)>,
+}
+
 /// At the destination: the newest records, at least [`WINDOW_ROWS`] carried pages of them.
 #[derive(Default)]
 pub struct Recent {
-    records: VecDeque<(Arc<RebuiltRecord>, Vec<(Pfn, usize)>)>,
+    records: VecDeque<Kept>,
     /// The newest place of each page: record number and index of the page in it.
     places: HashMap<Pfn, (u64, usize)>,
     pages: usize,
@@ -80,9 +86,9 @@ impl Recent {
     /// The newest bytes of a page, if they are still here.
     pub fn page(&self, pfn: Pfn) -> Option<&[u8]> {
         let (number, index) = self.places.get(&pfn)?;
-        let first = self.records.front()?.0.number;
-        let (record, _) = self.records.get(usize::try_from(number.checked_sub(first)?).ok()?)?;
-        record.page(*index)
+        let first = self.records.front()?.record.number;
+        let kept = self.records.get(usize::try_from(number.checked_sub(first)?).ok()?)?;
+        kept.record.page(*index)
     }
 
     /// Takes a record in; `pages` are its plain pages with the index of each.
@@ -91,8 +97,8 @@ impl Recent {
             self.places.insert(*pfn, (record.number, *index));
         }
         self.pages += pages.len();
-        self.records.push_back((record, pages));
-        while let Some((oldest, pages)) = self.records.front() {
+        self.records.push_back(Kept { record, pages });
+        while let Some(Kept { record: oldest, pages }) = self.records.front() {
             if self.pages - pages.len() < WINDOW_ROWS {
                 break;
             }
@@ -114,8 +120,8 @@ impl Recent {
 
     /// Forgets all pages; the records before this point count as dropped.
     pub fn clear(&mut self) {
-        if let Some((newest, _)) = self.records.back() {
-            self.dropped = Some(newest.number);
+        if let Some(newest) = self.records.back() {
+            self.dropped = Some(newest.record.number);
         }
         self.records.clear();
         self.places.clear();

@@ -18,7 +18,7 @@ use super::digest::{ABSENT, Digest};
 use super::pool::{Pending, Pool};
 use super::rebuilt::{RebuiltRecord, Recent};
 use super::sending::{first_cause, hash, join, spawn};
-use super::{EngineError, FrameSource};
+use super::{EngineError, Frames};
 use crate::codec::{CodecError, Row, rows};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn};
 use crate::report::DestinationFigures;
@@ -48,7 +48,7 @@ pub type Unread = Arc<dyn Fn() -> io::Result<u64> + Send + Sync>;
 pub struct Receiving {
     pool: Pool,
     next: Option<Sender<Arrived>>,
-    assembler: JoinHandle<Result<Option<Box<dyn FrameSource>>, EngineError>>,
+    assembler: JoinHandle<Result<Frames, EngineError>>,
     outlet: JoinHandle<Result<Rebuilt, EngineError>>,
 }
 
@@ -107,7 +107,7 @@ impl Receiving {
     /// Starts the threads. `frames` reads the guest under construction; without it only recent pages can be referred to.
     pub fn start(
         xl: XlInput,
-        frames: Option<Box<dyn FrameSource>>,
+        frames: Frames,
         key: ContentKey,
         figures: Arc<Mutex<DestinationFigures>>,
     ) -> Result<Receiving, EngineError> {
@@ -186,7 +186,7 @@ impl Receiving {
 
     /// Waits until all that came has been written. Errors: the cause of whatever failed first; `WorkerLost` when the
     /// stream ended before its End frame and nothing else failed.
-    pub fn finish(mut self) -> Result<(Rebuilt, Option<Box<dyn FrameSource>>), EngineError> {
+    pub fn finish(mut self) -> Result<(Rebuilt, Frames), EngineError> {
         self.next = None;
         let frames = join(self.assembler);
         let rebuilt = join(self.outlet);
@@ -235,8 +235,9 @@ impl Applied {
             let written = self.written.load(Ordering::Acquire);
             let consumed = written.saturating_sub((self.unread)().map_err(EngineError::Xl)?);
             let mut records = self.records.lock();
-            while let Some((number, _)) = records.pending.pop_front_if(|(_, end)| *end < consumed) {
+            while let Some((number, _)) = records.pending.front().copied().filter(|(_, end)| *end < consumed) {
                 records.newest_applied = Some(number);
+                records.pending.pop_front();
             }
             if records.newest_applied >= Some(number) {
                 return Ok(start.elapsed());
@@ -252,7 +253,7 @@ impl Applied {
 
 struct Assembler {
     recent: Recent,
-    frames: Option<Box<dyn FrameSource>>,
+    frames: Frames,
     /// The guest's frames are found by page number (HVM and PVH).
     frames_by_pfn: bool,
     applied: Arc<Applied>,
@@ -275,7 +276,7 @@ impl Assembler {
         mut self,
         input: Receiver<Arrived>,
         next: Sender<Assembled>,
-    ) -> Result<Option<Box<dyn FrameSource>>, EngineError> {
+    ) -> Result<Frames, EngineError> {
         for item in input {
             let assembled = match item {
                 Arrived::Bytes(bytes) => Assembled::Bytes(bytes),

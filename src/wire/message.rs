@@ -214,11 +214,13 @@ mod tests {
                     codec: 2,
                     pages: 2,
                     bytes: b"block",
+                    offset: 24 + 4 + 12,
                 },
                 Block {
                     codec: 0,
                     pages: 1,
                     bytes: b"",
+                    offset: 24 + 4 + 12 + 5 + 12,
                 },
             ],
         };
