@@ -134,6 +134,8 @@ impl LogDirty {
     /// Reads the bitmap without changing it. The guest is paused for the duration (milliseconds per GiB of frames).
     ///
     /// When log-dirty is off, or the domain is dying, nothing is dirty and no error is given.
+    /// A paused or suspended guest's frames still become dirty where backends write into granted ones: one for each
+    /// packet that arrives.
     ///
     /// # Errors
     /// ENOMEM (in [`XenError::Call`]) when Xen ran out of memory for the bitmap: it is incomplete, and xl's own readings

@@ -124,19 +124,20 @@ fn domains_are_listed() {
     let list = String::from_utf8(list.stdout).unwrap();
     let mut lines = list.lines();
     lines.next();
-    let mut seen = 0;
+    let mut seen = Vec::new();
     for line in lines {
         let words: Vec<&str> = line.split_whitespace().collect();
         let number = DomId::new(words[1].parse().unwrap()).unwrap();
         let uuid: String = words.iter().find(|word| word.len() == 36).unwrap().replace('-', "");
-        let ours = all.iter().find(|info| info.domid == number).unwrap();
-        assert_eq!(
-            ours.uuid.iter().map(|byte| format!("{byte:02x}")).collect::<String>(),
-            uuid
-        );
-        seen += 1;
+        // Other people's guests may come and go between the two lists.
+        let Some(ours) = all.iter().find(|info| info.domid == number) else {
+            continue;
+        };
+        let ours: String = ours.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(ours, uuid);
+        seen.push(number);
     }
-    assert_eq!(seen, all.len());
+    assert!(seen.contains(&DOM0) && seen.contains(&domid));
 }
 
 #[test]
@@ -232,13 +233,17 @@ fn frames_are_numbered_and_mapped() {
         let start = Instant::now();
         let mapping = memory.map(domid, batch, Access::Read).unwrap();
         mapping_time += start.elapsed();
+        // Timed as a whole: under emulation asking for the time costs more than a page.
+        let start = Instant::now();
+        for index in (0..mapping.len()).filter(|index| mapping.error(*index).is_none()) {
+            mapping.read(index, &mut page).unwrap();
+        }
+        reading_time += start.elapsed();
         assert_eq!(mapping.len(), batch.len());
         for (index, gfn) in batch.iter().enumerate() {
             match mapping.error(index) {
                 None => {
-                    let start = Instant::now();
                     mapping.read(index, &mut page).unwrap();
-                    reading_time += start.elapsed();
                     mapped += 1;
                     zero += u64::from(page == [0; PAGE_BYTES]);
                     if banner.is_none() && has_banner(&page) {
@@ -372,20 +377,25 @@ fn dirty_frames_are_logged() {
     {
         let _paused = Paused::new(&xc, domid);
         read(&mut dirty, &mut bitmap, true);
-        assert_eq!(
-            read(&mut dirty, &mut bitmap, false),
-            0,
-            "a paused guest dirties nothing"
-        );
+        // Nothing but what dom0's backends put into granted frames (gnttab_mark_dirty), such as packets that arrive.
+        let quiet = read(&mut dirty, &mut bitmap, false);
+        assert!(quiet < 64, "{quiet} frames of a paused guest are dirty");
         assert_eq!(bitmap.len(), pages);
-        // What dom0 writes does not show (the note at Access::ReadWrite).
+        // What is written through a mapping does not show (the note at Access::ReadWrite). 0x1000 is the kernel's text.
         let memory = ForeignMemory::open().unwrap();
         let mapping = memory.map(domid, &[0x1000], Access::ReadWrite).unwrap();
         let mut page = [0; PAGE_BYTES];
         mapping.read(0, &mut page).unwrap();
         mapping.write(0, &page).unwrap();
         drop(mapping);
-        assert_eq!(read(&mut dirty, &mut bitmap, false), 0);
+        let _ = read(&mut dirty, &mut bitmap, false);
+        assert!(!bitmap.get(0x1000));
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_broadcast(true).unwrap();
+        let sent = (0..20).filter(|_| socket.send_to(b"x", "10.9.0.255:9").is_ok()).count();
+        std::thread::sleep(Duration::from_secs(1));
+        let backends = read(&mut dirty, &mut bitmap, false);
+        println!("paused: {quiet} dirty, after {sent} broadcasts {backends}");
     }
     wait_until_it_runs(&xc, domid);
     let start = Instant::now();
@@ -567,6 +577,7 @@ mod oracle {
     #[ignore = "needs a Xen dom0"]
     #[serial]
     fn agrees_on_domains_and_frames() {
+        let domid = guest();
         let (ours, theirs) = (Xenctrl::open().unwrap(), XenControl::new_default().unwrap());
         let mut next = 0;
         let mut seen = 0;
@@ -579,7 +590,7 @@ mod oracle {
             assert_eq!(raw.flags & 8 != 0, info.paused);
             assert_eq!(raw.flags & 4 != 0, info.shutdown.is_some());
             assert!(raw.cpu_time >= info.cpu_time_ns, "asked later");
-            if info.domid != DOM0 {
+            if info.domid == domid {
                 assert_eq!(raw.tot_pages, info.total_pages);
                 assert_eq!(
                     theirs.domain_maximum_gpfn(info.domid.get()).unwrap(),
