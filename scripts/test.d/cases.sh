@@ -1,0 +1,154 @@
+# shellcheck shell=bash
+# The lab steps. Each leaves one copy of its guest, well and on either host, for the next.
+
+# What the figures of a migration must show (see figures in lab.sh).
+COMPLETED='f["completed"] and f["error"] is None and f["mode"] == "xenfold"'
+SAVED='f["wire_bytes"] < f["stream_bytes"] / 2 and f["pages"]["zero"] > 0 and f["pages"]["reference"] > 0'
+VERIFIED='f["verify"]["equal_pages"] * 4096 > f["memory_total_bytes"] * 0.9'
+
+# xen-sys against a running Xen, with the crate xenctrl as an independent opinion (xen-sys/tests/lab.rs).
+lab_xen_sys() {
+  local target=${CARGO_TARGET_DIR:-target} binary
+  binary=$(RUSTFLAGS='--cfg xenfold_oracle' CARGO_TARGET_DIR=$target/oracle cargo test --locked --no-run -p xen-sys --test lab \
+    --message-format json | sed -n 's/.*"name":"lab".*"executable":"\([^"]*\)".*/\1/p')
+  have_guest ci
+  # The tests create a second guest from the first one's configuration, which is where it was created.
+  if [ "$(lab guest where ci)" = b ]; then migrate b ci; fi
+  lab cp "$binary" a:/root/xen-sys-lab
+  on a XEN_SYS_GUEST=ci /root/xen-sys-lab --ignored --nocapture
+  must_be_well_on a ci
+}
+
+lab_there_and_back() {
+  local from
+  have_guest ci
+  from=$(lab guest where ci)
+  for from in "$from" "$(other "$from")"; do
+    migrate "$from" ci --verify
+    said "$from"
+    figures "$from" "$COMPLETED" "$SAVED" "$VERIFIED"
+    must_be_well_on "$(other "$from")" ci
+  done
+}
+
+lab_peer_without_xenfold() {
+  local from to
+  have_guest ci
+  from=$(lab guest where ci)
+  to=$(other "$from")
+  on "$to" 'mv /usr/local/bin/xenfold /usr/local/bin/xenfold.away'
+  if migrate "$from" ci --no-fallback; then die '--no-fallback did not fail'; fi
+  must_say "$from" 'migrate without --no-fallback'
+  must_be_well_on "$from" ci
+  migrate "$from" ci
+  must_say "$from" 'sending as plain xl does'
+  on "$to" 'mv /usr/local/bin/xenfold.away /usr/local/bin/xenfold'
+  must_be_well_on "$to" ci
+}
+
+lab_destination_agent_killed() {
+  local from
+  have_guest ci
+  from=$(lab guest where ci)
+  start_migration "$from" ci
+  in_the_stream "$from"
+  on "$(other "$from")" 'pkill -KILL -x xenfold'
+  must_fail
+  must_say "$from" 'Try again with the same command'
+  must_have_stayed "$from" ci
+}
+
+lab_link_cut() {
+  local from
+  have_guest ci
+  from=$(lab guest where ci)
+  start_migration "$from" ci --timeout 5
+  in_the_stream "$from"
+  lab link cut
+  must_fail
+  # The cable is still out; its own host hears the guest.
+  lab guest check ci
+  lab link restore
+  must_have_stayed "$from" ci
+}
+
+lab_ctrl_c() {
+  local from pid
+  have_guest ci
+  from=$(lab guest where ci)
+  start_migration "$from" ci
+  in_the_stream "$from"
+  # Each xl create that waits for its guest's end is an xl, too.
+  pid=$(on "$from" 'pgrep -ax xl' | sed -n 's/^\([0-9]*\) xl migrate .*/\1/p')
+  on "$from" "kill -INT -- -$pid"
+  must_fail
+  within 60 agent_has_ended "$from"
+  must_say "$from" 'xl was ended'
+  must_have_stayed "$from" ci
+}
+
+# The agent dies around GO: at most one copy may run, and `xenfold resume` knows which.
+lab_source_agent_killed() {
+  local from to resumed
+  have_guest ci
+  from=$(lab guest where ci)
+  to=$(other "$from")
+  start_migration "$from" ci
+  # shellcheck disable=SC2016 # expanded there
+  # Only the shell's own words, so that it is fast enough: xl has read R1 and writes GO.
+  on "$from" 'until [[ $(</root/migrate.log) == *"permission to start"* ]]; do :; done; pkill -KILL -x xenfold-ssh' || true
+  must_fail
+  said "$from"
+  within 60 source_is_left_suspended "$from" ci
+  # The destination, if it still had to hear GO, needs its time to notice and to clean up.
+  within 60 destination_has_settled "$to" ci
+  resumed=0
+  on "$from" 'xenfold resume ci >/root/migrate.log 2>&1' && resumed=1
+  said "$from"
+  if [ $resumed = 1 ]; then
+    say "GO had not left $from"
+    must_be_well_on "$from" ci
+  else
+    say "GO had left $from: $to owns the guest"
+    must_say "$from" "$to holds guest ci--migratedaway and owns it"
+    on "$from" 'xl destroy ci--migratedaway'
+    must_be_well_on "$to" ci
+  fi
+  from=$(lab guest where ci)
+  migrate "$from" ci
+  must_be_well_on "$(other "$from")" ci
+}
+
+source_is_left_suspended() { [[ $(copies "$1" "$2") == "$2--migratedaway "*s* ]]; }
+
+destination_has_settled() { [[ $(copies "$1" "$2") != *--incoming* ]]; }
+
+lab_hvm_guest() { other_kind hvm; }
+
+# Needs shadow paging, which Debian's hypervisor lacks.
+lab_pv_guest() { other_kind pv; }
+
+other_kind() { # TYPE
+  lab guest create "ci-$1" --type "$1" --on a
+  migrate a "ci-$1"
+  figures a "$COMPLETED" "$SAVED"
+  must_be_well_on b "ci-$1"
+  migrate b "ci-$1"
+  must_be_well_on a "ci-$1"
+  lab guest destroy "ci-$1"
+}
+
+lab_debian_guest() {
+  lab guest create ci-debian --kind debian --on a
+  migrate a ci-debian --verify
+  said a
+  figures a "$COMPLETED" "$SAVED" "$VERIFIED"
+  must_be_well_on b ci-debian
+  lab guest destroy ci-debian
+}
+
+# Migrations back and forth, some killed at a random moment.
+lab_soak() {
+  if lab guest where ci >/dev/null 2>&1; then lab guest destroy ci; fi
+  lab soak 4
+}
