@@ -43,7 +43,7 @@ CFG
   [ "$type" != hvm ] || printf 'vga = "none"\nxen_platform_pci = 1\n'
   if [ "$kind" = debian ]; then
     printf 'disk = [ "phy:%s,xvda,w" ]\n' "$(disk_device "$disk")"
-    arguments="root=/dev/xvda rw $arguments systemd.hostname=$name"
+    arguments="root=/dev/xvda rw net.ifnames=0 $arguments systemd.hostname=$name"
   fi
   printf 'extra = "%s"\n' "$arguments"
 }

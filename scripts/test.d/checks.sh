@@ -46,7 +46,7 @@ check_library() {
 
 check_workspace() { cargo test --locked --workspace --exclude xenfold; }
 
-# A program from crates.io, kept in the cache. Unoptimized: built in a third of the time, and it runs for seconds.
+# A published program, kept in the cache. Unoptimized: built in a third of the time, and it runs for seconds.
 need_tool() {
   local name=$1 version=$2 root=$CACHE/tools/$1-$2
   export PATH=$root/bin:$PATH
