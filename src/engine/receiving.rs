@@ -309,7 +309,7 @@ impl Assembler {
         bytes.resize(pages_at + pages * PAGE_SIZE, 0);
         let (_, out) = bytes.split_at_mut(pages_at);
         fill_full(&rows, blocks, &body, out)?;
-        let list = self.resolve(&entries, &rows, out)?;
+        let list = self.resolve(&entries, &rows, frozen, out)?;
         let record = Arc::new(RebuiltRecord { number: self.next_number, bytes, pages_at });
         if !frozen {
             self.next_number += 1;
@@ -333,8 +333,15 @@ impl Assembler {
         Ok(AssembledRecord { record, frozen, entries, rows, ids })
     }
 
-    /// Fills in the pages that refer to others. Returns the record's plain pages and the index of each.
-    fn resolve(&mut self, entries: &[u64], rows: &[Row], out: &mut [u8]) -> Result<Vec<(Pfn, usize)>, EngineError> {
+    /// Fills in the pages that refer to others: earlier ones of the record, too, unless it is frozen. Returns the
+    /// record's plain pages and the index of each.
+    fn resolve(
+        &mut self,
+        entries: &[u64],
+        rows: &[Row],
+        frozen: bool,
+        out: &mut [u8],
+    ) -> Result<Vec<(Pfn, usize)>, EngineError> {
         let mut list = Vec::with_capacity(entries.len());
         let mut here: HashMap<Pfn, usize> = HashMap::new();
         let mut from_frames = Vec::new();
@@ -348,7 +355,9 @@ impl Assembler {
                     source => copies.push((*target, index, source)),
                 }
             }
-            if *row == Row::Absent || !is_plain(*entry) {
+            if frozen {
+                // Xen only compares these pages: references go to what was applied before.
+            } else if *row == Row::Absent || !is_plain(*entry) {
                 here.remove(&pfn);
             } else {
                 here.insert(pfn, index);
