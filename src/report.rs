@@ -104,7 +104,7 @@ impl Figures {
         self.pages.reference += pages.reference;
         self.pages.full += pages.full;
         self.pages.absent += pages.absent;
-        self.iteration_pages += pages.carried() + pages.absent;
+        self.iteration_pages += pages.carried();
         self.memory_processed_bytes += pages.carried() * PAGE_SIZE as u64;
     }
 }

@@ -14,7 +14,7 @@ use crate::guest::{KnownDomain, is_suspended};
 
 const EVERY: Duration = Duration::from_secs(1);
 /// How often the guest's state is looked at, to know when it was suspended.
-const WATCH_EVERY: Duration = Duration::from_millis(50);
+const WATCH_EVERY: Duration = Duration::from_millis(100);
 
 /// Prints and watches until it is dropped.
 pub struct Progress {
@@ -57,7 +57,7 @@ impl Progress {
         Ok(Progress { stop: Some(stop), thread: Some(thread), suspended })
     }
 
-    /// How long ago the guest was seen suspended, to about 50 ms.
+    /// How long ago the guest was seen suspended, to about 100 ms.
     pub fn since_suspend(&self) -> Option<Duration> {
         self.suspended.lock().map(|at| at.elapsed())
     }

@@ -5,11 +5,11 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::{FdFlags, fcntl_setfd, ioctl_fionread};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd, ioctl_fionread};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use xen_sys::{DomId, Libxl, Xenctrl, Xenstore};
@@ -83,8 +83,8 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
 
 /// Standard input and output, with an input that can be made to end.
 fn link() -> Result<LinkEnds> {
-    let input = rustix::io::dup(rustix::stdio::stdin())?;
-    let output = File::from(rustix::io::dup(rustix::stdio::stdout())?);
+    let input = fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    let output = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?);
     let (cancelled, cancel) = pipe_with(PipeFlags::CLOEXEC)?;
     Ok(LinkEnds {
         to_peer: Box::new(output),
@@ -157,26 +157,13 @@ fn unread(pipe: &OwnedFd) -> io::Result<u64> {
 
 /// Waits for xl. Given up, it has a minute to destroy the guest by itself; what it leaves is destroyed here.
 fn end_xl(mut child: Child, domain: &KnownDomain, given_up: bool) -> i32 {
-    let deadline = Instant::now() + XL_PATIENCE;
-    let mut terminated = false;
-    let status = loop {
-        match child.try_wait() {
-            Ok(Some(status)) => break ssh::code(status),
-            Ok(None) => {}
-            Err(error) => {
-                log::warn!("xl cannot be waited for: {error}");
-                break 1;
-            }
-        }
-        if given_up && !terminated && Instant::now() > deadline {
-            terminated = true;
-            if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-                // Gone meanwhile is as good.
-                let _ = kill_process(pid, Signal::TERM);
-            }
-        }
-        thread::sleep(Duration::from_millis(10));
-    };
+    if !process::wait_for_end(child.id(), given_up.then_some(XL_PATIENCE))
+        && let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw)
+    {
+        // Gone meanwhile is as good.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+    let status = child.wait().map_or(1, ssh::code);
     if given_up && let Some(domid) = domain.get() {
         match destroy_leftover(domid) {
             Ok(false) => {}

@@ -1,6 +1,5 @@
 //! Setting a source guest going again after its migration was given up while xl is dead: xl would have done it.
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -24,13 +23,8 @@ pub fn end_helper(helper: Helper) -> Result<()> {
         if pidfd_send_signal(&handle, signal).is_err() {
             return Ok(());
         }
-        let deadline = Instant::now() + HELPER_PATIENCE;
-        while Instant::now() < deadline {
-            // A zombie has no arguments any more.
-            if process::arguments(helper.pid).is_empty() {
-                return Ok(());
-            }
-            thread::sleep(Duration::from_millis(20));
+        if process::wait_for_end(helper.pid, Some(HELPER_PATIENCE)) {
+            return Ok(());
         }
     }
     bail!("libxl-save-helper (process {}) does not end", helper.pid)

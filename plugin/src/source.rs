@@ -11,8 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::io::fcntl_dupfd_cloexec;
 use xen_sys::Xenctrl;
 use xenfold::engine::source::{self, Ending, Event, Negotiated, SourceSetup};
 use xenfold::engine::{EngineError, FrameSource};
@@ -172,12 +171,12 @@ impl Agent<'_> {
         self.watch(&seen, &events.0)?;
         let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet)?;
         let setup = SourceSetup {
-            to_xl: Box::new(File::from(rustix::io::dup(rustix::stdio::stdout())?)),
+            to_xl: Box::new(File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?)),
             frames: self.frames(&seen.domain),
             figures: figures.clone(),
             events,
         };
-        let from_xl = File::from(rustix::io::dup(rustix::stdio::stdin())?);
+        let from_xl = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
         let ending = source::run(negotiated, setup, Box::new(from_xl));
 
         let downtime = progress.since_suspend();
@@ -222,10 +221,8 @@ impl Agent<'_> {
         // The phases have ended when nobody receives these.
         signals::handle(move || drop(stop.send(Event::Stop("terminated by a signal".into()))))?;
         let (xl, stop, ended) = (self.xl, events.clone(), seen.xl_ended.clone());
-        let pid = i32::try_from(xl).ok().and_then(Pid::from_raw).context("xl has no process number")?;
-        let handle = pidfd_open(pid, PidfdFlags::empty()).context("xl has ended already")?;
         thread::Builder::new().name("xenfold-xl".into()).spawn(move || {
-            while poll(&mut [PollFd::new(&handle, PollFlags::IN)], None) == Err(rustix::io::Errno::INTR) {}
+            process::wait_for_end(xl, None);
             *ended.lock() = true;
             let _ = stop.send(Event::Stop("xl was ended".into()));
         })?;

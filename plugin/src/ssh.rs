@@ -7,6 +7,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use xenfold::engine::LinkEnds;
 
+use crate::process;
+
 /// ssh's exit status for a failure of its own.
 pub const TRANSPORT_FAILED: i32 = 255;
 
@@ -58,15 +60,10 @@ impl Ssh {
 
     /// Waits for ssh; its exit status is the remote command's.
     pub fn wait(&self) -> i32 {
-        loop {
-            // Not waited for under the lock: a hang-up must get through.
-            match self.child.lock().try_wait() {
-                Ok(Some(status)) => return code(status),
-                Ok(None) => {}
-                Err(_) => return TRANSPORT_FAILED,
-            }
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+        // Not waited for under the lock: a hang-up must get through.
+        let id = self.child.lock().id();
+        process::wait_for_end(id, None);
+        self.child.lock().wait().map_or(TRANSPORT_FAILED, code)
     }
 }
 

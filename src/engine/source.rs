@@ -70,13 +70,15 @@ pub struct Negotiated {
 
 /// Exchanges hellos. Errors: [`WireError::Closed`] and [`WireError::NoHello`] when no xenfold answered,
 /// [`WireError::NoCommonVersion`] when one of another time did: then the stream can still be carried plain.
+///
+/// Silence counts from the peer's hello on: before it ssh may wait for a password, and has timeouts of its own.
 pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Negotiated, EngineError> {
-    let LinkEnds { mut to_peer, from_peer, hangup } = link;
+    let LinkEnds { mut to_peer, mut from_peer, hangup } = link;
     let key = hello.key()?;
     // A failure to send shows as an end when reading, which tells more.
     let _ = hello.write(&mut to_peer);
-    let (mut from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
     let agreement = Hello::read(&mut from_peer)?;
+    let (from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
     let link = Link::start(to_peer, hangup)?;
     Ok(Negotiated { link, reader: FrameReader::new(from_peer), watch, agreement, key })
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
+use rustix::io::fcntl_dupfd_cloexec;
 use xenfold::engine::destination::{Receiving, XlInput};
 use xenfold::engine::source::{self, Source, SourceSetup};
 use xenfold::engine::{EngineError, FrameError, FrameSource, LinkEnds, WINDOW_ROWS, destination};
@@ -112,12 +113,12 @@ fn copy_in(mode: Mode, output: File) -> Result<()> {
 }
 
 fn stdin() -> Result<File> {
-    Ok(File::from(rustix::io::dup(rustix::stdio::stdin())?))
+    Ok(File::from(fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?))
 }
 
 fn stdout() -> Result<File> {
     // Closed at the end of the run, so that the peer sees it: the original goes with the process.
-    Ok(File::from(rustix::io::dup(rustix::stdio::stdout())?))
+    Ok(File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?))
 }
 
 fn link() -> Result<LinkEnds> {
