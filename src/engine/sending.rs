@@ -234,7 +234,7 @@ impl<R: Read> Front<R> {
                     self.pass(Read1::Bytes(header.as_bytes().to_vec()))?;
                 }
                 Event::End => return Ok(()),
-                other => self.pass(Read1::Bytes(other.bytes().into_owned()))?,
+                other => self.parts(&other.bytes())?,
             }
         }
     }
@@ -255,7 +255,7 @@ impl<R: Read> Front<R> {
         if count as usize > MAX_ROWS {
             self.pass(Read1::Forget)?;
             self.pass(Read1::Bytes(header.bytes().to_vec()))?;
-            return body.chunks(BYTES_PER_FRAME).try_for_each(|part| self.pass(Read1::Bytes(part.to_vec())));
+            return self.parts(&body);
         }
         let record = Arc::new(PageRecord::parse(body, header.body_offset())?);
         let pages = record.page_count();
@@ -268,6 +268,11 @@ impl<R: Read> Front<R> {
             })
             .collect();
         self.pass(Read1::Pages { record, ids })
+    }
+
+    /// Bytes of any length as they are, in frames of a bounded size.
+    fn parts(&self, bytes: &[u8]) -> Result<(), EngineError> {
+        bytes.chunks(BYTES_PER_FRAME).try_for_each(|part| self.pass(Read1::Bytes(part.to_vec())))
     }
 
     fn other_record(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
