@@ -257,6 +257,8 @@ impl<R: Read> Front<R> {
             self.pass(Read1::Bytes(header.bytes().to_vec()))?;
             return self.parts(&body);
         }
+        // A valid record needs no padding; with it, one that is too short would be taken for valid and sent on mended.
+        body.truncate(header.length as usize);
         let record = Arc::new(PageRecord::parse(body, header.body_offset())?);
         let pages = record.page_count();
         let ids = (0..pages)
