@@ -10,8 +10,9 @@ use crate::page::{PAGE_SIZE, Pfn};
 pub const WINDOW_ROWS: usize = 2048;
 
 /// At the source: which pages may be referred to although the destination cannot read frames.
-#[derive(Default)]
 pub struct Window {
+    /// Rows that the destination keeps.
+    rows: usize,
     order: VecDeque<Pfn>,
     /// How often a page stands in `order`; the last place counts.
     pages: HashMap<Pfn, Place>,
@@ -22,12 +23,18 @@ pub struct Window {
 struct Place(u64);
 
 impl Window {
+    /// `rows`: what the destination says that it keeps.
+    pub fn new(rows: u32) -> Window {
+        let rows = WINDOW_ROWS.min(rows as usize);
+        Window { rows, order: VecDeque::new(), pages: HashMap::new(), removed: 0 }
+    }
+
     /// `pfn` was carried just now.
     pub fn insert(&mut self, pfn: Pfn) {
         let place = self.removed + self.order.len() as u64;
         self.order.push_back(pfn);
         self.pages.insert(pfn, Place(place));
-        while self.order.len() > WINDOW_ROWS {
+        while self.order.len() > self.rows {
             let Some(old) = self.order.pop_front() else { break };
             if self.pages.get(&old).is_some_and(|place| place.0 == self.removed) {
                 self.pages.remove(&old);
@@ -45,7 +52,7 @@ impl Window {
     }
 
     pub fn clear(&mut self) {
-        *self = Window::default();
+        *self = Window { rows: self.rows, ..Window::new(0) };
     }
 }
 
@@ -144,7 +151,7 @@ mod tests {
 
     #[test]
     fn the_destination_has_what_the_source_counts_on() {
-        let mut window = Window::default();
+        let mut window = Window::new(u32::MAX);
         let mut recent = Recent::default();
         let mut place = 0u64;
         for number in 0..200u64 {

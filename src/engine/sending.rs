@@ -46,6 +46,8 @@ pub struct Sending<R> {
     pub pool: Pool,
     /// The destination can read the guest's frames back, so references may go to any distance.
     pub frames: bool,
+    /// Rows that the destination keeps in memory.
+    pub window_rows: u32,
     pub table: PageTable,
     pub figures: Arc<Mutex<Figures>>,
 }
@@ -144,13 +146,13 @@ enum BlockData {
 impl<R: Read + Send + 'static> Sending<R> {
     /// Sends the whole stream, up to the End frame. Blocks until xl has written it and the link has taken it.
     pub fn run(self) -> Result<Sent<R>, EngineError> {
-        let Sending { stream, link, key, pool, frames, table, figures } = self;
+        let Sending { stream, link, key, pool, frames, window_rows, table, figures } = self;
         let (to_classifier, from_front) = bounded(STAGE_DEPTH);
         let (to_back, from_classifier) = bounded(STAGE_DEPTH);
         let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers())));
         let classifier = Classifier {
             table,
-            window: Window::default(),
+            window: Window::new(window_rows),
             frames,
             guest_type: GuestType::Hvm,
             frozen: false,

@@ -173,6 +173,7 @@ impl Source {
             key: self.key.clone(),
             pool: Pool::start()?,
             frames: self.agreement.peer.frames,
+            window_rows: self.agreement.peer.window_rows,
             table: PageTable::default(),
             figures: self.figures.clone(),
         };
