@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use crate::page::{PAGE_SIZE, Pfn};
 
-/// Pages that are certainly still in memory at the destination: the last this many that were carried (8 MiB).
+/// Rows that are certainly still in memory at the destination: the last this many that were carried (8 MiB). Rows of
+/// every kind count, so that no sort of page makes the destination keep more.
 pub const WINDOW_ROWS: usize = 2048;
 
 /// At the source: which pages may be referred to although the destination cannot read frames.
@@ -29,11 +30,15 @@ impl Window {
         Window { rows, order: VecDeque::new(), pages: HashMap::new(), removed: 0 }
     }
 
-    /// `pfn` was carried just now.
-    pub fn insert(&mut self, pfn: Pfn) {
+    /// A row of `pfn` was carried just now, with a page that may be referred to, or not.
+    pub fn insert(&mut self, pfn: Pfn, plain: bool) {
         let place = self.removed + self.order.len() as u64;
         self.order.push_back(pfn);
-        self.pages.insert(pfn, Place(place));
+        if plain {
+            self.pages.insert(pfn, Place(place));
+        } else {
+            self.pages.remove(&pfn);
+        }
         while self.order.len() > self.rows {
             let Some(old) = self.order.pop_front() else { break };
             if self.pages.get(&old).is_some_and(|place| place.0 == self.removed) {
@@ -45,10 +50,6 @@ impl Window {
 
     pub fn contains(&self, pfn: Pfn) -> bool {
         self.pages.contains_key(&pfn)
-    }
-
-    pub fn remove(&mut self, pfn: Pfn) {
-        self.pages.remove(&pfn);
     }
 
     pub fn clear(&mut self) {
@@ -76,15 +77,17 @@ impl RebuiltRecord {
 struct Kept {
     record: Arc<RebuiltRecord>,
     pages: Vec<(Pfn, usize)>,
+    /// Entries of every kind.
+    rows: usize,
 }
 
-/// At the destination: the newest records, at least [`WINDOW_ROWS`] carried pages of them.
+/// At the destination: the newest records, at least [`WINDOW_ROWS`] rows of them.
 #[derive(Default)]
 pub struct Recent {
     records: VecDeque<Kept>,
     /// The newest place of each page: record number and index of the page in it.
     places: HashMap<Pfn, (u64, usize)>,
-    pages: usize,
+    rows: usize,
     /// The newest record that is not kept any more.
     dropped: Option<u64>,
 }
@@ -98,15 +101,15 @@ impl Recent {
         kept.record.page(*index)
     }
 
-    /// Takes a record in; `pages` are its plain pages with the index of each.
-    pub fn insert(&mut self, record: Arc<RebuiltRecord>, pages: Vec<(Pfn, usize)>) {
+    /// Takes a record of `rows` rows in; `pages` are its plain pages with the index of each.
+    pub fn insert(&mut self, record: Arc<RebuiltRecord>, pages: Vec<(Pfn, usize)>, rows: usize) {
         for (pfn, index) in &pages {
             self.places.insert(*pfn, (record.number, *index));
         }
-        self.pages += pages.len();
-        self.records.push_back(Kept { record, pages });
-        while let Some(Kept { record: oldest, pages }) = self.records.front() {
-            if self.pages - pages.len() < WINDOW_ROWS {
+        self.rows += rows;
+        self.records.push_back(Kept { record, pages, rows });
+        while let Some(Kept { record: oldest, pages, rows }) = self.records.front() {
+            if self.rows - rows < WINDOW_ROWS {
                 break;
             }
             for (pfn, index) in pages {
@@ -114,7 +117,7 @@ impl Recent {
                     self.places.remove(pfn);
                 }
             }
-            self.pages -= pages.len();
+            self.rows -= rows;
             self.dropped = Some(oldest.number);
             self.records.pop_front();
         }
@@ -132,7 +135,7 @@ impl Recent {
         }
         self.records.clear();
         self.places.clear();
-        self.pages = 0;
+        self.rows = 0;
     }
 
     /// The newest record that a page not found here may have come in.
@@ -157,14 +160,19 @@ mod tests {
         for number in 0..200u64 {
             let count = (number * 37 % 90 + 1) as usize;
             let pages: Vec<(Pfn, usize)> = (0..count).map(|i| (pfn((place + i as u64) * 7 % 3001), i)).collect();
+            // Every third record ends with entries that have no page.
+            let absent: Vec<Pfn> = (0..number % 3 * 20).map(|i| pfn((place + i) * 11 % 3001)).collect();
             let bytes: Vec<u8> = pages.iter().flat_map(|(p, _)| [(p.get() % 251 + number % 3) as u8; PAGE_SIZE]).collect();
-            pages.iter().for_each(|(p, _)| window.insert(*p));
-            recent.insert(Arc::new(RebuiltRecord { number, bytes, pages_at: 0 }), pages);
+            pages.iter().for_each(|(p, _)| window.insert(*p, true));
+            absent.iter().for_each(|p| window.insert(*p, false));
+            let rows = pages.len() + absent.len();
+            recent.insert(Arc::new(RebuiltRecord { number, bytes, pages_at: 0 }), pages, rows);
+            absent.iter().for_each(|p| recent.remove(*p));
             place += count as u64;
             for raw in 0..3001 {
                 assert!(!window.contains(pfn(raw)) || recent.page(pfn(raw)).is_some(), "record {number}, page {raw}");
             }
         }
-        assert!(recent.dropped().is_some() && recent.pages < WINDOW_ROWS + 90);
+        assert!(recent.dropped().is_some() && recent.rows < WINDOW_ROWS + 130);
     }
 }

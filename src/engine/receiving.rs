@@ -318,7 +318,7 @@ impl Assembler {
                     self.recent.remove(pfn_of(*entry));
                 }
             }
-            self.recent.insert(record.clone(), list);
+            self.recent.insert(record.clone(), list, entries.len());
         }
         let ids = (0..pages)
             .step_by(HASH_PAGES)

@@ -394,14 +394,14 @@ impl Classifier {
         if self.frozen {
             return Ok(());
         }
-        if row == Row::Absent || page_type != PageType::NoTab {
-            self.table.remove(pfn);
-            self.window.remove(pfn);
-        } else {
+        let plain = row != Row::Absent && page_type == PageType::NoTab;
+        if plain {
             self.table.set(pfn, id)?;
-            if !self.reads_frames() {
-                self.window.insert(pfn);
-            }
+        } else {
+            self.table.remove(pfn);
+        }
+        if !self.reads_frames() {
+            self.window.insert(pfn, plain);
         }
         Ok(())
     }
