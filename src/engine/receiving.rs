@@ -184,8 +184,8 @@ impl Receiving {
         Ok(ArrivedRows { frozen, reserved, entries, rows, blocks, body })
     }
 
-    /// Waits until all that came has been written. Errors: the cause of whatever failed first; `WorkerLost` when the
-    /// stream ended before its End frame and nothing else failed.
+    /// Waits until all that came has been written. Frames come back where they can be found by page number. Errors: the
+    /// cause of whatever failed first; `WorkerLost` when the stream ended before its End frame and nothing else failed.
     pub fn finish(mut self) -> Result<(Rebuilt, Frames), EngineError> {
         self.next = None;
         let frames = join(self.assembler);
@@ -293,7 +293,7 @@ impl Assembler {
             };
             next.send(assembled).map_err(|_| EngineError::WorkerLost)?;
         }
-        Ok(self.frames)
+        Ok(self.frames.filter(|_| self.frames_by_pfn))
     }
 
     fn record(&mut self, arrived: ArrivedRows) -> Result<AssembledRecord, EngineError> {
