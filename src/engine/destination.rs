@@ -87,6 +87,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     let figures = Arc::new(Mutex::new(DestinationFigures { program, ..DestinationFigures::default() }));
 
     let receiving = Receiving::start(input, frames, key.clone(), figures.clone())?;
+    let stopper = receiving.stopper();
     let (to_link, to_events) = (link.clone(), event_sender.clone());
     spawn("xenfold-relay", move || relay_xl(output, &to_link, &to_events))?;
     let to_link = link.clone();
@@ -95,9 +96,12 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     let destination = Destination { link: link.clone(), watch, events, key, verify: agreement.peer.verify };
     let result = destination.run();
     if let Err(error) = &result {
+        stopper.stop();
         // The source waits for the reason; when the connection is gone nobody reads it, which is no loss.
         link.send_if_free(Kind::Abort, &[error.to_string().as_bytes()]);
     }
+    // What nobody received may hold xl's pipe: xl ends only when that is closed.
+    drop(destination);
     let status = end(result.is_err());
     let mut figures = figures.lock().clone();
     (figures.cpu_ms, figures.peak_rss_bytes) = usage();
@@ -139,14 +143,10 @@ impl Destination {
 
     /// Phase 1: frames become xl's stream, up to libxl's END record.
     fn wait_rebuilt(&self) -> Result<(Rebuilt, Frames), EngineError> {
-        let mut xl_ended = false;
         loop {
             match self.next()? {
                 Event::Rebuilt(result) => return *result,
-                // The pipe to it breaks next, which ends the rebuilding.
-                Event::XlEnded if !xl_ended => xl_ended = true,
-                Event::XlEnded | Event::Go(_) => return Err(EngineError::Protocol("xl was told to go early")),
-                _ => {}
+                event => early(&event)?,
             }
         }
     }
@@ -191,8 +191,7 @@ impl Destination {
         loop {
             match self.next()? {
                 Event::Go(go) => return Ok(go),
-                Event::XlEnded => return Err(EngineError::Refused("xl ended before the guest was handed over".into())),
-                _ => {}
+                event => early(&event)?,
             }
         }
     }
@@ -207,10 +206,10 @@ impl Destination {
     }
 
     fn check_events(&self) -> Result<(), EngineError> {
-        match self.events.try_recv() {
-            Ok(event) => self.judge(event).map(|_| ()),
-            Err(_) => Ok(()),
+        while let Ok(event) = self.events.try_recv() {
+            early(&self.judge(event)?)?;
         }
+        Ok(())
     }
 
     fn next(&self) -> Result<Event, EngineError> {
@@ -230,6 +229,15 @@ impl Destination {
     }
 }
 
+/// What must not come before the guest is handed over.
+fn early(event: &Event) -> Result<(), EngineError> {
+    match event {
+        Event::XlEnded => Err(EngineError::Refused("xl ended before the guest was handed over".into())),
+        Event::Go(_) => Err(EngineError::Protocol("xl was told to go early")),
+        _ => Ok(()),
+    }
+}
+
 /// Carries what xl writes to the source. When the connection is gone its output is still drained: xl must be able to
 /// write its report, or it ends before it has destroyed the guest.
 fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event>) {
@@ -246,7 +254,9 @@ fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event
     let _ = events.send(Event::XlEnded);
 }
 
-/// Reads the source's frames: those of the stream become the stream, the others events.
+/// Reads the source's frames: those of the stream become the stream, the others events. When the phases have ended
+/// nobody receives these; the connection is still read, so that the source is never stuck in sending before it has been
+/// told.
 fn read_frames(
     mut reader: FrameReader<Watched<Box<dyn Read + Send>>>,
     receiving: Receiving,
@@ -254,6 +264,7 @@ fn read_frames(
     events: &Sender<Event>,
 ) {
     let mut receiving = Some(receiving);
+    let mut failed = false;
     loop {
         let frame = match reader.read() {
             Ok(frame) => frame,
@@ -271,6 +282,7 @@ fn read_frames(
             }
             Kind::Go => Event::Go(frame.body),
             Kind::Abort => Event::Abort(String::from_utf8_lossy(&frame.body).into_owned()),
+            _ if failed => continue,
             kind => {
                 let Some(mut stream) = receiving.take() else {
                     let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why: "the stream had ended" }));
@@ -282,14 +294,13 @@ fn read_frames(
                     continue;
                 }
                 let finished = stream.finish();
+                failed = finished.is_err();
                 Event::Rebuilt(Box::new(match (taken, finished) {
                     (Err(error), Err(EngineError::WorkerLost)) => Err(error),
                     (_, finished) => finished,
                 }))
             }
         };
-        if events.send(event).is_err() {
-            return;
-        }
+        let _ = events.send(event);
     }
 }

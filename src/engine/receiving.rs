@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 use parking_lot::Mutex;
 
 use super::digest::{ABSENT, Digest};
@@ -48,8 +48,20 @@ pub type Unread = Arc<dyn Fn() -> io::Result<u64> + Send + Sync>;
 pub struct Receiving {
     pool: Pool,
     next: Option<Sender<Arrived>>,
+    stopper: Stopper,
     assembler: JoinHandle<Result<Frames, EngineError>>,
     outlet: JoinHandle<Result<Rebuilt, EngineError>>,
+}
+
+/// Ends a rebuilding from outside. Its stages let go of xl's pipe, which tells xl that nothing more will come.
+#[derive(Clone)]
+pub struct Stopper(Sender<()>);
+
+impl Stopper {
+    pub fn stop(&self) {
+        // One is enough; and when the stages have ended there is nothing to stop.
+        let _ = self.0.try_send(());
+    }
 }
 
 /// What is left when everything up to libxl's END has been written.
@@ -114,6 +126,7 @@ impl Receiving {
         let pool = Pool::start()?;
         let (next, from_link) = bounded(STAGE_DEPTH);
         let (to_outlet, from_assembler) = bounded(STAGE_DEPTH);
+        let (stop, stopped) = bounded(1);
         let applied = Arc::new(Applied { unread: xl.unread.clone(), ..Applied::new() });
         let assembler = Assembler {
             recent: Recent::default(),
@@ -132,9 +145,13 @@ impl Receiving {
             digest: Digest::default(),
             zero: key.id(&crate::page::ZERO_PAGE),
         };
-        let assembler = spawn("xenfold-rebuild", move || assembler.run(from_link, to_outlet))?;
+        let assembler = spawn("xenfold-rebuild", move || assembler.run(from_link, stopped, to_outlet))?;
         let outlet = spawn("xenfold-write", move || outlet.run(from_assembler))?;
-        Ok(Receiving { pool, next: Some(next), assembler, outlet })
+        Ok(Receiving { pool, next: Some(next), stopper: Stopper(stop), assembler, outlet })
+    }
+
+    pub fn stopper(&self) -> Stopper {
+        self.stopper.clone()
     }
 
     /// Takes one frame of the stream. Blocks while the stages behind are busy. Errors: the frame is not valid, or a
@@ -275,25 +292,30 @@ impl Assembler {
     fn run(
         mut self,
         input: Receiver<Arrived>,
+        stopped: Receiver<()>,
         next: Sender<Assembled>,
     ) -> Result<Frames, EngineError> {
-        for item in input {
+        loop {
+            let item = select! {
+                recv(stopped) -> _ => return Err(EngineError::WorkerLost),
+                recv(input) -> item => item,
+            };
             let assembled = match item {
-                Arrived::Bytes(bytes) => Assembled::Bytes(bytes),
-                Arrived::Guest(guest_type) => {
+                Err(_) => return Ok(self.frames.filter(|_| self.frames_by_pfn)),
+                Ok(Arrived::Bytes(bytes)) => Assembled::Bytes(bytes),
+                Ok(Arrived::Guest(guest_type)) => {
                     self.frames_by_pfn = guest_type == 2;
                     continue;
                 }
-                Arrived::Rows(rows) => Assembled::Record(self.record(rows)?),
-                Arrived::Forget => {
+                Ok(Arrived::Rows(rows)) => Assembled::Record(self.record(rows)?),
+                Ok(Arrived::Forget) => {
                     self.recent.clear();
                     Assembled::Forget
                 }
-                Arrived::End(end) => Assembled::End(end),
+                Ok(Arrived::End(end)) => Assembled::End(end),
             };
             next.send(assembled).map_err(|_| EngineError::WorkerLost)?;
         }
-        Ok(self.frames.filter(|_| self.frames_by_pfn))
     }
 
     fn record(&mut self, arrived: ArrivedRows) -> Result<AssembledRecord, EngineError> {
