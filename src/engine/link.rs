@@ -28,6 +28,8 @@ pub struct LinkEnds {
 #[derive(Clone)]
 pub struct Link {
     writer: Arc<Mutex<FrameWriter<Box<dyn Write + Send>>>>,
+    /// Bytes sent, readable while a thread is stuck in sending.
+    bytes: Arc<AtomicU64>,
     hangup: Hangup,
     /// Keeps the heartbeat going as long as anybody holds the link.
     _heartbeat: Sender<()>,
@@ -50,22 +52,28 @@ impl Link {
             }
         };
         thread::Builder::new().name("xenfold-heartbeat".into()).spawn(beat).map_err(EngineError::Thread)?;
-        Ok(Link { writer, hangup, _heartbeat: keep })
+        Ok(Link { writer, bytes: Arc::default(), hangup, _heartbeat: keep })
     }
 
     pub fn send(&self, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
-        self.writer.lock().write(kind, parts)
+        self.write(&mut self.writer.lock(), kind, parts)
+    }
+
+    fn write(&self, writer: &mut FrameWriter<Box<dyn Write + Send>>, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
+        let result = writer.write(kind, parts);
+        self.bytes.store(writer.bytes(), Ordering::Relaxed);
+        result
     }
 
     /// Sends a frame unless another thread is stuck in sending. Whether it was handed over.
     pub fn send_if_free(&self, kind: Kind, parts: &[&[u8]]) -> bool {
         let writer = self.writer.try_lock_for(SIGN_OF_LIFE);
-        writer.is_some_and(|mut writer| writer.write(kind, parts).is_ok())
+        writer.is_some_and(|mut writer| self.write(&mut writer, kind, parts).is_ok())
     }
 
-    /// Bytes sent so far, without the hello.
+    /// Bytes sent so far, without the hello and the newest signs of life.
     pub fn bytes(&self) -> u64 {
-        self.writer.lock().bytes()
+        self.bytes.load(Ordering::Relaxed)
     }
 
     pub fn hang_up(&self) {
