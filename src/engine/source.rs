@@ -91,6 +91,8 @@ pub struct Source {
     event_sender: Sender<Event>,
     /// Bytes of the destination's xl that have not been handed to the source's xl yet.
     inbox: Vec<u8>,
+    /// Nothing comes from the other host any more.
+    link_lost: bool,
     to_xl: Box<dyn Write + Send>,
     key: ContentKey,
     agreement: Agreement,
@@ -150,8 +152,8 @@ impl Source {
         let SourceSetup { to_xl, frames, figures, events: (event_sender, events) } = setup;
         let to_events = event_sender.clone();
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
-        let (inbox, start) = (Vec::new(), Instant::now());
-        Ok(Source { link, watch, events, event_sender, inbox, to_xl, key, agreement, frames, figures, start })
+        let (inbox, link_lost, start) = (Vec::new(), false, Instant::now());
+        Ok(Source { link, watch, events, event_sender, inbox, link_lost, to_xl, key, agreement, frames, figures, start })
     }
 
     /// Phase 1: the receiving xl is there (R0). xl waits for it before it does anything to the guest.
@@ -343,7 +345,7 @@ impl Source {
         if let Ending::SourceOwns(error) = &ending {
             let reason = error.to_string();
             let until = Instant::now() + CLEAN_UP;
-            if self.link.send_if_free(Kind::Abort, &[reason.as_bytes()]) {
+            if self.link.send_if_free(Kind::Abort, &[reason.as_bytes()]) && !self.link_lost {
                 while let Ok(event) = self.events.recv_deadline(until) {
                     match event {
                         Event::LinkLost(_) => break,
@@ -377,7 +379,10 @@ impl Source {
         loop {
             let frame = match self.events.recv().map_err(|_| EngineError::WorkerLost)? {
                 Event::Frame(frame) => frame,
-                Event::LinkLost(error) => return Err(self.lost(error)),
+                Event::LinkLost(error) => {
+                    self.link_lost = true;
+                    return Err(self.lost(error));
+                }
                 Event::Streamed(end) => return Ok(Signal::Streamed(end)),
                 Event::Go(go) => return Ok(Signal::Go(go)),
                 Event::Stop(reason) => return Err(EngineError::Stopped(reason)),
