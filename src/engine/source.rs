@@ -309,6 +309,9 @@ impl Source {
         };
         // That xl is gone changes nothing any more.
         let _ = self.tell_xl(&report);
+        if report.get(..xl::R2_REPORT.len()) != Some(xl::R2_REPORT) {
+            return Ending::Unknown(EngineError::Protocol("the other host's xl did not say how the guest's start went"));
+        }
         if report.last() == Some(&0) {
             let mut figures = self.figures.lock();
             figures.completed = true;
@@ -318,6 +321,10 @@ impl Source {
         match self.message(xl::R3_GO_BACK.len()) {
             Ok(back) => {
                 let _ = self.tell_xl(&back);
+                if back != xl::R3_GO_BACK {
+                    let why = "the other host's xl did not give the guest back";
+                    return Ending::Unknown(EngineError::Protocol(why));
+                }
                 Ending::SourceOwns(EngineError::Refused("the guest could not be started there".into()))
             }
             Err(error) => Ending::Unknown(error),
