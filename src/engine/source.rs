@@ -31,6 +31,9 @@ use crate::wire::{Agreement, Frame, FrameReader, Hello, Kind, Verdict, WireError
 /// How long the other host may take to clean up after the migration was given up.
 const CLEAN_UP: Duration = Duration::from_secs(20);
 
+/// Bytes of the destination's xl that may be waiting. What it has to say has 172; more is not believed to be its.
+const INBOX_BYTES: usize = 64 << 10;
+
 /// What the source's phases wait for.
 pub enum Event {
     Frame(Frame),
@@ -396,6 +399,9 @@ impl Source {
             };
             match frame.kind {
                 Kind::Xl => {
+                    if self.inbox.len() + frame.body.len() > INBOX_BYTES {
+                        return Err(EngineError::Protocol("the other host's xl says more than xl has to say"));
+                    }
                     self.inbox.extend_from_slice(&frame.body);
                     return Ok(Signal::Xl);
                 }
