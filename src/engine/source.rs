@@ -94,6 +94,8 @@ pub struct Source {
     event_sender: Sender<Event>,
     /// Bytes of the destination's xl that have not been handed to the source's xl yet.
     inbox: Vec<u8>,
+    /// The destination's answer to End, until it has been looked at.
+    verdict: Option<Verdict>,
     /// Nothing comes from the other host any more.
     link_lost: bool,
     to_xl: Box<dyn Write + Send>,
@@ -108,7 +110,7 @@ pub struct Source {
 /// What a phase may meet.
 enum Signal {
     Xl,
-    Verdict(Verdict),
+    Verdict,
     Pong(Vec<u8>),
     Exit(i32),
     Streamed(Box<Result<StreamEnd, EngineError>>),
@@ -155,8 +157,8 @@ impl Source {
         let SourceSetup { to_xl, frames, figures, events: (event_sender, events) } = setup;
         let to_events = event_sender.clone();
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
-        let (inbox, link_lost, start) = (Vec::new(), false, Instant::now());
-        Ok(Source { link, watch, events, event_sender, inbox, link_lost, to_xl, key, agreement, frames, figures, start })
+        let (inbox, verdict, link_lost, start) = (Vec::new(), None, false, Instant::now());
+        Ok(Source { link, watch, events, event_sender, inbox, verdict, link_lost, to_xl, key, agreement, frames, figures, start })
     }
 
     /// Phase 1: the receiving xl is there (R0). xl waits for it before it does anything to the guest.
@@ -201,8 +203,9 @@ impl Source {
     pub fn settle(&mut self, end: &StreamEnd) -> Result<(), EngineError> {
         let changed = self.changed_since(end)?;
         loop {
-            match self.next()? {
-                Signal::Verdict(verdict) if verdict.accepted => {
+            // It may have come while the pipeline was ending.
+            match self.verdict.take() {
+                Some(verdict) if verdict.accepted => {
                     self.figures.lock().verify = changed.map(|changed| VerifyFigures {
                         equal_pages: verdict.verified_pages,
                         rewritten_by_xen_pages: verdict.rewritten_by_xen_pages,
@@ -211,9 +214,11 @@ impl Source {
                     });
                     return Ok(());
                 }
-                Signal::Verdict(verdict) => return Err(EngineError::Refused(verdict.reason)),
-                Signal::Exit(status) => return Err(EngineError::RemoteEnded(status)),
-                _ => {}
+                Some(verdict) => return Err(EngineError::Refused(verdict.reason)),
+                None => {}
+            }
+            if let Signal::Exit(status) = self.next()? {
+                return Err(EngineError::RemoteEnded(status));
             }
         }
     }
@@ -405,7 +410,10 @@ impl Source {
                     self.inbox.extend_from_slice(&frame.body);
                     return Ok(Signal::Xl);
                 }
-                Kind::Verdict => return Ok(Signal::Verdict(from_json(frame.kind, &frame.body)?)),
+                Kind::Verdict => {
+                    self.verdict = Some(from_json(frame.kind, &frame.body)?);
+                    return Ok(Signal::Verdict);
+                }
                 Kind::Exit => return Ok(Signal::Exit(u32_body(frame.kind, &frame.body)? as i32)),
                 Kind::Figures => {
                     let figures: DestinationFigures = from_json(frame.kind, &frame.body)?;
