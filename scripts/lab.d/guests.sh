@@ -68,8 +68,8 @@ guest_create() {
   [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || die "guest create: a name of lower case letters, digits and - is needed"
   case $type in pvh | hvm | pv) ;; *) die "guest create: no type '$type': pvh, hvm or pv" ;; esac
   case $kind in
-    small) memory=${memory:-192} check=${check:-16} patience=120 ;;
-    debian) memory=${memory:-640} check=${check:-64} patience=400 ;;
+    small) memory=${memory:-192} check=${check:-16} patience=400 ;;
+    debian) memory=${memory:-640} check=${check:-64} patience=900 ;;
     *) die "guest create: no kind '$kind': small or debian" ;;
   esac
   must_run "$host"

@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2153 # scripts/lab sets STATE
 # The two hosts: QEMU processes, their overlays, ssh, the link between them.
 # State of host H in $STATE: H.pid, H.qcow2, H.log (serial), H.out (QEMU's words), H.monitor, H.port, H.ssh.
 
@@ -150,6 +151,7 @@ lab_status() {
       continue
     fi
     echo "host $host: up (pid $(cat "$STATE/$host.pid"), $(cat "$STATE/accelerator"), $(cat "$STATE/hypervisor") Xen, ssh port $(cat "$STATE/$host.port"), console $STATE/$host.log)"
+    # shellcheck disable=SC2016 # expanded in dom0
     on "$host" 'echo "Xen $(xl info xen_version), free $(xl info free_memory) MiB, limit $(cat /run/lab-rate 2>/dev/null || echo none)"; xl list' </dev/null |
       sed "s/^/  xen-$host| /" || echo "  xen-$host| does not answer"
   done

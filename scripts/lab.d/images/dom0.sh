@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$1"
 mkdir root
-tar -xf "$IMAGE_rootfs/rootfs.tar" -C root
+tar -xf "${IMAGE_rootfs:?}/rootfs.tar" -C root
 cp -r "$LAB_D/dom0/." root/
 chmod 755 root/usr/local/sbin/*
 ssh-keygen -q -t ed25519 -N '' -C xenfold-lab -f id
