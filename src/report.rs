@@ -90,7 +90,11 @@ pub struct DestinationFigures {
 impl Figures {
     /// Share of the guest's bytes that did not have to travel, 0 to 1.
     pub fn reduction(&self) -> f64 {
-        if self.stream_bytes == 0 { 0.0 } else { 1.0 - self.wire_bytes as f64 / self.stream_bytes as f64 }
+        if self.stream_bytes == 0 {
+            0.0
+        } else {
+            1.0 - self.wire_bytes as f64 / self.stream_bytes as f64
+        }
     }
 
     /// Rate at which guest memory is processed, bytes a second.

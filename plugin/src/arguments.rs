@@ -56,7 +56,10 @@ pub enum Action {
 
 /// Reads the arguments behind the program's name. Options before the host are ours when they begin with `--`.
 pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Result<Action, ArgumentError> {
-    let mut parsed = Arguments { config, ..Arguments::default() };
+    let mut parsed = Arguments {
+        config,
+        ..Arguments::default()
+    };
     let mut rest = arguments.into_iter();
     while let Some(argument) = rest.next() {
         let mut value = || rest.next().ok_or_else(|| ArgumentError::ValueMissing(argument.clone()));
@@ -70,13 +73,18 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--timeout" => {
                 let text = value()?;
                 let seconds = text.parse().ok().filter(|seconds| (1..=3600).contains(seconds));
-                parsed.config.timeout =
-                    seconds.ok_or(ArgumentError::BadNumber { option: argument.clone(), value: text })?;
+                parsed.config.timeout = seconds.ok_or(ArgumentError::BadNumber {
+                    option: argument.clone(),
+                    value: text,
+                })?;
             }
             "--" => {}
             long if long.starts_with("--") => return Err(ArgumentError::Unknown(argument)),
             short if short.starts_with('-') && short.len() > 1 => {
-                let takes_value = short.chars().nth(1).is_some_and(|option| SSH_OPTIONS_WITH_VALUE.contains(option));
+                let takes_value = short
+                    .chars()
+                    .nth(1)
+                    .is_some_and(|option| SSH_OPTIONS_WITH_VALUE.contains(option));
                 let separate = takes_value && short.len() == 2;
                 let extra = if separate { Some(value()?) } else { None };
                 parsed.ssh.push(argument);
@@ -102,7 +110,11 @@ impl Arguments {
 
     /// Remus and COLO speak the stream in both directions: they are carried plain.
     pub fn is_checkpointed(&self) -> bool {
-        let mut options = self.command.iter().skip_while(|word| *word != "migrate-receive").skip(1);
+        let mut options = self
+            .command
+            .iter()
+            .skip_while(|word| *word != "migrate-receive")
+            .skip(1);
         options.any(|word| {
             let short = word.starts_with('-') && !word.starts_with("--");
             word.starts_with("--colo") || word.starts_with("--userspace-colo") || (short && word.contains('r'))
@@ -125,7 +137,10 @@ mod tests {
     fn options_of_ssh_and_ours_are_told_apart() {
         let parsed = migrate("--verify -p 2222 -oPort=1 -4 --stats /tmp/s -i key host xl migrate-receive -e");
         assert_eq!(parsed.ssh, ["-p", "2222", "-oPort=1", "-4", "-i", "key"]);
-        assert_eq!((parsed.host.as_str(), parsed.command.join(" ").as_str()), ("host", "xl migrate-receive -e"));
+        assert_eq!(
+            (parsed.host.as_str(), parsed.command.join(" ").as_str()),
+            ("host", "xl migrate-receive -e")
+        );
         assert!(parsed.config.verify && parsed.config.fallback && !parsed.is_checkpointed());
         assert_eq!(parsed.config.stats, Some(PathBuf::from("/tmp/s")));
     }

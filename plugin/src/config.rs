@@ -31,7 +31,14 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Config { verify: false, fallback: true, stats: None, timeout: 15, quiet: false, ssh: "ssh".into() }
+        Config {
+            verify: false,
+            fallback: true,
+            stats: None,
+            timeout: 15,
+            quiet: false,
+            ssh: "ssh".into(),
+        }
     }
 }
 
@@ -63,12 +70,23 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Config::default()),
-        Err(source) => return Err(ConfigError::Unreadable { path: path.into(), source }),
+        Err(source) => {
+            return Err(ConfigError::Unreadable {
+                path: path.into(),
+                source,
+            });
+        }
     };
-    let invalid = |message| ConfigError::Invalid { path: path.into(), message };
+    let invalid = |message| ConfigError::Invalid {
+        path: path.into(),
+        message,
+    };
     let config: Config = toml::from_str(&text).map_err(|error| invalid(error.to_string()))?;
     if !(1..=3600).contains(&config.timeout) {
-        return Err(invalid(format!("timeout is {} seconds, and must be 1 to 3600", config.timeout)));
+        return Err(invalid(format!(
+            "timeout is {} seconds, and must be 1 to 3600",
+            config.timeout
+        )));
     }
     Ok(config)
 }
@@ -86,7 +104,15 @@ mod tests {
     #[test]
     fn settings_are_read() {
         let config = parsed("verify = 1\nfallback = false\ntimeout = 30\n").unwrap();
-        assert_eq!(config, Config { verify: true, fallback: false, timeout: 30, ..Config::default() });
+        assert_eq!(
+            config,
+            Config {
+                verify: true,
+                fallback: false,
+                timeout: 30,
+                ..Config::default()
+            }
+        );
         assert_eq!(read(Path::new("/nonexistent/xenfold.conf")).unwrap(), Config::default());
     }
 

@@ -46,7 +46,11 @@ pub fn find(wanted: &str) -> Result<Option<Guest>> {
         let name = name_of(&store, info.domid)?.unwrap_or_default();
         let uuid = uuid_text(&info.uuid);
         if by_number == Some(info.domid) || name == wanted || uuid == wanted {
-            return Ok(Some(Guest { domid: info.domid, name, uuid }));
+            return Ok(Some(Guest {
+                domid: info.domid,
+                name,
+                uuid,
+            }));
         }
     }
     Ok(None)
@@ -81,7 +85,11 @@ pub struct GuestFrames {
 impl GuestFrames {
     /// Errors: Xen's libraries are missing or of another version, or this is no dom0.
     pub fn open(domain: KnownDomain) -> Result<GuestFrames, XenError> {
-        Ok(GuestFrames { memory: ForeignMemory::open()?, xen: Xenctrl::open()?, domain })
+        Ok(GuestFrames {
+            memory: ForeignMemory::open()?,
+            xen: Xenctrl::open()?,
+            domain,
+        })
     }
 
     fn domid(&self) -> Result<DomId, FrameError> {
@@ -92,7 +100,9 @@ impl GuestFrames {
             }
             std::thread::sleep(step);
         }
-        Err(FrameError::NoGuest("libxl-save-helper was not seen among xl's children".into()))
+        Err(FrameError::NoGuest(
+            "libxl-save-helper was not seen among xl's children".into(),
+        ))
     }
 }
 
@@ -101,10 +111,15 @@ impl FrameSource for GuestFrames {
         let domid = self.domid()?;
         for (pfns, pages) in pfns.chunks(MAP_FRAMES).zip(pages.chunks_mut(MAP_FRAMES * PAGE_SIZE)) {
             let gfns: Vec<u64> = pfns.iter().map(|pfn| pfn.get()).collect();
-            let mapping = self.memory.map(domid, &gfns, Access::Read).map_err(|error| FrameError::Xen(error.to_string()))?;
+            let mapping = self
+                .memory
+                .map(domid, &gfns, Access::Read)
+                .map_err(|error| FrameError::Xen(error.to_string()))?;
             let (pages, _) = pages.as_chunks_mut::<PAGE_SIZE>();
             for (index, (pfn, page)) in pfns.iter().zip(pages).enumerate() {
-                mapping.read(index, page).map_err(|source| FrameError::Unreadable { pfn: *pfn, source })?;
+                mapping
+                    .read(index, page)
+                    .map_err(|source| FrameError::Unreadable { pfn: *pfn, source })?;
             }
         }
         Ok(())
@@ -114,9 +129,19 @@ impl FrameSource for GuestFrames {
     /// console, xenstore and device models, whose other ends are new.
     fn rewritten_by_xen(&mut self) -> Result<Vec<Pfn>, FrameError> {
         let domid = self.domid()?;
-        let params = [hvm_param::CONSOLE_PFN, hvm_param::STORE_PFN, hvm_param::IOREQ_PFN, hvm_param::BUFIOREQ_PFN];
+        let params = [
+            hvm_param::CONSOLE_PFN,
+            hvm_param::STORE_PFN,
+            hvm_param::IOREQ_PFN,
+            hvm_param::BUFIOREQ_PFN,
+        ];
         // A param that was never set reads as 0, or as an error for params that this kind of guest does not have.
-        Ok(params.iter().filter_map(|index| self.xen.hvm_param(domid, *index).ok()).filter_map(Pfn::new).filter(|pfn| pfn.get() != 0).collect())
+        Ok(params
+            .iter()
+            .filter_map(|index| self.xen.hvm_param(domid, *index).ok())
+            .filter_map(Pfn::new)
+            .filter(|pfn| pfn.get() != 0)
+            .collect())
     }
 }
 

@@ -9,7 +9,9 @@ use xen_sys::DomId;
 /// Arguments of a process; empty when it is gone.
 pub fn arguments(pid: u32) -> Vec<String> {
     let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let words = raw.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    let words = raw
+        .split(|byte| *byte == 0)
+        .map(|word| String::from_utf8_lossy(word).into_owned());
     let mut words: Vec<String> = words.collect();
     words.pop();
     words
@@ -24,8 +26,12 @@ pub fn parent(pid: u32) -> Option<u32> {
 
 /// Waits until a process has ended, at most for `patience`. Whether it has; one that is not there has, too.
 pub fn wait_for_end(pid: u32, patience: Option<Duration>) -> bool {
-    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return true };
-    let Ok(handle) = pidfd_open(pid, PidfdFlags::empty()) else { return true };
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+        return true;
+    };
+    let Ok(handle) = pidfd_open(pid, PidfdFlags::empty()) else {
+        return true;
+    };
     let deadline = patience.map(|patience| Instant::now() + patience);
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));

@@ -54,7 +54,11 @@ impl Progress {
             }
         };
         let thread = thread::Builder::new().name("xenfold-progress".into()).spawn(work)?;
-        Ok(Progress { stop: Some(stop), thread: Some(thread), suspended })
+        Ok(Progress {
+            stop: Some(stop),
+            thread: Some(thread),
+            suspended,
+        })
     }
 
     /// How long ago the guest was seen suspended, to about 100 ms.
@@ -97,7 +101,11 @@ fn line(figures: &Figures) -> String {
 /// The lines at the end.
 pub fn summary(figures: &Figures) -> String {
     let pages = &figures.pages;
-    let blocks: Vec<String> = figures.blocks.iter().map(|(name, count)| format!("{count} {name}")).collect();
+    let blocks: Vec<String> = figures
+        .blocks
+        .iter()
+        .map(|(name, count)| format!("{count} {name}"))
+        .collect();
     let mut text = format!(
         "time elapsed {} ms (setup {} ms, downtime {} ms), {} passes\n\
          memory processed {:.1} MiB: {} zero, {} references, {} full pages, {} without data\n\
@@ -114,7 +122,11 @@ pub fn summary(figures: &Figures) -> String {
         mib(figures.wire_bytes),
         mib(figures.stream_bytes),
         100.0 * figures.reduction(),
-        if blocks.is_empty() { "none".to_owned() } else { blocks.join(", ") },
+        if blocks.is_empty() {
+            "none".to_owned()
+        } else {
+            blocks.join(", ")
+        },
     );
     if let Some(verify) = &figures.verify {
         text.push_str(&format!(
@@ -131,7 +143,11 @@ mod tests {
 
     #[test]
     fn a_line_tells_how_far_it_is() {
-        let mut figures = Figures { guest: "g1".into(), host: "b".into(), ..Figures::default() };
+        let mut figures = Figures {
+            guest: "g1".into(),
+            host: "b".into(),
+            ..Figures::default()
+        };
         assert_eq!(line(&figures), "g1: waiting for b");
         figures = Figures {
             iteration: 2,
@@ -143,6 +159,9 @@ mod tests {
             wire_bytes: 5 << 20,
             ..figures
         };
-        assert_eq!(line(&figures), "g1: pass 2, 25%, 2.0 MiB/s, 5.0 MiB on the wire, 75% saved");
+        assert_eq!(
+            line(&figures),
+            "g1: pass 2, 25%, 2.0 MiB/s, 5.0 MiB on the wire, 75% saved"
+        );
     }
 }

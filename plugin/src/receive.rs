@@ -104,7 +104,10 @@ struct Cancellable {
 
 impl Read for Cancellable {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut polled = [PollFd::new(&self.input, PollFlags::IN), PollFd::new(&self.cancelled, PollFlags::IN)];
+        let mut polled = [
+            PollFd::new(&self.input, PollFlags::IN),
+            PollFd::new(&self.cancelled, PollFlags::IN),
+        ];
         poll(&mut polled, None)?;
         if !polled[1].revents().is_empty() {
             return Err(io::ErrorKind::ConnectionAborted.into());
@@ -123,7 +126,11 @@ fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
     let kept = rustix::io::dup(&from_xl)?;
     fcntl_setfd(&kept, FdFlags::empty())?;
     let (program, words) = command.split_first().context("no command to receive with")?;
-    let child = Command::new(program).args(words).stdin(Stdio::from(stdin)).stdout(Stdio::from(stdout)).spawn();
+    let child = Command::new(program)
+        .args(words)
+        .stdin(Stdio::from(stdin))
+        .stdout(Stdio::from(stdout))
+        .spawn();
     let child = child.with_context(|| format!("{program} cannot be started"))?;
     drop(kept);
     let pid = child.id();
@@ -139,7 +146,10 @@ fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
     })?;
     let watched = to_xl.try_clone()?;
     Ok(XlProcess {
-        input: XlInput { writer: Box::new(File::from(to_xl)), unread: Arc::new(move || unread(&watched)) },
+        input: XlInput {
+            writer: Box::new(File::from(to_xl)),
+            unread: Arc::new(move || unread(&watched)),
+        },
         output: Box::new(File::from(from_xl)),
         end: Box::new(move |given_up| end_xl(child, &domain, given_up)),
     })
@@ -167,7 +177,10 @@ fn end_xl(mut child: Child, domain: &KnownDomain, given_up: bool) -> i32 {
     if given_up && let Some(domid) = domain.get() {
         match destroy_leftover(domid) {
             Ok(false) => {}
-            Ok(true) => eprintln!("xenfold receive: xl left domain {} behind; it was destroyed", domid.get()),
+            Ok(true) => eprintln!(
+                "xenfold receive: xl left domain {} behind; it was destroyed",
+                domid.get()
+            ),
             Err(error) => eprintln!(
                 "xenfold receive: what is left of the guest (domain {}) cannot be destroyed: {error:#}; type `xl destroy {}`",
                 domid.get(),
@@ -181,7 +194,9 @@ fn end_xl(mut child: Child, domain: &KnownDomain, given_up: bool) -> i32 {
 /// Destroys the guest under construction if it is still there and was never started. Whether it was.
 fn destroy_leftover(domid: DomId) -> Result<bool> {
     let (xen, store) = (Xenctrl::open()?, Xenstore::open()?);
-    let Some(info) = xen.domain(domid)? else { return Ok(false) };
+    let Some(info) = xen.domain(domid)? else {
+        return Ok(false);
+    };
     let name = name_of(&store, domid)?.unwrap_or_default();
     if info.dying || !name.ends_with(INCOMING) {
         return Ok(false);

@@ -40,7 +40,12 @@ impl Record {
     pub fn take(guest: &Guest, host: &str, ssh: Vec<String>) -> Result<Record> {
         fs::create_dir_all(FOLDER).with_context(|| format!("{FOLDER} cannot be made"))?;
         let path = path(&guest.uuid);
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path);
         let file = file.with_context(|| format!("{} cannot be opened", path.display()))?;
         match file.try_lock() {
             Ok(()) => {}
@@ -96,7 +101,9 @@ pub fn left_behind(uuid: &str) -> Result<Option<Migration>> {
     }
     let mut text = String::new();
     file.read_to_string(&mut text)?;
-    serde_json::from_str(&text).with_context(|| format!("{} is damaged", path(uuid).display())).map(Some)
+    serde_json::from_str(&text)
+        .with_context(|| format!("{} is damaged", path(uuid).display()))
+        .map(Some)
 }
 
 /// Forgets a migration that was repaired.

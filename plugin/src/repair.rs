@@ -13,8 +13,12 @@ const HELPER_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Ends a helper whose xl is dead; otherwise it would go on with the guest.
 pub fn end_helper(helper: Helper) -> Result<()> {
-    let Some(pid) = i32::try_from(helper.pid).ok().and_then(Pid::from_raw) else { return Ok(()) };
-    let Ok(handle) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(()) };
+    let Some(pid) = i32::try_from(helper.pid).ok().and_then(Pid::from_raw) else {
+        return Ok(());
+    };
+    let Ok(handle) = pidfd_open(pid, PidfdFlags::empty()) else {
+        return Ok(());
+    };
     // The number may be another process's by now; the handle is not.
     if process::find_helper(helper.pid, "--save-domain") != Some(helper) {
         return Ok(());
@@ -34,7 +38,9 @@ pub fn end_helper(helper: Helper) -> Result<()> {
 /// Returns what was done, in words. Never to be called once GO may have been sent, unless the destination was asked.
 pub fn resume(domid: DomId) -> Result<String> {
     let xen = Xenctrl::open()?;
-    let Some(info) = xen.domain(domid)? else { bail!("domain {} does not exist any more", domid.get()) };
+    let Some(info) = xen.domain(domid)? else {
+        bail!("domain {} does not exist any more", domid.get())
+    };
     if info.dying {
         bail!("domain {} is being destroyed", domid.get());
     }
@@ -48,12 +54,16 @@ pub fn resume(domid: DomId) -> Result<String> {
     let mut name = name_of(&store, domid)?.unwrap_or_default();
     let libxl = Libxl::open()?;
     if let Some(before) = name.strip_suffix(AWAY).map(str::to_owned) {
-        libxl.rename(domid, &name, &before).with_context(|| format!("{name} cannot be called {before} again"))?;
+        libxl
+            .rename(domid, &name, &before)
+            .with_context(|| format!("{name} cannot be called {before} again"))?;
         name = before;
     }
     if !is_suspended(&info) {
         return Ok(format!("guest {name} was not suspended and runs on here"));
     }
-    libxl.resume(domid).with_context(|| format!("guest {name} cannot be resumed"))?;
+    libxl
+        .resume(domid)
+        .with_context(|| format!("guest {name} cannot be resumed"))?;
     Ok(format!("guest {name} was suspended and runs again here"))
 }

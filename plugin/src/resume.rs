@@ -3,7 +3,7 @@ use anyhow::{Context, Result, bail};
 use xen_sys::{Xenctrl, Xenstore};
 
 use crate::config::Config;
-use crate::guest::{self, AWAY, INCOMING, Guest};
+use crate::guest::{self, AWAY, Guest, INCOMING};
 use crate::record::{self, Migration};
 use crate::{repair, ssh};
 
@@ -52,7 +52,11 @@ pub fn print_state(arguments: &StateArguments) -> Result<()> {
 fn held_here(uuid: &str) -> Result<Held> {
     let (xen, store) = (Xenctrl::open()?, Xenstore::open()?);
     let mut held = Held::Absent;
-    for info in xen.domains()?.iter().filter(|info| guest::uuid_text(&info.uuid) == uuid) {
+    for info in xen
+        .domains()?
+        .iter()
+        .filter(|info| guest::uuid_text(&info.uuid) == uuid)
+    {
         let name = guest::name_of(&store, info.domid)?.unwrap_or_default();
         if !name.ends_with(INCOMING) {
             return Ok(Held::Present);
@@ -68,7 +72,9 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
         Some(found) => Some(found),
         None => guest::find(&format!("{}{AWAY}", arguments.guest))?,
     };
-    let Some(found) = found else { bail!("there is no guest {} on this host", arguments.guest) };
+    let Some(found) = found else {
+        bail!("there is no guest {} on this host", arguments.guest)
+    };
     let info = Xenctrl::open()?.domain(found.domid)?;
     if !info.as_ref().is_some_and(guest::is_suspended) {
         bail!("guest {} is not suspended: there is nothing to resume", found.name);
@@ -81,14 +87,11 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
     Ok(())
 }
 
-fn ask_destination(
-    arguments: &Arguments,
-    config: &Config,
-    guest: &Guest,
-    migration: Option<Migration>,
-) -> Result<()> {
+fn ask_destination(arguments: &Arguments, config: &Config, guest: &Guest, migration: Option<Migration>) -> Result<()> {
     let Guest { name, uuid, .. } = guest;
-    let ssh = migration.as_ref().map_or_else(|| vec![config.ssh.clone()], |migration| migration.ssh.clone());
+    let ssh = migration
+        .as_ref()
+        .map_or_else(|| vec![config.ssh.clone()], |migration| migration.ssh.clone());
     let Some(host) = arguments.host.clone().or(migration.map(|migration| migration.host)) else {
         if arguments.force {
             return Ok(());
@@ -123,4 +126,3 @@ fn ask_destination(
         ),
     }
 }
-

@@ -8,7 +8,12 @@ use signal_hook::iterator::Signals;
 /// From now on SIGINT and SIGHUP do nothing, SIGTERM calls `stop`.
 pub fn handle(stop: impl Fn() + Send + 'static) -> io::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
-    let wait = move || signals.forever().filter(|signal| *signal == SIGTERM).for_each(|_| stop());
+    let wait = move || {
+        signals
+            .forever()
+            .filter(|signal| *signal == SIGTERM)
+            .for_each(|_| stop())
+    };
     thread::Builder::new().name("xenfold-signals".into()).spawn(wait)?;
     Ok(())
 }

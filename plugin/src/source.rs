@@ -49,10 +49,21 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone())?),
         None => None,
     };
-    let remote: Vec<String> = RECEIVE.map(str::to_owned).into_iter().chain(arguments.command.clone()).collect();
+    let remote: Vec<String> = RECEIVE
+        .map(str::to_owned)
+        .into_iter()
+        .chain(arguments.command.clone())
+        .collect();
     let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
     match source::negotiate(link, &hello(arguments)?, arguments.timeout()) {
-        Ok(negotiated) => Agent { arguments, guest, record, process, xl }.migrate(negotiated),
+        Ok(negotiated) => Agent {
+            arguments,
+            guest,
+            record,
+            process,
+            xl,
+        }
+        .migrate(negotiated),
         Err(error) => without_xenfold(arguments, &ssh, &process, record, error),
     }
 }
@@ -64,7 +75,9 @@ fn ssh_words(arguments: &Arguments) -> Vec<String> {
 
 fn hello(arguments: &Arguments) -> Result<Hello> {
     let mut key = [0; 32];
-    File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut key)).context("no random key")?;
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut key))
+        .context("no random key")?;
     let hello = Hello {
         program: xenfold::VERSION.into(),
         verify: arguments.config.verify,
@@ -78,7 +91,11 @@ fn hello(arguments: &Arguments) -> Result<Hello> {
 fn plain(ssh: &[String], arguments: &Arguments) -> anyhow::Error {
     let mut words = ssh.iter();
     let program = words.next().map_or("ssh", String::as_str);
-    let error = Command::new(program).args(words).arg(&arguments.host).args(&arguments.command).exec();
+    let error = Command::new(program)
+        .args(words)
+        .arg(&arguments.host)
+        .args(&arguments.command)
+        .exec();
     anyhow::Error::from(error).context(format!("{program} cannot be started"))
 }
 
@@ -127,6 +144,17 @@ fn without_xenfold(
     Err(plain(ssh, arguments))
 }
 
+/// The pipes that xl gave us as standard input and output. Those two then lead nowhere, so that the engine can end
+/// the pipes before the process ends: that is when xl resumes the guest.
+fn pipes_of_xl() -> Result<(File, File)> {
+    let from_xl = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
+    let to_xl = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?);
+    let nowhere = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&nowhere)?;
+    rustix::stdio::dup2_stdout(&nowhere)?;
+    Ok((from_xl, to_xl))
+}
+
 /// An error and all that caused it, in one line.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
@@ -170,13 +198,13 @@ impl Agent<'_> {
         let events = source::events();
         self.watch(&seen, &events.0)?;
         let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet)?;
+        let (from_xl, to_xl) = pipes_of_xl()?;
         let setup = SourceSetup {
-            to_xl: Box::new(File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?)),
+            to_xl: Box::new(to_xl),
             frames: self.frames(&seen.domain),
             figures: figures.clone(),
             events,
         };
-        let from_xl = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
         let ending = source::run(negotiated, setup, Box::new(from_xl));
 
         let downtime = progress.since_suspend();
@@ -190,8 +218,14 @@ impl Agent<'_> {
     }
 
     fn first_figures(&self) -> Figures {
-        let name = self.guest.as_ref().map_or_else(|| "guest".to_owned(), |guest| guest.name.clone());
-        let info = self.guest.as_ref().and_then(|guest| Xenctrl::open().ok()?.domain(guest.domid).ok()?);
+        let name = self
+            .guest
+            .as_ref()
+            .map_or_else(|| "guest".to_owned(), |guest| guest.name.clone());
+        let info = self
+            .guest
+            .as_ref()
+            .and_then(|guest| Xenctrl::open().ok()?.domain(guest.domid).ok()?);
         Figures {
             guest: name,
             host: self.arguments.host.clone(),
@@ -233,7 +267,9 @@ impl Agent<'_> {
                     *seen.helper.lock() = Some(helper);
                     seen.domain.set(helper.domid);
                     if expected.is_some_and(|guest| guest.domid != helper.domid) {
-                        let _ = stop.send(Event::Stop("xl migrates another guest than its command line names".into()));
+                        let _ = stop.send(Event::Stop(
+                            "xl migrates another guest than its command line names".into(),
+                        ));
                     }
                     return;
                 }
@@ -265,7 +301,10 @@ impl Agent<'_> {
             }
             Ending::SourceOwns(error) => {
                 figures.error = Some(chain(&error));
-                eprintln!("xenfold: migration of guest {guest} to {host} failed: {}", chain(&error));
+                eprintln!(
+                    "xenfold: migration of guest {guest} to {host} failed: {}",
+                    chain(&error)
+                );
                 if xl_ended {
                     self.repair(seen, &guest);
                 } else {
@@ -296,10 +335,12 @@ impl Agent<'_> {
     /// xl is dead and cannot resume the guest: that is done here.
     fn repair(&mut self, seen: &Seen, guest: &str) {
         let helper = *seen.helper.lock();
-        let repaired = helper.map_or(Ok(()), repair::end_helper).and_then(|()| match seen.domain.get() {
-            Some(domid) => repair::resume(domid),
-            None => Ok("the guest was not touched yet".into()),
-        });
+        let repaired = helper
+            .map_or(Ok(()), repair::end_helper)
+            .and_then(|()| match seen.domain.get() {
+                Some(domid) => repair::resume(domid),
+                None => Ok("the guest was not touched yet".into()),
+            });
         match repaired {
             Ok(done) => {
                 eprintln!("xenfold: xl was ended; {done}. Try again with the same command.");
@@ -319,11 +360,15 @@ impl Agent<'_> {
     }
 
     fn write_stats(&self, figures: &Figures) {
-        let Some(path) = &self.arguments.config.stats else { return };
-        let written = serde_json::to_vec_pretty(figures).map_err(io::Error::from).and_then(|json| {
-            let mut file = File::create(path)?;
-            file.write_all(&json)
-        });
+        let Some(path) = &self.arguments.config.stats else {
+            return;
+        };
+        let written = serde_json::to_vec_pretty(figures)
+            .map_err(io::Error::from)
+            .and_then(|json| {
+                let mut file = File::create(path)?;
+                file.write_all(&json)
+            });
         if let Err(error) = written {
             eprintln!("xenfold: the figures cannot be written to {}: {error}", path.display());
         }

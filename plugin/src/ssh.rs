@@ -32,7 +32,10 @@ fn command(ssh: &[String], host: &str, remote: &[String]) -> Command {
 
 /// Starts ssh (program and options in `ssh`) with `remote` as the command on `host`.
 pub fn start(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(Ssh, LinkEnds)> {
-    let mut child = command(ssh, host, remote).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut child = command(ssh, host, remote)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
     let no_pipe = || io::Error::other("ssh was started without its pipes");
     let to_peer: Box<dyn Write + Send> = Box::new(child.stdin.take().ok_or_else(no_pipe)?);
     let from_peer: Box<dyn Read + Send> = Box::new(child.stdout.take().ok_or_else(no_pipe)?);
@@ -42,13 +45,26 @@ pub fn start(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(Ssh, 
         // Already gone is as good.
         let _ = killed.lock().kill();
     });
-    Ok((Ssh { child }, LinkEnds { to_peer, from_peer, hangup }))
+    Ok((
+        Ssh { child },
+        LinkEnds {
+            to_peer,
+            from_peer,
+            hangup,
+        },
+    ))
 }
 
 /// Runs a command on `host` to its end. Its standard output, and its exit status as ssh reports it.
 pub fn run(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(String, i32)> {
-    let output = command(ssh, host, remote).stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
-    Ok((String::from_utf8_lossy(&output.stdout).into_owned(), code(output.status)))
+    let output = command(ssh, host, remote)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()?;
+    Ok((
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        code(output.status),
+    ))
 }
 
 impl Ssh {

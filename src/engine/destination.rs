@@ -53,13 +53,23 @@ pub struct Negotiated {
 
 /// Exchanges hellos. Errors: no xenfold of a common version at the other end.
 pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Negotiated, EngineError> {
-    let LinkEnds { mut to_peer, from_peer, hangup } = link;
+    let LinkEnds {
+        mut to_peer,
+        from_peer,
+        hangup,
+    } = link;
     hello.write(&mut to_peer)?;
     let (mut from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
     let agreement = Hello::read(&mut from_peer)?;
     let key = agreement.peer.key()?;
     let link = Link::start(to_peer, hangup)?;
-    Ok(Negotiated { link, reader: FrameReader::new(from_peer), watch, agreement, key })
+    Ok(Negotiated {
+        link,
+        reader: FrameReader::new(from_peer),
+        watch,
+        agreement,
+        key,
+    })
 }
 
 /// Everything the engine needs beside the connection.
@@ -81,19 +91,42 @@ pub fn events() -> (Sender<Event>, Receiver<Event>) {
 /// Receives a guest from R0 to R2. Returns the exit status of xl. Errors: the guest was not taken over, and what
 /// was built of it has been destroyed.
 pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, EngineError> {
-    let Negotiated { link, reader, watch, agreement, key } = negotiated;
-    let DestinationSetup { xl, frames, events: (event_sender, events), program, usage } = setup;
+    let Negotiated {
+        link,
+        reader,
+        watch,
+        agreement,
+        key,
+    } = negotiated;
+    let DestinationSetup {
+        xl,
+        frames,
+        events: (event_sender, events),
+        program,
+        usage,
+    } = setup;
     let XlProcess { input, output, end } = xl;
-    let figures = Arc::new(Mutex::new(DestinationFigures { program, ..DestinationFigures::default() }));
+    let figures = Arc::new(Mutex::new(DestinationFigures {
+        program,
+        ..DestinationFigures::default()
+    }));
 
     let receiving = Receiving::start(input, frames, key.clone(), figures.clone())?;
     let stopper = receiving.stopper();
     let (to_link, to_events) = (link.clone(), event_sender.clone());
     spawn("xenfold-relay", move || relay_xl(output, &to_link, &to_events))?;
     let to_link = link.clone();
-    spawn("xenfold-frames", move || read_frames(reader, receiving, &to_link, &event_sender))?;
+    spawn("xenfold-frames", move || {
+        read_frames(reader, receiving, &to_link, &event_sender)
+    })?;
 
-    let destination = Destination { link: link.clone(), watch, events, key, verify: agreement.peer.verify };
+    let destination = Destination {
+        link: link.clone(),
+        watch,
+        events,
+        key,
+        verify: agreement.peer.verify,
+    };
     let result = destination.run();
     if let Err(error) = &result {
         stopper.stop();
@@ -115,8 +148,20 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
 impl Negotiated {
     /// The settling of a stream that goes to a file, where no xl has to be waited for.
     pub fn settle(self, rebuilt: Rebuilt) -> Result<(), EngineError> {
-        let Negotiated { link, watch, agreement, key, .. } = self;
-        let destination = Destination { link, watch, events: events().1, key, verify: agreement.peer.verify };
+        let Negotiated {
+            link,
+            watch,
+            agreement,
+            key,
+            ..
+        } = self;
+        let destination = Destination {
+            link,
+            watch,
+            events: events().1,
+            key,
+            verify: agreement.peer.verify,
+        };
         destination.settle(rebuilt, None).map(|_| ())
     }
 }
@@ -153,14 +198,19 @@ impl Destination {
 
     /// Phase 2: END is kept back until libxl has taken everything before it and both hosts agree about the guest's
     /// memory. Nothing outside has been touched yet: from END on disks are attached and a device model runs.
-    fn settle(
-        &self,
-        rebuilt: Rebuilt,
-        frames: Frames,
-    ) -> Result<Box<dyn Write + Send>, EngineError> {
-        let Rebuilt { mut xl, end, digest, rows, ids } = rebuilt;
+    fn settle(&self, rebuilt: Rebuilt, frames: Frames) -> Result<Box<dyn Write + Send>, EngineError> {
+        let Rebuilt {
+            mut xl,
+            end,
+            digest,
+            rows,
+            ids,
+        } = rebuilt;
         let (first, rest) = end.record.split_at(4);
-        xl.writer.write_all(first).and_then(|()| xl.writer.flush()).map_err(EngineError::Xl)?;
+        xl.writer
+            .write_all(first)
+            .and_then(|()| xl.writer.flush())
+            .map_err(EngineError::Xl)?;
         while (xl.unread)().map_err(EngineError::Xl)? > 0 {
             self.check_events()?;
             thread::sleep(POLL);
@@ -169,11 +219,17 @@ impl Destination {
             return Err(EngineError::DigestDiffers { rows: end.rows });
         }
         let start = Instant::now();
-        let mut verdict = Verdict { accepted: true, ..Verdict::default() };
+        let mut verdict = Verdict {
+            accepted: true,
+            ..Verdict::default()
+        };
         if let (true, Some(mut frames)) = (self.verify, frames) {
             let verified = read_back(&ids, frames.as_mut(), &self.key)?;
             if let Some(first) = verified.first_different {
-                return Err(EngineError::VerifyFailed { count: verified.different, first });
+                return Err(EngineError::VerifyFailed {
+                    count: verified.different,
+                    first,
+                });
             }
             verdict.verified_pages = verified.equal;
             verdict.rewritten_by_xen_pages = verified.rewritten_by_xen;
@@ -181,8 +237,13 @@ impl Destination {
         }
         self.check_events()?;
         let verdict = serde_json::to_vec(&verdict).map_err(|_| EngineError::WorkerLost)?;
-        self.link.send(Kind::Verdict, &[&verdict]).map_err(|error| EngineError::Wire(error.into()))?;
-        xl.writer.write_all(rest).and_then(|()| xl.writer.flush()).map_err(EngineError::Xl)?;
+        self.link
+            .send(Kind::Verdict, &[&verdict])
+            .map_err(|error| EngineError::Wire(error.into()))?;
+        xl.writer
+            .write_all(rest)
+            .and_then(|()| xl.writer.flush())
+            .map_err(EngineError::Xl)?;
         Ok(xl.writer)
     }
 
@@ -213,7 +274,10 @@ impl Destination {
     }
 
     fn next(&self) -> Result<Event, EngineError> {
-        self.events.recv().map_err(|_| EngineError::WorkerLost).and_then(|event| self.judge(event))
+        self.events
+            .recv()
+            .map_err(|_| EngineError::WorkerLost)
+            .and_then(|event| self.judge(event))
     }
 
     fn judge(&self, event: Event) -> Result<Event, EngineError> {
@@ -285,7 +349,10 @@ fn read_frames(
             _ if failed => continue,
             kind => {
                 let Some(mut stream) = receiving.take() else {
-                    let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why: "the stream had ended" }));
+                    let _ = events.send(Event::LinkLost(WireError::BadBody {
+                        kind,
+                        why: "the stream had ended",
+                    }));
                     return;
                 };
                 let taken = stream.frame(frame);

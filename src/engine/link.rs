@@ -51,8 +51,16 @@ impl Link {
                 }
             }
         };
-        thread::Builder::new().name("xenfold-heartbeat".into()).spawn(beat).map_err(EngineError::Thread)?;
-        Ok(Link { writer, bytes: Arc::default(), hangup, _heartbeat: keep })
+        thread::Builder::new()
+            .name("xenfold-heartbeat".into())
+            .spawn(beat)
+            .map_err(EngineError::Thread)?;
+        Ok(Link {
+            writer,
+            bytes: Arc::default(),
+            hangup,
+            _heartbeat: keep,
+        })
     }
 
     pub fn send(&self, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
@@ -113,14 +121,18 @@ impl<R: Read> Watched<R> {
                 }
             }
         };
-        thread::Builder::new().name("xenfold-watch".into()).spawn(watch).map_err(EngineError::Thread)?;
+        thread::Builder::new()
+            .name("xenfold-watch".into())
+            .spawn(watch)
+            .map_err(EngineError::Thread)?;
         Ok((Watched { inner, began, start }, Watch { _keep: keep, fired }))
     }
 }
 
 impl<R: Read> Read for Watched<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.began.store(self.start.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.began
+            .store(self.start.elapsed().as_millis() as u64, Ordering::Relaxed);
         let result = self.inner.read(buffer);
         self.began.store(NOT_READING, Ordering::Relaxed);
         result

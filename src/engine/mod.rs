@@ -5,13 +5,13 @@
 //! stream, each a pipeline of three threads and a [`pool`] of workers.
 //!
 //! Pipes, page sources and the end of a connection are handed in: everything here runs without Xen.
+pub mod destination;
 mod digest;
 mod error;
 mod link;
 mod pool;
-pub mod destination;
-mod receiving;
 mod rebuilt;
+mod receiving;
 mod sending;
 pub mod source;
 mod verify;

@@ -39,7 +39,10 @@ impl Pool {
                 let mut tools = Tools::default();
                 queue.iter().for_each(|job| job(&mut tools));
             };
-            thread::Builder::new().name("xenfold-worker".into()).spawn(work).map_err(EngineError::Thread)?;
+            thread::Builder::new()
+                .name("xenfold-worker".into())
+                .spawn(work)
+                .map_err(EngineError::Thread)?;
         }
         Ok(Pool { jobs, workers })
     }

@@ -27,7 +27,12 @@ impl Window {
     /// `rows`: what the destination says that it keeps.
     pub fn new(rows: u32) -> Window {
         let rows = WINDOW_ROWS.min(rows as usize);
-        Window { rows, order: VecDeque::new(), pages: HashMap::new(), removed: 0 }
+        Window {
+            rows,
+            order: VecDeque::new(),
+            pages: HashMap::new(),
+            removed: 0,
+        }
     }
 
     /// A row of `pfn` was carried just now, with a page that may be referred to, or not.
@@ -53,7 +58,10 @@ impl Window {
     }
 
     pub fn clear(&mut self) {
-        *self = Window { rows: self.rows, ..Window::new(0) };
+        *self = Window {
+            rows: self.rows,
+            ..Window::new(0)
+        };
     }
 }
 
@@ -108,7 +116,12 @@ impl Recent {
         }
         self.rows += rows;
         self.records.push_back(Kept { record, pages, rows });
-        while let Some(Kept { record: oldest, pages, rows }) = self.records.front() {
+        while let Some(Kept {
+            record: oldest,
+            pages,
+            rows,
+        }) = self.records.front()
+        {
             if self.rows - rows < WINDOW_ROWS {
                 break;
             }
@@ -162,15 +175,29 @@ mod tests {
             let pages: Vec<(Pfn, usize)> = (0..count).map(|i| (pfn((place + i as u64) * 7 % 3001), i)).collect();
             // Every third record ends with entries that have no page.
             let absent: Vec<Pfn> = (0..number % 3 * 20).map(|i| pfn((place + i) * 11 % 3001)).collect();
-            let bytes: Vec<u8> = pages.iter().flat_map(|(p, _)| [(p.get() % 251 + number % 3) as u8; PAGE_SIZE]).collect();
+            let bytes: Vec<u8> = pages
+                .iter()
+                .flat_map(|(p, _)| [(p.get() % 251 + number % 3) as u8; PAGE_SIZE])
+                .collect();
             pages.iter().for_each(|(p, _)| window.insert(*p, true));
             absent.iter().for_each(|p| window.insert(*p, false));
             let rows = pages.len() + absent.len();
-            recent.insert(Arc::new(RebuiltRecord { number, bytes, pages_at: 0 }), pages, rows);
+            recent.insert(
+                Arc::new(RebuiltRecord {
+                    number,
+                    bytes,
+                    pages_at: 0,
+                }),
+                pages,
+                rows,
+            );
             absent.iter().for_each(|p| recent.remove(*p));
             place += count as u64;
             for raw in 0..3001 {
-                assert!(!window.contains(pfn(raw)) || recent.page(pfn(raw)).is_some(), "record {number}, page {raw}");
+                assert!(
+                    !window.contains(pfn(raw)) || recent.page(pfn(raw)).is_some(),
+                    "record {number}, page {raw}"
+                );
             }
         }
         assert!(recent.dropped().is_some() && recent.rows < WINDOW_ROWS + 130);

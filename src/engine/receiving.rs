@@ -127,7 +127,10 @@ impl Receiving {
         let (next, from_link) = bounded(STAGE_DEPTH);
         let (to_outlet, from_assembler) = bounded(STAGE_DEPTH);
         let (stop, stopped) = bounded(1);
-        let applied = Arc::new(Applied { unread: xl.unread.clone(), ..Applied::new() });
+        let applied = Arc::new(Applied {
+            unread: xl.unread.clone(),
+            ..Applied::new()
+        });
         let assembler = Assembler {
             recent: Recent::default(),
             frames,
@@ -147,7 +150,13 @@ impl Receiving {
         };
         let assembler = spawn("xenfold-rebuild", move || assembler.run(from_link, stopped, to_outlet))?;
         let outlet = spawn("xenfold-write", move || outlet.run(from_assembler))?;
-        Ok(Receiving { pool, next: Some(next), stopper: Stopper(stop), assembler, outlet })
+        Ok(Receiving {
+            pool,
+            next: Some(next),
+            stopper: Stopper(stop),
+            assembler,
+            outlet,
+        })
     }
 
     pub fn stopper(&self) -> Stopper {
@@ -176,15 +185,18 @@ impl Receiving {
         let parsed = Rows::parse(&body)?;
         let (entries, rows) = rows::decode(parsed.rows, parsed.count)?;
         for (entry, row) in entries.iter().zip(&rows) {
-            let page_type = PageType::new((entry >> 60) as u8)
-                .ok_or(EngineError::Protocol("a row has a page type that Xen's stream does not know"))?;
+            let page_type = PageType::new((entry >> 60) as u8).ok_or(EngineError::Protocol(
+                "a row has a page type that Xen's stream does not know",
+            ))?;
             if page_type.has_data() == (*row == Row::Absent) {
                 return Err(EngineError::Protocol("a row does not fit its entry's page type"));
             }
         }
         let full = rows.iter().filter(|row| **row == Row::Full).count();
         if parsed.blocks.iter().map(|block| block.pages).sum::<usize>() != full {
-            return Err(EngineError::Protocol("a record's blocks have not as many pages as its rows say"));
+            return Err(EngineError::Protocol(
+                "a record's blocks have not as many pages as its rows say",
+            ));
         }
         let blocks = parsed.blocks.iter().map(|block| {
             let range = block.offset..block.offset + block.bytes.len();
@@ -193,12 +205,21 @@ impl Receiving {
             }
             let (body, codec, pages) = (body.clone(), block.codec, block.pages);
             ArrivedBlock::Packed(self.pool.run(move |tools| {
-                tools.decompressor.decompress(codec, body.get(range).unwrap_or_default(), pages)
+                tools
+                    .decompressor
+                    .decompress(codec, body.get(range).unwrap_or_default(), pages)
             }))
         });
         let blocks = blocks.collect();
         let (frozen, reserved) = (parsed.frozen, parsed.reserved);
-        Ok(ArrivedRows { frozen, reserved, entries, rows, blocks, body })
+        Ok(ArrivedRows {
+            frozen,
+            reserved,
+            entries,
+            rows,
+            blocks,
+            body,
+        })
     }
 
     /// Waits until all that came has been written. Frames come back where they can be found by page number. Errors: the
@@ -209,9 +230,7 @@ impl Receiving {
         let rebuilt = join(self.outlet);
         match (frames, rebuilt) {
             (Ok(frames), Ok(rebuilt)) => Ok((rebuilt, frames)),
-            (frames, rebuilt) => {
-                first_cause([frames.err(), rebuilt.err()], Err(EngineError::WorkerLost))
-            }
+            (frames, rebuilt) => first_cause([frames.err(), rebuilt.err()], Err(EngineError::WorkerLost)),
         }
     }
 }
@@ -319,7 +338,14 @@ impl Assembler {
     }
 
     fn record(&mut self, arrived: ArrivedRows) -> Result<AssembledRecord, EngineError> {
-        let ArrivedRows { frozen, reserved, entries, rows, blocks, body } = arrived;
+        let ArrivedRows {
+            frozen,
+            reserved,
+            entries,
+            rows,
+            blocks,
+            body,
+        } = arrived;
         let pages = rows.iter().filter(|row| **row != Row::Absent).count();
         let pages_at = 16 + entries.len() * 8;
         let mut bytes = Vec::with_capacity(pages_at + pages * PAGE_SIZE);
@@ -327,12 +353,18 @@ impl Assembler {
         bytes.extend_from_slice(&((8 + entries.len() * 8 + pages * PAGE_SIZE) as u32).to_le_bytes());
         bytes.extend_from_slice(&(entries.len() as u32).to_le_bytes());
         bytes.extend_from_slice(&reserved.to_le_bytes());
-        entries.iter().for_each(|entry| bytes.extend_from_slice(&entry.to_le_bytes()));
+        entries
+            .iter()
+            .for_each(|entry| bytes.extend_from_slice(&entry.to_le_bytes()));
         bytes.resize(pages_at + pages * PAGE_SIZE, 0);
         let (_, out) = bytes.split_at_mut(pages_at);
         fill_full(&rows, blocks, &body, out)?;
         let list = self.resolve(&entries, &rows, frozen, out)?;
-        let record = Arc::new(RebuiltRecord { number: self.next_number, bytes, pages_at });
+        let record = Arc::new(RebuiltRecord {
+            number: self.next_number,
+            bytes,
+            pages_at,
+        });
         if !frozen {
             self.next_number += 1;
             for (entry, row) in entries.iter().zip(&rows) {
@@ -352,7 +384,13 @@ impl Assembler {
                 })
             })
             .collect();
-        Ok(AssembledRecord { record, frozen, entries, rows, ids })
+        Ok(AssembledRecord {
+            record,
+            frozen,
+            entries,
+            rows,
+            ids,
+        })
     }
 
     /// Fills in the pages that refer to others: earlier ones of the record, too, unless it is frozen. Returns the
@@ -399,7 +437,9 @@ impl Assembler {
                 Source::Here(from) if from < index => out.copy_within(from * PAGE_SIZE..(from + 1) * PAGE_SIZE, to),
                 _ => {
                     let page = self.recent.page(target).ok_or(EngineError::WorkerLost)?;
-                    out.get_mut(to..to + PAGE_SIZE).ok_or(EngineError::WorkerLost)?.copy_from_slice(page);
+                    out.get_mut(to..to + PAGE_SIZE)
+                        .ok_or(EngineError::WorkerLost)?
+                        .copy_from_slice(page);
                 }
             }
         }
@@ -419,7 +459,9 @@ impl Assembler {
     }
 
     fn read_frames(&mut self, wanted: &[(Pfn, usize)], out: &mut [u8]) -> Result<(), EngineError> {
-        let (Some(frames), Some(dropped)) = (&mut self.frames, self.recent.dropped()) else { return Ok(()) };
+        let (Some(frames), Some(dropped)) = (&mut self.frames, self.recent.dropped()) else {
+            return Ok(());
+        };
         if wanted.is_empty() {
             return Ok(());
         }
@@ -446,11 +488,17 @@ fn is_plain(entry: u64) -> bool {
 
 /// Puts the pages of the blocks where the rows sent in full want them.
 fn fill_full(rows: &[Row], blocks: Vec<ArrivedBlock>, body: &[u8], out: &mut [u8]) -> Result<(), EngineError> {
-    let mut places =
-        rows.iter().filter(|row| **row != Row::Absent).zip(out.chunks_exact_mut(PAGE_SIZE)).filter_map(|(row, place)| {
-            if *row == Row::Full { Some(place) } else { None }
-        });
-    let mut fill = |pages: &[u8]| pages.chunks_exact(PAGE_SIZE).zip(&mut places).for_each(|(page, place)| place.copy_from_slice(page));
+    let mut places = rows
+        .iter()
+        .filter(|row| **row != Row::Absent)
+        .zip(out.chunks_exact_mut(PAGE_SIZE))
+        .filter_map(|(row, place)| if *row == Row::Full { Some(place) } else { None });
+    let mut fill = |pages: &[u8]| {
+        pages
+            .chunks_exact(PAGE_SIZE)
+            .zip(&mut places)
+            .for_each(|(page, place)| place.copy_from_slice(page))
+    };
     for block in blocks {
         match block {
             ArrivedBlock::Raw(range) => fill(body.get(range).unwrap_or_default()),
@@ -474,7 +522,13 @@ impl Outlet {
         self.applied.closed.store(true, Ordering::Release);
         let end = result?;
         let Outlet { xl, digest, ids, .. } = self;
-        Ok(Rebuilt { xl, end, digest: digest.finish(), rows: digest.rows(), ids })
+        Ok(Rebuilt {
+            xl,
+            end,
+            digest: digest.finish(),
+            rows: digest.rows(),
+            ids,
+        })
     }
 
     fn write_all(&mut self, input: Receiver<Assembled>) -> Result<End, EngineError> {
@@ -490,14 +544,24 @@ impl Outlet {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), EngineError> {
-        self.xl.writer.write_all(bytes).and_then(|()| self.xl.writer.flush()).map_err(EngineError::Xl)?;
+        self.xl
+            .writer
+            .write_all(bytes)
+            .and_then(|()| self.xl.writer.flush())
+            .map_err(EngineError::Xl)?;
         self.applied.written.fetch_add(bytes.len() as u64, Ordering::Release);
         Ok(())
     }
 
     /// Enters the record's rows, checks what was referred to, and only then writes the record.
     fn record(&mut self, assembled: AssembledRecord) -> Result<(), EngineError> {
-        let AssembledRecord { record, frozen, entries, rows, ids: pending } = assembled;
+        let AssembledRecord {
+            record,
+            frozen,
+            entries,
+            rows,
+            ids: pending,
+        } = assembled;
         let mut contents = Vec::new();
         for part in pending {
             contents.extend(part.wait()?);
@@ -506,7 +570,11 @@ impl Outlet {
         let mut ids = Vec::with_capacity(entries.len());
         for (entry, row) in entries.iter().zip(&rows) {
             let pfn = pfn_of(*entry);
-            let id = if *row == Row::Absent { ABSENT } else { contents.next().ok_or(EngineError::WorkerLost)? };
+            let id = if *row == Row::Absent {
+                ABSENT
+            } else {
+                contents.next().ok_or(EngineError::WorkerLost)?
+            };
             if let Row::Reference(target) = row {
                 match self.ids.get(*target) {
                     None => return Err(EngineError::DanglingReference { pfn, target: *target }),

@@ -80,10 +80,22 @@ impl PageRecord {
         let mut pages = 0..;
         let list = data
             .entries()
-            .map(|entry| (entry.pfn, entry.page_type, entry.has_data.then(|| pages.next()).flatten()))
+            .map(|entry| {
+                (
+                    entry.pfn,
+                    entry.page_type,
+                    entry.has_data.then(|| pages.next()).flatten(),
+                )
+            })
             .collect();
         let pages_at = body.len() - data.pages().len();
-        Ok(PageRecord { body, pages_at, entries, list, reserved })
+        Ok(PageRecord {
+            body,
+            pages_at,
+            entries,
+            list,
+            reserved,
+        })
     }
 
     /// The bytes of pages `range`, empty outside the record.
@@ -104,7 +116,10 @@ type Ids = Vec<Option<ContentId>>;
 enum Read1 {
     Bytes(Vec<u8>),
     Guest(GuestType),
-    Pages { record: Arc<PageRecord>, ids: Vec<Pending<Ids>> },
+    Pages {
+        record: Arc<PageRecord>,
+        ids: Vec<Pending<Ids>>,
+    },
     /// A PAGE_DATA record too large for rows follows as bytes.
     Forget,
     /// Pages that follow are only compared by Xen, not written.
@@ -146,7 +161,16 @@ enum BlockData {
 impl<R: Read + Send + 'static> Sending<R> {
     /// Sends the whole stream, up to the End frame. Blocks until xl has written it and the link has taken it.
     pub fn run(self) -> Result<Sent<R>, EngineError> {
-        let Sending { stream, link, key, pool, frames, window_rows, table, figures } = self;
+        let Sending {
+            stream,
+            link,
+            key,
+            pool,
+            frames,
+            window_rows,
+            table,
+            figures,
+        } = self;
         let (to_classifier, from_front) = bounded(STAGE_DEPTH);
         let (to_back, from_classifier) = bounded(STAGE_DEPTH);
         let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers())));
@@ -161,10 +185,20 @@ impl<R: Read + Send + 'static> Sending<R> {
             pool: pool.clone(),
             policy: policy.clone(),
         };
-        let back = Back { link, policy, figures, last_pfn: None };
+        let back = Back {
+            link,
+            policy,
+            figures,
+            last_pfn: None,
+        };
         let classifier = spawn("xenfold-rows", move || classifier.run(from_front, to_back))?;
         let back = spawn("xenfold-send", move || back.run(from_classifier))?;
-        let mut front = Front { stream, pool, key, next: to_classifier };
+        let mut front = Front {
+            stream,
+            pool,
+            key,
+            next: to_classifier,
+        };
         let read = front.run();
         let Front { stream, next, .. } = front;
         drop(next);
@@ -172,7 +206,11 @@ impl<R: Read + Send + 'static> Sending<R> {
         let classified = join(classifier);
         let sent = join(back);
         let (table, guest_type) = first_cause([read.err(), sent.err()], classified)?;
-        Ok(Sent { xl: stream.into_inner(), table, guest_type })
+        Ok(Sent {
+            xl: stream.into_inner(),
+            table,
+            guest_type,
+        })
     }
 }
 
@@ -198,7 +236,10 @@ pub(super) fn spawn<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<thread::JoinHandle<T>, EngineError> {
-    thread::Builder::new().name(name.into()).spawn(work).map_err(EngineError::Thread)
+    thread::Builder::new()
+        .name(name.into())
+        .spawn(work)
+        .map_err(EngineError::Thread)
 }
 
 pub(super) fn join<T>(handle: thread::JoinHandle<Result<T, EngineError>>) -> Result<T, EngineError> {
@@ -243,7 +284,11 @@ impl<R: Read> Front<R> {
 
     /// libxl's END has no body; should a later Xen give it one, it would have to be carried.
     fn skip_body(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
-        if header.length == 0 { Ok(()) } else { Err(EngineError::Protocol("libxl's END record has a body")) }
+        if header.length == 0 {
+            Ok(())
+        } else {
+            Err(EngineError::Protocol("libxl's END record has a body"))
+        }
     }
 
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
@@ -276,7 +321,9 @@ impl<R: Read> Front<R> {
 
     /// Bytes of any length as they are, in frames of a bounded size.
     fn parts(&self, bytes: &[u8]) -> Result<(), EngineError> {
-        bytes.chunks(BYTES_PER_FRAME).try_for_each(|part| self.pass(Read1::Bytes(part.to_vec())))
+        bytes
+            .chunks(BYTES_PER_FRAME)
+            .try_for_each(|part| self.pass(Read1::Bytes(part.to_vec())))
     }
 
     fn other_record(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
@@ -295,7 +342,10 @@ impl<R: Read> Front<R> {
 }
 
 pub(super) fn hash(key: &ContentKey, pages: &[u8]) -> Ids {
-    pages.chunks_exact(PAGE_SIZE).map(|page| if is_zero(page) { None } else { Some(key.id(page)) }).collect()
+    pages
+        .chunks_exact(PAGE_SIZE)
+        .map(|page| if is_zero(page) { None } else { Some(key.id(page)) })
+        .collect()
 }
 
 struct Classifier {
@@ -330,9 +380,11 @@ impl Classifier {
                     Ready::Forget
                 }
                 Read1::Pages { record, ids } => self.pages(record, ids)?,
-                Read1::End(record) => {
-                    Ready::End(End { digest: self.digest.finish(), rows: self.digest.rows(), record })
-                }
+                Read1::End(record) => Ready::End(End {
+                    digest: self.digest.finish(),
+                    rows: self.digest.rows(),
+                    record,
+                }),
             };
             next.send(ready).map_err(|_| EngineError::WorkerLost)?;
         }
@@ -373,12 +425,27 @@ impl Classifier {
         let mut encoded = Vec::new();
         rows::encode(&record.entries, &kinds, &mut encoded);
         let blocks = self.compress(&record, &full);
-        let (first, last) = (record.list.first().map(|entry| entry.0), record.list.last().map(|entry| entry.0));
-        Ok(Ready::Rows(ReadyRows { record, frozen: self.frozen, rows: encoded, blocks, pages, first, last }))
+        let (first, last) = (
+            record.list.first().map(|entry| entry.0),
+            record.list.last().map(|entry| entry.0),
+        );
+        Ok(Ready::Rows(ReadyRows {
+            record,
+            frozen: self.frozen,
+            rows: encoded,
+            blocks,
+            pages,
+            first,
+            last,
+        }))
     }
 
     fn classify(&self, page_type: PageType, id: &ContentId) -> Row {
-        let holder = if page_type == PageType::NoTab { self.table.holder(id) } else { None };
+        let holder = if page_type == PageType::NoTab {
+            self.table.holder(id)
+        } else {
+            None
+        };
         match holder {
             Some(holder) if self.reads_frames() || self.window.contains(holder) => Row::Reference(holder),
             _ => Row::Full,
@@ -426,8 +493,16 @@ impl Classifier {
                     let output = packed.as_ref().map_or(bytes.len(), Vec::len);
                     policy.lock().compressed(level, bytes.len(), output, start.elapsed());
                     match packed {
-                        Some(packed) => ReadyBlock { level, pages: indices.len(), data: BlockData::Own(packed) },
-                        None => ReadyBlock { level: Level::Raw, pages: indices.len(), data: source },
+                        Some(packed) => ReadyBlock {
+                            level,
+                            pages: indices.len(),
+                            data: BlockData::Own(packed),
+                        },
+                        None => ReadyBlock {
+                            level: Level::Raw,
+                            pages: indices.len(),
+                            data: source,
+                        },
                     }
                 })
             })
@@ -441,7 +516,9 @@ fn gather(record: &PageRecord, indices: &[usize]) -> BlockData {
         (Some(&first), Some(&last)) if last - first + 1 == indices.len() => BlockData::Record(first..last + 1),
         _ => {
             let mut bytes = Vec::with_capacity(indices.len() * PAGE_SIZE);
-            indices.iter().for_each(|index| bytes.extend_from_slice(record.pages(*index..index + 1)));
+            indices
+                .iter()
+                .for_each(|index| bytes.extend_from_slice(record.pages(*index..index + 1)));
             BlockData::Own(bytes)
         }
     }
@@ -486,11 +563,17 @@ impl Back {
     }
 
     fn send(&self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
-        self.link.send(kind, parts).map_err(|error| EngineError::Wire(error.into()))
+        self.link
+            .send(kind, parts)
+            .map_err(|error| EngineError::Wire(error.into()))
     }
 
     fn rows(&mut self, ready: ReadyRows) -> Result<(), EngineError> {
-        let blocks = ready.blocks.into_iter().map(Pending::wait).collect::<Result<Vec<_>, _>>()?;
+        let blocks = ready
+            .blocks
+            .into_iter()
+            .map(Pending::wait)
+            .collect::<Result<Vec<_>, _>>()?;
         let frame = Rows {
             count: ready.record.entries.len(),
             frozen: ready.frozen,

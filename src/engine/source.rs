@@ -76,14 +76,24 @@ pub struct Negotiated {
 ///
 /// Silence counts from the peer's hello on: before it ssh may wait for a password, and has timeouts of its own.
 pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Negotiated, EngineError> {
-    let LinkEnds { mut to_peer, mut from_peer, hangup } = link;
+    let LinkEnds {
+        mut to_peer,
+        mut from_peer,
+        hangup,
+    } = link;
     let key = hello.key()?;
     // A failure to send shows as an end when reading, which tells more.
     let _ = hello.write(&mut to_peer);
     let agreement = Hello::read(&mut from_peer)?;
     let (from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
     let link = Link::start(to_peer, hangup)?;
-    Ok(Negotiated { link, reader: FrameReader::new(from_peer), watch, agreement, key })
+    Ok(Negotiated {
+        link,
+        reader: FrameReader::new(from_peer),
+        watch,
+        agreement,
+        key,
+    })
 }
 
 /// What the source's phases work on.
@@ -153,12 +163,37 @@ pub fn run(negotiated: Negotiated, setup: SourceSetup, from_xl: Box<dyn Read + S
 
 impl Source {
     pub fn new(negotiated: Negotiated, setup: SourceSetup) -> Result<Source, EngineError> {
-        let Negotiated { link, reader, watch, agreement, key } = negotiated;
-        let SourceSetup { to_xl, frames, figures, events: (event_sender, events) } = setup;
+        let Negotiated {
+            link,
+            reader,
+            watch,
+            agreement,
+            key,
+        } = negotiated;
+        let SourceSetup {
+            to_xl,
+            frames,
+            figures,
+            events: (event_sender, events),
+        } = setup;
         let to_events = event_sender.clone();
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
         let (inbox, verdict, link_lost, start) = (Vec::new(), None, false, Instant::now());
-        Ok(Source { link, watch, events, event_sender, inbox, verdict, link_lost, to_xl, key, agreement, frames, figures, start })
+        Ok(Source {
+            link,
+            watch,
+            events,
+            event_sender,
+            inbox,
+            verdict,
+            link_lost,
+            to_xl,
+            key,
+            agreement,
+            frames,
+            figures,
+            start,
+        })
     }
 
     /// Phase 1: the receiving xl is there (R0). xl waits for it before it does anything to the guest.
@@ -246,7 +281,9 @@ impl Source {
         let received = self.message(xl::R1_READY.len())?;
         self.tell_xl(&received)?;
         if received != xl::R1_READY {
-            return Err(EngineError::Protocol("the other host's xl did not say that it received the guest"));
+            return Err(EngineError::Protocol(
+                "the other host's xl did not say that it received the guest",
+            ));
         }
         Ok(())
     }
@@ -290,7 +327,9 @@ impl Source {
     fn probe(&mut self) -> Result<(), EngineError> {
         let nonce = self.start.elapsed().as_nanos().to_le_bytes();
         let (nonce, _) = nonce.split_at(8);
-        self.link.send(Kind::Ping, &[nonce]).map_err(|error| EngineError::Wire(error.into()))?;
+        self.link
+            .send(Kind::Ping, &[nonce])
+            .map_err(|error| EngineError::Wire(error.into()))?;
         loop {
             match self.next()? {
                 Signal::Pong(echo) if echo == nonce => return Ok(()),
@@ -318,13 +357,17 @@ impl Source {
         // That xl is gone changes nothing any more.
         let _ = self.tell_xl(&report);
         if report.get(..xl::R2_REPORT.len()) != Some(xl::R2_REPORT) {
-            return Ending::Unknown(EngineError::Protocol("the other host's xl did not say how the guest's start went"));
+            return Ending::Unknown(EngineError::Protocol(
+                "the other host's xl did not say how the guest's start went",
+            ));
         }
         if report.last() == Some(&0) {
             let mut figures = self.figures.lock();
             figures.completed = true;
             drop(figures);
-            return Ending::Completed { status: self.exit_status() };
+            return Ending::Completed {
+                status: self.exit_status(),
+            };
         }
         match self.message(xl::R3_GO_BACK.len()) {
             Ok(back) => {
@@ -358,6 +401,8 @@ impl Source {
         figures.wire_bytes = self.link.bytes();
         drop(figures);
         if let Ending::SourceOwns(error) = &ending {
+            // xl resumes the guest when its pipe ends, and need not wait for the other host's cleaning up.
+            self.to_xl = Box::new(std::io::sink());
             let reason = error.to_string();
             let until = Instant::now() + CLEAN_UP;
             if self.link.send_if_free(Kind::Abort, &[reason.as_bytes()]) && !self.link_lost {
@@ -386,7 +431,10 @@ impl Source {
     }
 
     fn tell_xl(&mut self, bytes: &[u8]) -> Result<(), EngineError> {
-        self.to_xl.write_all(bytes).and_then(|()| self.to_xl.flush()).map_err(EngineError::Xl)
+        self.to_xl
+            .write_all(bytes)
+            .and_then(|()| self.to_xl.flush())
+            .map_err(EngineError::Xl)
     }
 
     /// The next thing that a phase has to know of. Errors: the connection is lost, the peer gave up, somebody stops us.
@@ -405,7 +453,9 @@ impl Source {
             match frame.kind {
                 Kind::Xl => {
                     if self.inbox.len() + frame.body.len() > INBOX_BYTES {
-                        return Err(EngineError::Protocol("the other host's xl says more than xl has to say"));
+                        return Err(EngineError::Protocol(
+                            "the other host's xl says more than xl has to say",
+                        ));
                     }
                     self.inbox.extend_from_slice(&frame.body);
                     return Ok(Signal::Xl);
@@ -422,10 +472,14 @@ impl Source {
                 Kind::Pong => return Ok(Signal::Pong(frame.body)),
                 Kind::Ping if frame.body.is_empty() => {}
                 Kind::Ping => {
-                    self.link.send(Kind::Pong, &[&frame.body]).map_err(|error| EngineError::Wire(error.into()))?;
+                    self.link
+                        .send(Kind::Pong, &[&frame.body])
+                        .map_err(|error| EngineError::Wire(error.into()))?;
                 }
                 Kind::Abort => {
-                    return Err(EngineError::PeerAborted(String::from_utf8_lossy(&frame.body).into_owned()));
+                    return Err(EngineError::PeerAborted(
+                        String::from_utf8_lossy(&frame.body).into_owned(),
+                    ));
                 }
                 _ => return Err(EngineError::Protocol("a frame came that only a source sends")),
             }

@@ -45,5 +45,10 @@ pub fn read_back(ids: &PageIds, frames: &mut dyn FrameSource, key: &ContentKey) 
         }
     }
     drop(rows);
-    Ok(Verified { equal, different, first_different, ..verified })
+    Ok(Verified {
+        equal,
+        different,
+        first_different,
+        ..verified
+    })
 }

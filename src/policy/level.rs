@@ -26,12 +26,36 @@ impl Reference {
 
 /// Measured on unique pages of a Debian guest in blocks of 1 MiB (`cargo bench`, levels).
 const REFERENCES: [Reference; 6] = [
-    Reference { level: Level::Raw, cpu_ns: 0.0, ratio: 1.0 },
-    Reference { level: Level::Lz4, cpu_ns: 1.7, ratio: 0.43 },
-    Reference { level: Level::Zstd(1), cpu_ns: 2.4, ratio: ORDINARY_RATIO },
-    Reference { level: Level::Zstd(3), cpu_ns: 4.6, ratio: 0.294 },
-    Reference { level: Level::Zstd(6), cpu_ns: 14.0, ratio: 0.278 },
-    Reference { level: Level::Zstd(9), cpu_ns: 24.0, ratio: 0.270 },
+    Reference {
+        level: Level::Raw,
+        cpu_ns: 0.0,
+        ratio: 1.0,
+    },
+    Reference {
+        level: Level::Lz4,
+        cpu_ns: 1.7,
+        ratio: 0.43,
+    },
+    Reference {
+        level: Level::Zstd(1),
+        cpu_ns: 2.4,
+        ratio: ORDINARY_RATIO,
+    },
+    Reference {
+        level: Level::Zstd(3),
+        cpu_ns: 4.6,
+        ratio: 0.294,
+    },
+    Reference {
+        level: Level::Zstd(6),
+        cpu_ns: 14.0,
+        ratio: 0.278,
+    },
+    Reference {
+        level: Level::Zstd(9),
+        cpu_ns: 24.0,
+        ratio: 0.270,
+    },
 ];
 const ORDINARY_RATIO: f64 = 0.315;
 
@@ -60,29 +84,57 @@ pub struct LevelPolicy {
     link_ns: f64,
     current: usize,
     blocks: u32,
+    /// How many of [`REFERENCES`] may be used.
+    usable: usize,
 }
 
 impl LevelPolicy {
     /// `workers`: threads that compress side by side.
     pub fn new(workers: usize) -> LevelPolicy {
+        // Each worker keeps a compressor, and a strong one takes 8 MiB: together they must stay within the agent's memory.
+        let usable = REFERENCES.len()
+            - match workers {
+                0..=2 => 0,
+                3..=4 => 1,
+                _ => 2,
+            };
         let workers = workers.max(1) as f64;
-        LevelPolicy { workers, fixed_ns: 0.6, slowness: 1.0, ratio: ORDINARY_RATIO, link_ns: 1.0, current: 2, blocks: 0 }
+        LevelPolicy {
+            workers,
+            fixed_ns: 0.6,
+            slowness: 1.0,
+            ratio: ORDINARY_RATIO,
+            link_ns: 1.0,
+            current: 2,
+            blocks: 0,
+            usable,
+        }
     }
 
     /// The level for the next block.
     pub fn choose(&mut self) -> Level {
         self.blocks = self.blocks.wrapping_add(1);
-        let best = (0..REFERENCES.len()).min_by(|a, b| self.cost(*a).total_cmp(&self.cost(*b))).unwrap_or(0);
+        let best = (0..self.usable)
+            .min_by(|a, b| self.cost(*a).total_cmp(&self.cost(*b)))
+            .unwrap_or(0);
         if self.cost(best) < self.cost(self.current) * HYSTERESIS {
             self.current = best;
         }
-        let chosen = REFERENCES.get(self.current).map_or(Level::Raw, |reference| reference.level);
-        if chosen == Level::Raw && self.blocks.is_multiple_of(PROBE_EVERY) { Level::Lz4 } else { chosen }
+        let chosen = REFERENCES
+            .get(self.current)
+            .map_or(Level::Raw, |reference| reference.level);
+        if chosen == Level::Raw && self.blocks.is_multiple_of(PROBE_EVERY) {
+            Level::Lz4
+        } else {
+            chosen
+        }
     }
 
     /// A block of `input` bytes took `elapsed` to compress at `level`, to `output` bytes.
     pub fn compressed(&mut self, level: Level, input: usize, output: usize, elapsed: Duration) {
-        let Some(reference) = REFERENCES.iter().find(|reference| reference.level == level) else { return };
+        let Some(reference) = REFERENCES.iter().find(|reference| reference.level == level) else {
+            return;
+        };
         if input == 0 || reference.cpu_ns == 0.0 {
             return;
         }
@@ -101,7 +153,9 @@ impl LevelPolicy {
 
     /// Nanoseconds that a byte takes at a level, as far as is known.
     fn cost(&self, index: usize) -> f64 {
-        let Some(reference) = REFERENCES.get(index) else { return f64::INFINITY };
+        let Some(reference) = REFERENCES.get(index) else {
+            return f64::INFINITY;
+        };
         let ratio = self.ratio.powf(reference.strength());
         if reference.level != Level::Raw && ratio > POOR_RATIO {
             return f64::INFINITY;
@@ -129,7 +183,11 @@ mod tests {
             policy.written(output, Duration::from_nanos((output as f64 * link_ns) as u64));
         }
         policy.current = policy.current.min(REFERENCES.len() - 1);
-        if level == Level::Lz4 { REFERENCES[policy.current].level } else { level }
+        if level == Level::Lz4 {
+            REFERENCES[policy.current].level
+        } else {
+            level
+        }
     }
 
     #[test]

@@ -41,7 +41,11 @@ impl PageIds {
     pub fn get(&self, pfn: Pfn) -> Option<ContentId> {
         let (chunk, slot, bit) = position(pfn);
         let chunk = self.chunks.get(&chunk)?;
-        if chunk.present & bit != 0 { chunk.ids.get(slot).copied() } else { None }
+        if chunk.present & bit != 0 {
+            chunk.ids.get(slot).copied()
+        } else {
+            None
+        }
     }
 
     pub fn set(&mut self, pfn: Pfn, id: ContentId) -> Result<(), TooSparse> {
@@ -49,9 +53,17 @@ impl PageIds {
         let chunks = self.chunks.len() as u64;
         let full = chunks >= FREE_CHUNKS + self.pages * 2 / CHUNK_PAGES;
         if full && !self.chunks.contains_key(&index) {
-            return Err(TooSparse { pages: self.pages, chunks });
+            return Err(TooSparse {
+                pages: self.pages,
+                chunks,
+            });
         }
-        let empty = || Box::new(Chunk { present: 0, ids: [ContentId([0; 16]); CHUNK_PAGES as usize] });
+        let empty = || {
+            Box::new(Chunk {
+                present: 0,
+                ids: [ContentId([0; 16]); CHUNK_PAGES as usize],
+            })
+        };
         let chunk = self.chunks.entry(index).or_insert_with(empty);
         if let Some(place) = chunk.ids.get_mut(slot) {
             *place = id;
@@ -110,13 +122,18 @@ mod tests {
         ids.remove(pfn(64));
         let rows: Vec<u64> = ids.iter().map(|(pfn, _)| pfn.get()).collect();
         assert_eq!(rows, [3, 63, 700, Pfn::MAX.get()]);
-        assert_eq!((ids.len(), ids.get(pfn(64)), ids.get(pfn(3))), (4, None, Some(ContentId([3; 16]))));
+        assert_eq!(
+            (ids.len(), ids.get(pfn(64)), ids.get(pfn(3))),
+            (4, None, Some(ContentId([3; 16])))
+        );
     }
 
     #[test]
     fn scattered_pages_meet_a_bound() {
         let mut ids = PageIds::default();
-        let stored = (0..u64::MAX).take_while(|n| ids.set(pfn(n * 1000), ContentId([0; 16])).is_ok()).count();
+        let stored = (0..u64::MAX)
+            .take_while(|n| ids.set(pfn(n * 1000), ContentId([0; 16])).is_ok())
+            .count();
         assert!((16 << 10..17 << 10).contains(&stored), "{stored}");
     }
 }

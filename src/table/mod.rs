@@ -41,7 +41,10 @@ impl PageTable {
     /// A table that looks contents up by `bits` bits of their id.
     pub fn with_lookup_bits(bits: u32) -> PageTable {
         let mask = u64::MAX.checked_shr(64u32.saturating_sub(bits)).unwrap_or(0);
-        PageTable { lookup: Lookup { mask }, ..PageTable::default() }
+        PageTable {
+            lookup: Lookup { mask },
+            ..PageTable::default()
+        }
     }
 
     /// What the page holds, if it has a row.
@@ -52,7 +55,9 @@ impl PageTable {
     /// A page that holds this content now.
     pub fn holder(&self, id: &ContentId) -> Option<Pfn> {
         let ids = &self.ids;
-        let found = self.holders.find(self.lookup.key(id), |holder| ids.get(page(*holder)).as_ref() == Some(id));
+        let found = self.holders.find(self.lookup.key(id), |holder| {
+            ids.get(page(*holder)).as_ref() == Some(id)
+        });
         found.map(|holder| page(*holder))
     }
 
@@ -61,7 +66,9 @@ impl PageTable {
     pub fn set(&mut self, pfn: Pfn, id: ContentId) -> Result<(), TooSparse> {
         self.remove(pfn);
         self.ids.set(pfn, id)?;
-        let Ok(number) = u32::try_from(pfn.get()) else { return Ok(()) };
+        let Ok(number) = u32::try_from(pfn.get()) else {
+            return Ok(());
+        };
         let PageTable { ids, holders, lookup } = self;
         let same = |holder: &u32| *holder != number && ids.get(page(*holder)) == Some(id);
         match holders.find_mut(lookup.key(&id), same) {
@@ -78,7 +85,9 @@ impl PageTable {
     pub fn remove(&mut self, pfn: Pfn) {
         let Some(id) = self.ids.get(pfn) else { return };
         if let Ok(number) = u32::try_from(pfn.get())
-            && let Ok(entry) = self.holders.find_entry(self.lookup.key(&id), |holder| *holder == number)
+            && let Ok(entry) = self
+                .holders
+                .find_entry(self.lookup.key(&id), |holder| *holder == number)
         {
             entry.remove();
         }

@@ -114,7 +114,12 @@ impl<'a> Rows<'a> {
             let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
             let offset = body.len() - input.len();
             let bytes = take_slice(input, length).ok_or(bad("shorter than its blocks"))?;
-            blocks.push(Block { codec, pages, bytes, offset });
+            blocks.push(Block {
+                codec,
+                pages,
+                bytes,
+                offset,
+            });
         }
         if !input.is_empty() {
             return Err(bad("bytes follow the last block"));

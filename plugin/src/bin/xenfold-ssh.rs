@@ -8,7 +8,9 @@ use xenfold_plugin::arguments::{self, Action, USAGE};
 use xenfold_plugin::{config, source};
 
 fn main() {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp_millis().init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format_timestamp_millis()
+        .init();
     let config = config::read(Path::new(config::PATH)).unwrap_or_else(|error| {
         eprintln!("xenfold: {error}. The guest is untouched and runs on here.");
         exit(1)

@@ -31,7 +31,9 @@ enum Command {
 }
 
 fn main() {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).format_timestamp_millis().init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format_timestamp_millis()
+        .init();
     match run(Arguments::parse().command) {
         // Threads that wait for what does not come any more end with the process.
         Ok(status) => exit(status),

@@ -36,7 +36,11 @@ impl FromStr for Rate {
             _ => return Err(wrong()),
         };
         let number = number.parse::<f64>().map_err(|_| wrong())?;
-        if number > 0.0 && number <= 1e6 { Ok(Rate(Some(number * unit / 8.0))) } else { Err(wrong()) }
+        if number > 0.0 && number <= 1e6 {
+            Ok(Rate(Some(number * unit / 8.0)))
+        } else {
+            Err(wrong())
+        }
     }
 }
 
@@ -59,18 +63,27 @@ struct Pacer {
 
 impl Pacer {
     fn new(rate: Rate) -> Pacer {
-        Pacer { rate: rate.0, next: Instant::now() }
+        Pacer {
+            rate: rate.0,
+            next: Instant::now(),
+        }
     }
 
     fn burst(&self) -> usize {
-        self.rate.map_or(PIPE_BYTES, |rate| ((rate / 1000.0) as u64).clamp(MIN_BURST, PIPE_BYTES as u64) as usize)
+        self.rate.map_or(PIPE_BYTES, |rate| {
+            ((rate / 1000.0) as u64).clamp(MIN_BURST, PIPE_BYTES as u64) as usize
+        })
     }
 
     fn sent(&mut self, bytes: usize) {
         let Some(rate) = self.rate else { return };
         let now = Instant::now();
         self.next = self.next.max(now - Duration::from_millis(2)) + Duration::from_secs_f64(bytes as f64 / rate);
-        if let Some(wait) = self.next.checked_duration_since(now).filter(|wait| *wait > Duration::from_micros(100)) {
+        if let Some(wait) = self
+            .next
+            .checked_duration_since(now)
+            .filter(|wait| *wait > Duration::from_micros(100))
+        {
             thread::sleep(wait);
         }
     }
@@ -132,7 +145,11 @@ pub fn to_nowhere(from: &mut Child, rate: Rate) -> Result<u64> {
     let wire_out = pipe(from.stdout.take())?;
     let mut back_in = pipe(from.stdin.take())?;
     // A sender of another mode does not read this.
-    let _ = Hello { frames: true, ..Hello::default() }.write(&mut back_in);
+    let _ = Hello {
+        frames: true,
+        ..Hello::default()
+    }
+    .write(&mut back_in);
     let nowhere = File::options().write(true).open("/dev/null")?;
     carry(wire_out, nowhere, rate)
 }

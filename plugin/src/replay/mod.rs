@@ -105,13 +105,22 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let file_bytes = check(&arguments.file)?;
     let mut runs = Vec::new();
     for rate in &arguments.link {
-        let sides: &[Measured] =
-            if arguments.apart { &[Measured::Sender, Measured::Receiver] } else { &[Measured::Both] };
+        let sides: &[Measured] = if arguments.apart {
+            &[Measured::Sender, Measured::Receiver]
+        } else {
+            &[Measured::Both]
+        };
         for measured in sides {
             let mut rounds: Vec<Vec<Run>> = vec![Vec::new(); arguments.mode.len()];
             for round in 0..arguments.repeat {
                 for (mode, done) in arguments.mode.iter().zip(&mut rounds) {
-                    eprintln!("replay: {} over {rate}, {} ({} of {})", mode.name(), measured.name(), round + 1, arguments.repeat);
+                    eprintln!(
+                        "replay: {} over {rate}, {} ({} of {})",
+                        mode.name(),
+                        measured.name(),
+                        round + 1,
+                        arguments.repeat
+                    );
                     done.push(one_run(arguments, *mode, *rate, *measured, file_bytes)?);
                 }
             }
@@ -139,7 +148,9 @@ impl std::fmt::Display for BadInput {
 
 /// Reads the file once: a whole stream and nothing else. Returns its size in bytes.
 fn check(path: &PathBuf) -> Result<u64> {
-    let file = File::open(path).with_context(|| format!("{} cannot be opened", path.display())).context(BadInput)?;
+    let file = File::open(path)
+        .with_context(|| format!("{} cannot be opened", path.display()))
+        .context(BadInput)?;
     let mut stream = Reader::new(io::BufReader::with_capacity(1 << 20, file));
     let mut part = vec![0; 1 << 20];
     let mut walk = || -> Result<u64> {
@@ -150,7 +161,10 @@ fn check(path: &PathBuf) -> Result<u64> {
         }
         let offset = stream.offset();
         let rest = io::copy(stream.get_mut(), &mut io::sink())?;
-        ensure!(rest == 0, "{rest} bytes follow the end of the stream at offset {offset}");
+        ensure!(
+            rest == 0,
+            "{rest} bytes follow the end of the stream at offset {offset}"
+        );
         Ok(offset)
     };
     walk().with_context(|| path.display().to_string()).context(BadInput)
@@ -183,9 +197,18 @@ impl Side {
     fn start(arguments: &Arguments, mode: Mode, role: Role, output: Option<&File>) -> Result<Side> {
         let figures = tempfile::NamedTempFile::new()?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg("replay-side").arg(role.name()).arg(mode.name()).arg(&arguments.file).arg(figures.path());
+        command
+            .arg("replay-side")
+            .arg(role.name())
+            .arg(mode.name())
+            .arg(&arguments.file)
+            .arg(figures.path());
         if let Some(output) = output {
-            command.arg(format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(output)));
+            command.arg(format!(
+                "/proc/{}/fd/{}",
+                std::process::id(),
+                std::os::fd::AsRawFd::as_raw_fd(output)
+            ));
         }
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         Ok(Side { child, figures })
@@ -304,7 +327,10 @@ fn median(mut runs: Vec<Run>) -> Option<Run> {
 
 fn set_ratios(runs: &mut [Run], link: &str, measured: &str) {
     let same = |run: &&mut Run| run.link == link && run.measured == measured;
-    let plain = runs.iter_mut().find(|run| same(run) && run.mode == Mode::Plain).map(|run| run.time_elapsed_ms);
+    let plain = runs
+        .iter_mut()
+        .find(|run| same(run) && run.mode == Mode::Plain)
+        .map(|run| run.time_elapsed_ms);
     for run in runs.iter_mut().filter(same) {
         run.time_to_plain = plain.map(|plain| run.time_elapsed_ms as f64 / plain.max(1) as f64);
     }
@@ -313,7 +339,18 @@ fn set_ratios(runs: &mut [Run], link: &str, measured: &str) {
 fn print(runs: &[Run]) {
     println!(
         "{:<8} {:>8} {:>9} {:>12} {:>7} {:>8} {:>8} {:>9} {:>9} {:>9} {:>9} {:>8}  result",
-        "mode", "link", "measured", "wire bytes", "of file", "seconds", "to plain", "MB/s", "send cpu", "recv cpu", "send MiB", "recv MiB"
+        "mode",
+        "link",
+        "measured",
+        "wire bytes",
+        "of file",
+        "seconds",
+        "to plain",
+        "MB/s",
+        "send cpu",
+        "recv cpu",
+        "send MiB",
+        "recv MiB"
     );
     for run in runs {
         println!(
@@ -324,7 +361,8 @@ fn print(runs: &[Run]) {
             run.wire_bytes,
             100.0 * run.wire_bytes as f64 / run.file_bytes.max(1) as f64,
             Duration::from_millis(run.time_elapsed_ms).as_secs_f64(),
-            run.time_to_plain.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
+            run.time_to_plain
+                .map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
             run.logical_mb_per_s,
             run.sender_cpu_ms as f64 / 1e3,
             run.receiver_cpu_ms as f64 / 1e3,

@@ -134,9 +134,16 @@ fn link() -> Result<LinkEnds> {
 
 fn send(file: File, settle: bool) -> Result<Figures> {
     let key = ContentKey::new(*b"replayed, so nothing is secret..");
-    let hello = Hello { program: xenfold::VERSION.into(), ..Hello::default() }.with_key(&key);
+    let hello = Hello {
+        program: xenfold::VERSION.into(),
+        ..Hello::default()
+    }
+    .with_key(&key);
     let negotiated = source::negotiate(link()?, &hello, TIMEOUT)?;
-    let figures = Arc::new(Mutex::new(Figures { mode: "xenfold".into(), ..Figures::default() }));
+    let figures = Arc::new(Mutex::new(Figures {
+        mode: "xenfold".into(),
+        ..Figures::default()
+    }));
     let setup = SourceSetup {
         to_xl: Box::new(io::sink()),
         frames: None,
@@ -160,11 +167,22 @@ fn receive(output: File) -> Result<()> {
         ..Hello::default()
     };
     let mut negotiated = destination::negotiate(link()?, &hello, TIMEOUT)?;
-    let image = Arc::new(Mutex::new(Image { file: output, written: 0, places: HashMap::new() }));
-    let input = XlInput { writer: Box::new(ImageWriter(image.clone())), unread: Arc::new(|| Ok(0)) };
+    let image = Arc::new(Mutex::new(Image {
+        file: output,
+        written: 0,
+        places: HashMap::new(),
+    }));
+    let input = XlInput {
+        writer: Box::new(ImageWriter(image.clone())),
+        unread: Arc::new(|| Ok(0)),
+    };
     let figures = Arc::new(Mutex::new(DestinationFigures::default()));
-    let mut receiving =
-        Receiving::start(input, Some(Box::new(ImageFrames(image))), negotiated.key.clone(), figures)?;
+    let mut receiving = Receiving::start(
+        input,
+        Some(Box::new(ImageFrames(image))),
+        negotiated.key.clone(),
+        figures,
+    )?;
     loop {
         let frame = negotiated.reader.read().map_err(EngineError::from)?;
         let kind = frame.kind;
@@ -172,7 +190,12 @@ fn receive(output: File) -> Result<()> {
             continue;
         }
         if let Err(error) = receiving.frame(frame) {
-            return Err(receiving.finish().err().filter(|e| !matches!(e, EngineError::WorkerLost)).unwrap_or(error).into());
+            return Err(receiving
+                .finish()
+                .err()
+                .filter(|e| !matches!(e, EngineError::WorkerLost))
+                .unwrap_or(error)
+                .into());
         }
         if kind == Kind::End {
             break;
