@@ -365,7 +365,10 @@ impl Classifier {
     fn run(mut self, input: Receiver<Read1>, next: Sender<Ready>) -> Result<(PageTable, GuestType), EngineError> {
         for item in input {
             let ready = match item {
-                Read1::Bytes(bytes) => Ready::Bytes(bytes),
+                Read1::Bytes(bytes) => {
+                    self.digest.bytes(Kind::Bytes, &bytes);
+                    Ready::Bytes(bytes)
+                }
                 Read1::Guest(guest_type) => {
                     self.guest_type = guest_type;
                     Ready::Guest(guest_type)
