@@ -68,7 +68,7 @@ impl Stopper {
 pub struct Rebuilt {
     pub xl: XlInput,
     pub end: End,
-    /// Digest over all rows, from the bytes that were written.
+    /// Digest over the whole stream, from the bytes that were written.
     pub digest: [u8; 32],
     pub rows: u64,
     /// What each plain page was last written as.
@@ -110,6 +110,7 @@ enum Assembled {
 struct AssembledRecord {
     record: Arc<RebuiltRecord>,
     frozen: bool,
+    reserved: u32,
     entries: Vec<u64>,
     rows: Vec<Row>,
     ids: Vec<Pending<Vec<Option<ContentId>>>>,
@@ -387,6 +388,7 @@ impl Assembler {
         Ok(AssembledRecord {
             record,
             frozen,
+            reserved,
             entries,
             rows,
             ids,
@@ -534,10 +536,16 @@ impl Outlet {
     fn write_all(&mut self, input: Receiver<Assembled>) -> Result<End, EngineError> {
         for item in input {
             match item {
-                Assembled::Bytes(bytes) => self.write(&bytes)?,
+                Assembled::Bytes(bytes) => {
+                    self.digest.bytes(Kind::Bytes, &bytes);
+                    self.write(&bytes)?;
+                }
                 Assembled::Record(record) => self.record(record)?,
                 Assembled::Forget => self.ids.clear(),
-                Assembled::End(end) => return Ok(end),
+                Assembled::End(end) => {
+                    self.digest.bytes(Kind::End, &end.record);
+                    return Ok(end);
+                }
             }
         }
         Err(EngineError::WorkerLost)
@@ -558,6 +566,7 @@ impl Outlet {
         let AssembledRecord {
             record,
             frozen,
+            reserved,
             entries,
             rows,
             ids: pending,
@@ -593,7 +602,7 @@ impl Outlet {
             }
             ids.push(id);
         }
-        self.digest.record(&entries, &ids);
+        self.digest.record(reserved, &entries, &ids);
         if !frozen {
             let end = self.applied.written.load(Ordering::Relaxed) + record.bytes.len() as u64;
             self.applied.records.lock().pending.push_back((record.number, end));

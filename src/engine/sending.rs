@@ -383,11 +383,11 @@ impl Classifier {
                     Ready::Forget
                 }
                 Read1::Pages { record, ids } => self.pages(record, ids)?,
-                Read1::End(record) => Ready::End(End {
-                    digest: self.digest.finish(),
-                    rows: self.digest.rows(),
-                    record,
-                }),
+                Read1::End(record) => {
+                    self.digest.bytes(Kind::End, &record);
+                    let (digest, rows) = (self.digest.finish(), self.digest.rows());
+                    Ready::End(End { digest, rows, record })
+                }
             };
             next.send(ready).map_err(|_| EngineError::WorkerLost)?;
         }
@@ -424,7 +424,7 @@ impl Classifier {
             kinds.push(row);
             ids.push(id);
         }
-        self.digest.record(&record.entries, &ids);
+        self.digest.record(record.reserved, &record.entries, &ids);
         let mut encoded = Vec::new();
         rows::encode(&record.entries, &kinds, &mut encoded);
         let blocks = self.compress(&record, &full);

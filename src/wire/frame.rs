@@ -21,7 +21,7 @@ pub enum Kind {
     Rows = 3,
     /// Both ends empty their tables.
     Forget = 4,
-    /// The stream is complete: libxl's END record and the digest over all rows.
+    /// The stream is complete: libxl's END record and the digest over all of it.
     End = 5,
     /// xl's GO.
     Go = 6,

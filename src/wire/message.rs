@@ -137,9 +137,9 @@ impl<'a> Rows<'a> {
 /// The body of an End frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct End {
-    /// BLAKE3 over all rows in order (engine::digest).
+    /// BLAKE3 over the whole stream in order (engine::digest).
     pub digest: [u8; 32],
-    /// Rows that the digest covers.
+    /// Rows among it.
     pub rows: u64,
     /// libxl's END record: 8 bytes, kept back by the destination until both ends agree.
     pub record: [u8; 8],
