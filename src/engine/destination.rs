@@ -21,6 +21,9 @@ use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError};
 /// How often the pipe to xl is looked at while it takes the last bytes before END.
 const POLL: Duration = Duration::from_millis(1);
 
+/// How long the cause of xl's end may take to show.
+const CAUSE: Duration = Duration::from_secs(1);
+
 /// What the destination's phases wait for.
 pub enum Event {
     Rebuilt(Box<Result<(Rebuilt, Frames), EngineError>>),
@@ -188,9 +191,19 @@ impl Destination {
 
     /// Phase 1: frames become xl's stream, up to libxl's END record.
     fn wait_rebuilt(&self) -> Result<(Rebuilt, Frames), EngineError> {
+        let mut ended: Option<Instant> = None;
         loop {
-            match self.next()? {
+            let event = match ended {
+                None => self.next()?,
+                Some(ended) => match self.events.recv_deadline(ended + CAUSE) {
+                    Ok(event) => self.judge(event)?,
+                    Err(_) => return Err(xl_ended()),
+                },
+            };
+            match event {
                 Event::Rebuilt(result) => return *result,
+                // When the rebuilding has failed it has let go of xl's pipe, and xl is quicker to tell.
+                Event::XlEnded => ended = Some(Instant::now()),
                 event => early(&event)?,
             }
         }
@@ -293,10 +306,14 @@ impl Destination {
     }
 }
 
+fn xl_ended() -> EngineError {
+    EngineError::Refused("xl ended before the guest was handed over".into())
+}
+
 /// What must not come before the guest is handed over.
 fn early(event: &Event) -> Result<(), EngineError> {
     match event {
-        Event::XlEnded => Err(EngineError::Refused("xl ended before the guest was handed over".into())),
+        Event::XlEnded => Err(xl_ended()),
         Event::Go(_) => Err(EngineError::Protocol("xl was told to go early")),
         _ => Ok(()),
     }
