@@ -350,7 +350,7 @@ impl Source {
 
     /// Phase 6: how it went over there (R2), passed on to xl, which then destroys its copy or takes it back.
     fn result(&mut self) -> Ending {
-        let report = match self.message(xl::R2_REPORT.len() + 1) {
+        let report = match self.last_words(xl::R2_REPORT.len() + 1) {
             Ok(report) => report,
             Err(error) => return Ending::Unknown(error),
         };
@@ -369,7 +369,7 @@ impl Source {
                 status: self.exit_status(),
             };
         }
-        match self.message(xl::R3_GO_BACK.len()) {
+        match self.last_words(xl::R3_GO_BACK.len()) {
             Ok(back) => {
                 let _ = self.tell_xl(&back);
                 if back != xl::R3_GO_BACK {
@@ -379,6 +379,16 @@ impl Source {
                 Ending::SourceOwns(EngineError::Refused("the guest could not be started there".into()))
             }
             Err(error) => Ending::Unknown(error),
+        }
+    }
+
+    /// What the other host's xl says after GO. An agent that gives up then has not handed GO over; xl itself says so, too.
+    fn last_words(&mut self, length: usize) -> Result<Vec<u8>, EngineError> {
+        loop {
+            match self.message(length) {
+                Err(EngineError::PeerAborted(why)) => log::warn!("the other host gave up: {why}"),
+                result => return result,
+            }
         }
     }
 
