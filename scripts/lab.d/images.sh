@@ -39,6 +39,7 @@ make_image() {
     return
   fi
   [ "$(id -u)" = 0 ] || die "building images needs root (mmdebstrap, file ownership): run scripts/lab build as root"
+  rm -rf "$CACHE/tmp-$name".* # of builds that were killed; we hold the lock
   tmp=$(mktemp -d "$CACHE/tmp-$name.XXXXXX")
   say "building $name (log: $CACHE/$name.log)"
   for from in $(made_from "$name"); do
