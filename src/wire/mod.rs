@@ -1,4 +1,5 @@
-//! The wire between two xenfold: a hello from each side, then frames. FORMAT.md beside this file describes every byte.
+//! The wire between two xenfold: a hello from each side, then frames. [FORMAT.md](FORMAT.md) beside this file describes
+//! every byte.
 //!
 //! [`Hello`] negotiates, [`FrameWriter`] and [`FrameReader`] carry frames, `message` gives their bodies a meaning.
 mod frame;
