@@ -22,7 +22,7 @@ use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError};
 const POLL: Duration = Duration::from_millis(1);
 
 /// How long the cause of xl's end may take to show.
-const CAUSE: Duration = Duration::from_secs(1);
+const CAUSE: Duration = Duration::from_secs(2);
 
 /// What the destination's phases wait for.
 pub enum Event {
@@ -355,7 +355,14 @@ fn read_frames(
             }
         };
         let event = match frame.kind {
-            Kind::Ping if frame.body.is_empty() => continue,
+            // A sign of life: a moment to see that the rebuilding has failed when nothing else comes.
+            Kind::Ping if frame.body.is_empty() => match receiving.take_if(|stream| stream.has_ended()) {
+                Some(stream) => {
+                    failed = true;
+                    Event::Rebuilt(Box::new(stream.finish()))
+                }
+                None => continue,
+            },
             Kind::Ping => {
                 // A connection that cannot take this fails at its next read.
                 let _ = link.send(Kind::Pong, &[&frame.body]);

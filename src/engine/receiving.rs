@@ -160,6 +160,11 @@ impl Receiving {
         })
     }
 
+    /// Whether a stage has ended, which before the End frame means that it failed.
+    pub fn has_ended(&self) -> bool {
+        self.assembler.is_finished() || self.outlet.is_finished()
+    }
+
     pub fn stopper(&self) -> Stopper {
         self.stopper.clone()
     }
