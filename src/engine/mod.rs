@@ -14,6 +14,8 @@ mod rebuilt;
 mod receiving;
 mod sending;
 pub mod source;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 pub use error::{EngineError, FrameError};
