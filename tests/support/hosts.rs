@@ -208,7 +208,7 @@ impl ReceivingXl {
                     in_libxc = true;
                 }
                 (false, 4) if in_checkpoint => (in_libxc, in_checkpoint) = (true, false),
-                (true, 1) => self.apply(&body[..length]),
+                (true, 1) => self.apply(&body[..length]).ok_or(Stopped::Eof)?,
                 (true, 0xd) => self.verifying = true,
                 (true, 0xe) => (in_libxc, in_checkpoint) = (false, true),
                 (true, 0) => in_libxc = false,
@@ -226,12 +226,14 @@ impl ReceivingXl {
         Ok(header)
     }
 
-    fn apply(&mut self, body: &[u8]) {
+    /// `None` when the record is not valid: xl ends.
+    fn apply(&mut self, body: &[u8]) -> Option<()> {
         if !self.apply_delay.is_zero() {
             thread::sleep(self.apply_delay);
         }
-        let count = word(body, 0) as usize;
-        let (list, mut pages) = body[8..].split_at(count * 8);
+        let (count, rest) = body.split_first_chunk::<4>()?;
+        let list = (u32::from_le_bytes(*count) as usize).checked_mul(8)?;
+        let (list, mut pages) = rest.get(4..)?.split_at_checked(list)?;
         let mut image = self.image.lock();
         for entry in list
             .chunks_exact(8)
@@ -244,12 +246,13 @@ impl ReceivingXl {
                 }
                 continue;
             }
-            let (page, rest) = pages.split_at(PAGE_SIZE);
+            let (page, rest) = pages.split_at_checked(PAGE_SIZE)?;
             pages = rest;
             if !self.verifying {
                 image.insert(pfn, page.to_vec());
             }
         }
+        Some(())
     }
 }
 
@@ -730,5 +733,108 @@ pub fn migrate(plan: Plan) -> Outcome {
         figures,
         elapsed: start.elapsed(),
         given_up: gave_up.load(Ordering::SeqCst),
+    }
+}
+
+// ── A destination alone, and whoever writes to it ──
+
+pub struct Received {
+    /// A verdict that accepts was sent.
+    pub accepted: bool,
+    pub result: Result<i32, EngineError>,
+    pub received: Vec<u8>,
+}
+
+/// How long a destination may be silent until whoever writes to it goes away.
+const QUIET: Duration = Duration::from_millis(1500);
+
+/// Gives a destination these bytes, hello and all, waits for its answer and goes away. Panics when it hangs.
+pub fn receive(wire: &[u8]) -> Received {
+    let deadline = Instant::now() + DEADLINE;
+    let (mut forth, from_peer, forth_pipe) = pipe(1 << 20);
+    let (to_peer, mut back, back_pipe) = pipe(1 << 20);
+    let hung_up = forth_pipe.clone();
+    let link = LinkEnds {
+        to_peer: Box::new(to_peer),
+        from_peer: Box::new(from_peer),
+        hangup: Arc::new(move || hung_up.end_reading()),
+    };
+    let (to_xl, stdin, stdin_pipe) = pipe(256 << 10);
+    let (stdout, from_xl, _) = pipe(64 << 10);
+    let (image, received) = (Image::default(), Arc::new(Mutex::new(Vec::new())));
+    let xl = ReceivingXl {
+        stdin,
+        stdout,
+        image: image.clone(),
+        received: received.clone(),
+        dies: None,
+        start_status: 0,
+        apply_delay: Duration::ZERO,
+        taken: 0,
+        verifying: false,
+    };
+    let xl = spawn(move || xl.run());
+    let watched = stdin_pipe.clone();
+    let setup = DestinationSetup {
+        xl: XlProcess {
+            input: XlInput {
+                writer: Box::new(to_xl),
+                unread: Arc::new(move || watched.unread()),
+            },
+            output: Box::new(from_xl),
+            end: Box::new(move |_| {
+                wait(&xl, deadline, "the receiving xl");
+                1
+            }),
+        },
+        frames: None,
+        events: destination::events(),
+        program: "test".into(),
+        usage: || (0, 0),
+    };
+    let hello = Hello {
+        window_rows: WINDOW_ROWS as u32,
+        ..Hello::default()
+    };
+    let ended = [forth_pipe.clone(), back_pipe];
+    let agent = spawn(move || {
+        let result =
+            destination::negotiate(link, &hello, DEADLINE).and_then(|negotiated| destination::run(negotiated, setup));
+        stdin_pipe.close();
+        ended.iter().for_each(Pipe::close);
+        result
+    });
+    let (answered, answer) = mpsc::channel();
+    let listening = spawn(move || {
+        xenfold::wire::Hello::read(&mut back).ok()?;
+        let mut reader = xenfold::wire::FrameReader::new(back);
+        while let Ok(frame) = reader.read() {
+            let kind = frame.kind as u16;
+            if kind == kind::VERDICT || kind == kind::ABORT {
+                let accepted = kind == kind::VERDICT && frame.body.starts_with(b"{\"accepted\":true");
+                let _ = answered.send(accepted);
+            }
+        }
+        Some(())
+    });
+    // A destination that has given up reads no more.
+    let _ = forth.write_all(wire);
+    let accepted = answer.recv_timeout(QUIET).unwrap_or(false);
+    if accepted {
+        // The rest of END and R1 are on their way.
+        let until = Instant::now() + DEADLINE;
+        while !received.lock().ends_with(&[0; 8]) && Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    drop(forth);
+    forth_pipe.close();
+    let result = wait(&agent, deadline, "the destination's agent");
+    wait(&listening, deadline, "the listener");
+    let received = received.lock().clone();
+    Received {
+        accepted,
+        result,
+        received,
     }
 }

@@ -14,6 +14,7 @@
 )]
 
 mod contents;
+pub mod oracle;
 mod rebuild;
 mod strategies;
 
