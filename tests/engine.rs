@@ -216,6 +216,32 @@ fn a_smaller_window_is_kept_to() {
     );
 }
 
+#[test]
+fn xens_checker_accepts_what_is_rebuilt() {
+    let _others = OTHERS.read();
+    let Some(oracle) = support::oracle::find() else { return };
+    runner((cases() / 500).clamp(3, 20))
+        .run(&support::oracle_spec(), |spec| {
+            let stream = build_stream(&StreamSpec {
+                start: Start::Xl,
+                ..spec
+            });
+            let outcome = migrate(Plan {
+                frame_fault: FrameFault::Fails,
+                frames: false,
+                ..Plan::new(stream.clone())
+            });
+            completed(&outcome, &stream).map_err(TestCaseError::fail)?;
+            let libxl = outcome
+                .received
+                .windows(8)
+                .position(|bytes| bytes == b"LibxlFmt")
+                .unwrap();
+            oracle.check(&outcome.received[libxl..]).map_err(TestCaseError::fail)
+        })
+        .unwrap();
+}
+
 // ── Streams that the generator does not make ──
 
 fn record(kind: u32, body: &[u8]) -> Vec<u8> {
