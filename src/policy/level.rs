@@ -1,8 +1,8 @@
-//! Which compression level keeps the link busy and costs no time.
+//! Which compression level makes the wire small and still costs no time.
 //!
 //! A byte of guest memory costs the processors `cpu` nanoseconds and the link `ratio × link` nanoseconds; the two work
-//! side by side, so the slower one decides. The level with the least of that wins, on a tie the smaller one on the
-//! processor. Two numbers are learnt while blocks are compressed: how fast this machine is and how well this guest
+//! side by side, so the slower one decides the time. A level must be clearly faster than sending raw; among those the
+//! least time × ratio² wins, since bytes come before speed. Two numbers are learnt while blocks are compressed: how fast this machine is and how well this guest
 //! compresses, both against the reference figures below; the link's is measured at each write.
 use std::time::Duration;
 
@@ -61,6 +61,9 @@ const ORDINARY_RATIO: f64 = 0.315;
 
 /// Above this, compression is not worth the receiver's time either.
 const POOR_RATIO: f64 = 0.97;
+
+/// A level may take at most this share of the time of sending raw.
+const WORTHWHILE: f64 = 0.9;
 
 /// How fast new measurements replace old ones.
 const WEIGHT: f64 = 0.15;
@@ -151,18 +154,21 @@ impl LevelPolicy {
         }
     }
 
-    /// Nanoseconds that a byte takes at a level, as far as is known.
+    /// What a level costs, as far as is known: the less the better.
     fn cost(&self, index: usize) -> f64 {
         let Some(reference) = REFERENCES.get(index) else {
             return f64::INFINITY;
         };
         let ratio = self.ratio.powf(reference.strength());
-        if reference.level != Level::Raw && ratio > POOR_RATIO {
+        let cpu = (self.fixed_ns + reference.cpu_ns * self.slowness) / self.workers;
+        let time = (ratio * self.link_ns).max(cpu);
+        if reference.level == Level::Raw {
+            return self.link_ns;
+        }
+        if ratio > POOR_RATIO || time > self.link_ns * WORTHWHILE {
             return f64::INFINITY;
         }
-        let cpu = (self.fixed_ns + reference.cpu_ns * self.slowness) / self.workers;
-        // The small share of the processor's cost decides between levels that are alike on the link.
-        (ratio * self.link_ns).max(cpu) + cpu * 0.02
+        time * ratio * ratio
     }
 }
 
@@ -193,7 +199,7 @@ mod tests {
     #[test]
     fn the_slower_the_link_the_smaller_the_blocks() {
         assert_eq!(settled(0.8, |ratio| ratio, 1.0), Level::Raw);
-        assert_eq!(settled(8.0, |ratio| ratio, 1.0), Level::Zstd(1));
+        assert_eq!(settled(8.0, |ratio| ratio, 1.0), Level::Zstd(3));
         assert_eq!(settled(160.0, |ratio| ratio, 1.0), Level::Zstd(9));
     }
 
