@@ -14,12 +14,11 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use xen_sys::{DomId, Libxl, Xenctrl, Xenstore};
 use xenfold::engine::destination::{self, DestinationSetup, Event, XlInput, XlProcess};
-use xenfold::engine::{FrameSource, LinkEnds, WINDOW_ROWS};
+use xenfold::engine::{FrameSource, LinkEnds, WINDOW_ROWS, chain};
 use xenfold::wire::Hello;
 
 use crate::config::Config;
 use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
-use crate::source::chain;
 use crate::{process, signals, ssh, usage};
 
 /// Room in the pipe to xl.
@@ -136,12 +135,12 @@ fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
     let pid = child.id();
     let found = domain.clone();
     thread::Builder::new().name("xenfold-helper".into()).spawn(move || {
-        while !process::arguments(pid).is_empty() {
+        // Not until its arguments are empty: they are, for a moment, while a process becomes another program.
+        while !process::wait_for_end(pid, Some(HELPER_EVERY)) {
             if let Some(helper) = process::find_helper(pid, "--restore-domain") {
                 found.set(helper.domid);
                 return;
             }
-            thread::sleep(HELPER_EVERY);
         }
     })?;
     let watched = to_xl.try_clone()?;

@@ -1,5 +1,4 @@
 //! `xenfold-ssh`: stands where xl expects ssh.
-use std::error::Error;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::process::{CommandExt, parent_id};
@@ -14,7 +13,7 @@ use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
 use xen_sys::Xenctrl;
 use xenfold::engine::source::{self, Ending, Event, Negotiated, SourceSetup};
-use xenfold::engine::{EngineError, FrameSource};
+use xenfold::engine::{EngineError, FrameSource, chain};
 use xenfold::page::{ContentKey, PAGE_SIZE};
 use xenfold::report::Figures;
 use xenfold::wire::{Hello, WireError};
@@ -153,21 +152,6 @@ fn pipes_of_xl() -> Result<(File, File)> {
     rustix::stdio::dup2_stdin(&nowhere)?;
     rustix::stdio::dup2_stdout(&nowhere)?;
     Ok((from_xl, to_xl))
-}
-
-/// An error and all that caused it, in one line.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        next = cause.source();
-    }
-    text
 }
 
 /// One migration with a xenfold at the other end.

@@ -13,7 +13,7 @@ use super::link::{Link, LinkEnds, Watch, Watched};
 pub use super::receiving::{Rebuilt, Receiving, Unread, XlInput};
 use super::sending::spawn;
 use super::verify::read_back;
-use super::{EngineError, Frames};
+use super::{EngineError, Frames, chain};
 use crate::page::ContentKey;
 use crate::report::DestinationFigures;
 use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError};
@@ -134,7 +134,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     if let Err(error) = &result {
         stopper.stop();
         // The source waits for the reason; when the connection is gone nobody reads it, which is no loss.
-        link.send_if_free(Kind::Abort, &[error.to_string().as_bytes()]);
+        link.send_if_free(Kind::Abort, &[chain(error).as_bytes()]);
     }
     // What nobody received may hold xl's pipe: xl ends only when that is closed.
     drop(destination);

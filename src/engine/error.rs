@@ -1,7 +1,6 @@
 //! What ends a migration early.
+use std::error::Error;
 use std::io;
-
-use thiserror::Error;
 
 use crate::codec::CodecError;
 use crate::page::Pfn;
@@ -10,7 +9,7 @@ use crate::table::TooSparse;
 use crate::wire::WireError;
 
 /// A frame of the guest could not be read.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     #[error("the guest under construction was not found: {0}")]
     NoGuest(String),
@@ -21,7 +20,7 @@ pub enum FrameError {
 }
 
 /// Why the stream did not get through. Before GO each of these leaves the guest running at the source.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     #[error("xl's stream is not what was expected")]
     Stream(#[from] StreamError),
@@ -59,4 +58,19 @@ pub enum EngineError {
     WorkerLost,
     #[error("no thread could be started")]
     Thread(#[source] io::Error),
+}
+
+/// An error and all that caused it, in one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let words = cause.to_string();
+        if !text.ends_with(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        next = cause.source();
+    }
+    text
 }

@@ -18,7 +18,7 @@ pub mod source;
 mod tests;
 mod verify;
 
-pub use error::{EngineError, FrameError};
+pub use error::{EngineError, FrameError, chain};
 pub use link::{Hangup, LinkEnds};
 pub use rebuilt::WINDOW_ROWS;
 

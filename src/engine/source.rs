@@ -21,7 +21,7 @@ use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pool::Pool;
 use super::sending::{Sending, Sent, spawn};
 use super::verify::read_back;
-use super::{EngineError, FrameSource};
+use super::{EngineError, FrameSource, chain};
 use crate::page::ContentKey;
 use crate::report::{DestinationFigures, Figures, VerifyFigures};
 use crate::stream::{GuestType, Reader, xl};
@@ -413,7 +413,7 @@ impl Source {
         if let Ending::SourceOwns(error) = &ending {
             // xl resumes the guest when its pipe ends, and need not wait for the other host's cleaning up.
             self.to_xl = Box::new(std::io::sink());
-            let reason = error.to_string();
+            let reason = chain(error);
             let until = Instant::now() + CLEAN_UP;
             if self.link.send_if_free(Kind::Abort, &[reason.as_bytes()]) && !self.link_lost {
                 while let Ok(event) = self.events.recv_deadline(until) {
