@@ -746,7 +746,7 @@ pub struct Received {
 }
 
 /// How long a destination may be silent until whoever writes to it goes away.
-const QUIET: Duration = Duration::from_millis(1500);
+const QUIET: Duration = Duration::from_secs(5);
 
 /// Gives a destination these bytes, hello and all, waits for its answer and goes away. Panics when it hangs.
 pub fn receive(wire: &[u8]) -> Received {
