@@ -3,7 +3,7 @@
 mod hosts;
 mod support;
 
-use hosts::{frame_bytes, kind, receive};
+use hosts::{frame_bytes, kind, receive, receive_alive, receive_cut};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use std::collections::HashMap;
@@ -587,18 +587,8 @@ fn a_cut_wire_is_not_accepted() {
     let boundaries = frames.iter().map(|(at, _)| *at).step_by(5);
     let others: Vec<usize> = (0..20).map(|_| rng.below(wire.len() as u64) as usize).collect();
     for end in boundaries.chain(others).chain([0, wire.len() - 1]) {
-        let outcome = receive_at_once(&wire[..end]);
-        assert!(outcome.is_err(), "cut at {end}");
-    }
-}
-
-/// Like [`receive`], but the other end goes away at once.
-fn receive_at_once(wire: &[u8]) -> Result<(), String> {
-    let outcome = receive(wire);
-    if outcome.accepted {
-        Ok(())
-    } else {
-        Err(outcome.result.map(|_| ()).unwrap_err().to_string())
+        let outcome = receive_cut(&wire[..end]);
+        assert!(!outcome.accepted && outcome.result.is_err(), "cut at {end}");
     }
 }
 
@@ -690,7 +680,7 @@ fn no_lie_is_accepted_with_another_memory() {
                 let length = if near { body.len().min(60) } else { body.len() };
                 body[at.index(length)] ^= 1 << bit;
             }
-            let outcome = receive(&numbered(&hello, &lied));
+            let outcome = receive_alive(&numbered(&hello, &lied), lied.len() as u64);
             if outcome.accepted {
                 accepted.set(accepted.get() + 1);
                 prop_assert!(outcome.received == stream, "accepted, but another stream");
@@ -812,7 +802,7 @@ fn bombs_do_not_go_off() {
             let encoded = leb_of(&[pages as u64, 0, 0, pages as u64 * 8 + 1]);
             let body = rows_body(pages as u32, &encoded, &[(codec, pages as u32, bomb)]);
             let frames = [start.clone(), vec![(kind::ROWS, body)]].concat();
-            let outcome = receive(&numbered(&hello, &frames));
+            let outcome = receive_alive(&numbered(&hello, &frames), frames.len() as u64);
             assert!(!outcome.accepted);
             let error = outcome.result.unwrap_err();
             let named = error.to_string().contains("rows of a record") || error.to_string().contains("xl ended");

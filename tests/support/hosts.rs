@@ -750,6 +750,20 @@ const QUIET: Duration = Duration::from_secs(5);
 
 /// Gives a destination these bytes, hello and all, waits for its answer and goes away. Panics when it hangs.
 pub fn receive(wire: &[u8]) -> Received {
+    receive_from(wire, None, QUIET)
+}
+
+/// The same from a source that goes away right behind the last byte.
+pub fn receive_cut(wire: &[u8]) -> Received {
+    receive_from(wire, None, Duration::ZERO)
+}
+
+/// The same from a source that shows that it lives, from this frame number on.
+pub fn receive_alive(wire: &[u8], sequence: u64) -> Received {
+    receive_from(wire, Some(sequence), QUIET / 5)
+}
+
+fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
     let deadline = Instant::now() + DEADLINE;
     let (mut forth, from_peer, forth_pipe) = pipe(1 << 20);
     let (to_peer, mut back, back_pipe) = pipe(1 << 20);
@@ -819,7 +833,19 @@ pub fn receive(wire: &[u8]) -> Received {
     });
     // A destination that has given up reads no more.
     let _ = forth.write_all(wire);
-    let accepted = answer.recv_timeout(QUIET).unwrap_or(false);
+    let until = Instant::now() + quiet;
+    let mut sequences = alive.unwrap_or_default()..;
+    let accepted = loop {
+        let patience = if alive.is_some() { quiet / 20 } else { quiet };
+        match answer.recv_timeout(patience) {
+            Ok(accepted) => break accepted,
+            Err(mpsc::RecvTimeoutError::Timeout) if Instant::now() < until => {
+                let sign = sequences.next().map(|sequence| frame_bytes(sequence, kind::PING, &[]));
+                let _ = forth.write_all(&sign.unwrap_or_default());
+            }
+            Err(_) => break false,
+        }
+    };
     if accepted {
         // The rest of END and R1 are on their way.
         let until = Instant::now() + DEADLINE;
