@@ -88,25 +88,24 @@ lab_ctrl_c() {
   must_have_stayed "$from" ci
 }
 
-# The agent dies around GO: at most one copy may run, and `xenfold resume` knows which.
+# The agent dies when GO has left its host and nothing has come back: at most one copy may run, and `xenfold resume`
+# knows which.
 lab_source_agent_killed() {
-  local from to resumed
+  local from to
   have_guest ci
   from=$(lab guest where ci)
   to=$(other "$from")
   start_migration "$from" ci
-  # shellcheck disable=SC2016 # expanded there
-  # Only the shell's own words, so that it is fast enough: xl has read R1 and writes GO.
-  on "$from" 'until [[ $(</root/migrate.log) == *"permission to start"* ]]; do :; done; pkill -KILL -x xenfold-ssh' || true
+  within 300 log_has "$from" ': pass 2,'
+  # A way of 1.5 s stretches the moment: the agent's question whether the other host is there, then GO.
+  on "$from" 'tc qdisc add dev link0 parent 1:10 netem delay 1500ms limit 100000'
+  on "$from" 'until grep -qs "permission to start" /root/migrate.log; do sleep 0.1; done; sleep 2; pkill -KILL -x xenfold-ssh'
   must_fail
   said "$from"
   within 60 source_is_left_suspended "$from" ci
   # The destination, if it still had to hear GO, needs its time to notice and to clean up.
   within 60 destination_has_settled "$to" ci
-  resumed=0
-  on "$from" 'xenfold resume ci >/root/migrate.log 2>&1' && resumed=1
-  said "$from"
-  if [ $resumed = 1 ]; then
+  if on "$from" 'xenfold resume ci >/root/migrate.log 2>&1'; then
     say "GO had not left $from"
     must_be_well_on "$from" ci
   else
