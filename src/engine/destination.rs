@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
 use super::link::{Link, LinkEnds, Watch, Watched};
@@ -21,7 +21,7 @@ use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError};
 /// How often the pipe to xl is looked at while it takes the last bytes before END.
 const POLL: Duration = Duration::from_millis(1);
 
-/// How long the cause of xl's end may take to show.
+/// How long the cause of xl's end, or its last words, may take to show.
 const CAUSE: Duration = Duration::from_secs(2);
 
 /// What the destination's phases wait for.
@@ -117,7 +117,11 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     let receiving = Receiving::start(input, frames, key.clone(), figures.clone())?;
     let stopper = receiving.stopper();
     let (to_link, to_events) = (link.clone(), event_sender.clone());
-    spawn("xenfold-relay", move || relay_xl(output, &to_link, &to_events))?;
+    let (relaying, relayed) = bounded::<()>(0);
+    spawn("xenfold-relay", move || {
+        relay_xl(output, &to_link, &to_events);
+        drop(relaying);
+    })?;
     let to_link = link.clone();
     spawn("xenfold-frames", move || {
         read_frames(reader, receiving, &to_link, &event_sender)
@@ -139,6 +143,9 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     // What nobody received may hold xl's pipe: xl ends only when that is closed.
     drop(destination);
     let status = end(result.is_err());
+    // Exit comes behind xl's last words: after GO the source needs those to know whose the guest is. Whoever else still
+    // holds xl's output open is not waited for.
+    let _ = relayed.recv_timeout(CAUSE);
     let mut figures = figures.lock().clone();
     (figures.cpu_ms, figures.peak_rss_bytes) = usage();
     if let Ok(figures) = serde_json::to_vec(&figures) {
