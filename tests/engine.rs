@@ -635,6 +635,8 @@ fn an_xl_that_dies_leaves_one_guest() {
             ..Plan::new(stream.clone())
         };
         let check = move |outcome: &Outcome| match death {
+            // GO may be on its way when xl dies.
+            Death::BeforeGo if matches!(outcome.ending, Ending::Unknown(EngineError::RemoteEnded(137))) => {}
             Death::AfterGo => assert!(matches!(outcome.ending, Ending::Unknown(_)), "{:?}", outcome.ending),
             _ => assert!(
                 matches!(outcome.ending, Ending::SourceOwns(_)) && outcome.given_up,
