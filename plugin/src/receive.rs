@@ -51,6 +51,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         program: xenfold::VERSION.into(),
         frames: frames.is_some(),
         window_rows: WINDOW_ROWS as u32,
+        paces: true,
         timeout_s: config.timeout,
         ..Hello::default()
     };

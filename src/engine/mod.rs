@@ -9,6 +9,7 @@ pub mod destination;
 mod digest;
 mod error;
 mod link;
+mod pacing;
 mod pool;
 mod rebuilt;
 mod receiving;

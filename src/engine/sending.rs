@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use super::EngineError;
 use super::digest::{ABSENT, Digest};
 use super::link::Link;
+use super::pacing::Pacing;
 use super::pool::{Pending, Pool};
 use super::rebuilt::Window;
 use crate::codec::block::BLOCK_PAGES;
@@ -48,6 +49,8 @@ pub struct Sending<R> {
     pub frames: bool,
     /// Rows that the destination keeps in memory.
     pub window_rows: u32,
+    /// Bounds what is under way, where the destination answers.
+    pub pacing: Option<Arc<Pacing>>,
     pub table: PageTable,
     pub figures: Arc<Mutex<Figures>>,
 }
@@ -168,6 +171,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             pool,
             frames,
             window_rows,
+            pacing,
             table,
             figures,
         } = self;
@@ -189,6 +193,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             link,
             policy,
             figures,
+            pacing,
             last_pfn: None,
         };
         let classifier = spawn("xenfold-rows", move || classifier.run(from_front, to_back))?;
@@ -531,6 +536,7 @@ struct Back {
     link: Link,
     policy: Arc<Mutex<LevelPolicy>>,
     figures: Arc<Mutex<Figures>>,
+    pacing: Option<Arc<Pacing>>,
     last_pfn: Option<Pfn>,
 }
 
@@ -595,11 +601,20 @@ impl Back {
                 })
                 .collect(),
         };
+        let guest_bytes = ready.record.body.len() as u64;
+        let ping = self
+            .pacing
+            .as_ref()
+            .map(|pacing| pacing.before(guest_bytes))
+            .transpose()?;
         let (bytes, elapsed) = frame.parts(|parts| {
             let start = Instant::now();
             let bytes: usize = parts.iter().map(|part| part.len()).sum();
             self.send(Kind::Rows, parts).map(|()| (bytes, start.elapsed()))
         })?;
+        if let Some(ping) = ping {
+            self.send(Kind::Ping, &[&ping])?;
+        }
         self.note(&blocks, bytes, elapsed, ready.pages, ready.first, ready.last);
         Ok(())
     }

@@ -18,6 +18,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
 use super::link::{Link, LinkEnds, Watch, Watched};
+use super::pacing::Pacing;
 use super::pool::Pool;
 use super::sending::{Sending, Sent, spawn};
 use super::verify::read_back;
@@ -114,7 +115,15 @@ pub struct Source {
     /// Reads the suspended source's frames, for `--verify`.
     frames: Option<Box<dyn FrameSource>>,
     figures: Arc<Mutex<Figures>>,
+    pacing: Arc<Pacing>,
     start: Instant,
+}
+
+/// The pipeline may wait for answers that do not come any more.
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.pacing.close();
+    }
 }
 
 /// What a phase may meet.
@@ -192,6 +201,7 @@ impl Source {
             agreement,
             frames,
             figures,
+            pacing: Arc::default(),
             start,
         })
     }
@@ -216,6 +226,7 @@ impl Source {
             pool: Pool::start()?,
             frames: self.agreement.peer.frames,
             window_rows: self.agreement.peer.window_rows,
+            pacing: self.agreement.peer.paces.then(|| self.pacing.clone()),
             table: PageTable::default(),
             figures: self.figures.clone(),
         };
@@ -479,7 +490,10 @@ impl Source {
                     let figures: DestinationFigures = from_json(frame.kind, &frame.body)?;
                     self.figures.lock().destination = Some(figures);
                 }
-                Kind::Pong => return Ok(Signal::Pong(frame.body)),
+                Kind::Pong => {
+                    self.pacing.answered(&frame.body);
+                    return Ok(Signal::Pong(frame.body));
+                }
                 Kind::Ping if frame.body.is_empty() => {}
                 Kind::Ping => {
                     self.link

@@ -44,6 +44,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         pool: Pool::start().unwrap(),
         frames: false,
         window_rows: u32::MAX,
+        pacing: None,
         table,
         figures: figures.clone(),
     };

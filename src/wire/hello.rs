@@ -29,6 +29,8 @@ pub struct Hello {
     pub frames: bool,
     /// Destination: rows that are certainly still in memory when a reference to them comes.
     pub window_rows: u32,
+    /// Destination: answers pings in the order of the stream, so that what is under way can be bounded.
+    pub paces: bool,
     /// Seconds of silence after which the sender of this hello gives the connection up.
     pub timeout_s: u32,
 }

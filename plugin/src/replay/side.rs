@@ -164,6 +164,7 @@ fn receive(output: File) -> Result<()> {
         program: xenfold::VERSION.into(),
         frames: true,
         window_rows: WINDOW_ROWS as u32,
+        paces: true,
         ..Hello::default()
     };
     let mut negotiated = destination::negotiate(link()?, &hello, TIMEOUT)?;
