@@ -275,7 +275,12 @@ impl Applied {
         loop {
             // Bytes that are in the pipe but not counted yet make this too small, never too large.
             let written = self.written.load(Ordering::Acquire);
-            let consumed = written.saturating_sub((self.unread)().map_err(EngineError::Xl)?);
+            let unread = (self.unread)().map_err(|error| match self.closed.load(Ordering::Acquire) {
+                // The outlet has failed and let go of the pipe, of which xl ended: its error is the cause.
+                true => EngineError::WorkerLost,
+                false => EngineError::Xl(error),
+            })?;
+            let consumed = written.saturating_sub(unread);
             let mut records = self.records.lock();
             while let Some((number, _)) = records.pending.front().copied().filter(|(_, end)| *end < consumed) {
                 records.newest_applied = Some(number);
