@@ -65,14 +65,27 @@ PACKAGES_HYPERVISOR=(build-essential bc flex bison dpkg-dev python3 libelf-dev)
 
 install_packages() {
   local missing
-  missing=$(comm -23 <(printf '%s\n' "$@" | sort) \
-    <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null | sed -n 's/^installed //p' | sort))
+  missing=$(missing_packages "$@")
   [ -n "$missing" ] || return 0
-  [ "$(id -u)" = 0 ] || die "these packages are missing, install them as root: ${missing//$'\n'/ }"
-  say "installing ${missing//$'\n'/ }"
+  [ "$(id -u)" = 0 ] || die "these packages are missing, install them as root: $missing"
+  say "installing $missing"
   apt-get update -q >"$CACHE/apt.log" 2>&1 || die "apt-get update failed: $(tail -n 3 "$CACHE/apt.log")"
+  apt_install "$missing"
+  # A package from another release that was there can have been pushed out by its neighbour from this one (qemu-utils
+  # from backports by qemu-system-x86): it is had again from this release.
+  missing=$(missing_packages "$@")
+  [ -z "$missing" ] || apt_install "$missing"
+}
+
+missing_packages() {
+  comm -23 <(printf '%s\n' "$@" | sort) \
+    <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null | sed -n 's/^installed //p' | sort) |
+    paste -sd' '
+}
+
+apt_install() { # "PACKAGE…"
   # shellcheck disable=SC2086 # one word per package
-  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $missing >>"$CACHE/apt.log" 2>&1 ||
+  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $1 >>"$CACHE/apt.log" 2>&1 ||
     die "apt-get install failed, see $CACHE/apt.log: $(tail -n 3 "$CACHE/apt.log")"
 }
 
