@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::codec::Row;
 use crate::page::PAGE_SIZE;
 
 /// What was carried, and what it cost. Times are in milliseconds, sizes in bytes, pages in numbers.
@@ -36,6 +37,8 @@ pub struct Figures {
     pub blocks: BTreeMap<String, u64>,
     pub cpu_ms: u64,
     pub peak_rss_bytes: u64,
+    /// Pages that the destination could not find and that were sent after all.
+    pub needed_pages: u64,
     pub verify: Option<VerifyFigures>,
     pub destination: Option<DestinationFigures>,
     /// Why it failed.
@@ -51,12 +54,28 @@ pub struct Pages {
     pub full: u64,
     /// Entries without a page.
     pub absent: u64,
+    /// Contents that the destination held elsewhere, whether it found them or not.
+    pub known: u64,
+    /// Pages sent as the difference to one that both ends have.
+    pub delta: u64,
 }
 
 impl Pages {
     /// Pages with data in xl's stream.
     pub fn carried(&self) -> u64 {
-        self.zero + self.reference + self.full
+        self.zero + self.reference + self.full + self.known + self.delta
+    }
+
+    pub fn add(&mut self, row: &Row) {
+        let count = match row {
+            Row::Zero => &mut self.zero,
+            Row::Reference(_) => &mut self.reference,
+            Row::Full => &mut self.full,
+            Row::Absent => &mut self.absent,
+            Row::Known(_) => &mut self.known,
+            Row::Delta(_) => &mut self.delta,
+        };
+        *count += 1;
     }
 }
 
@@ -81,6 +100,9 @@ pub struct DestinationFigures {
     /// References resolved from pages still in memory, and from the guest's own frames.
     pub resolved_from_memory: u64,
     pub resolved_from_frames: u64,
+    /// Contents found on this host, and those that the source had to send after all.
+    pub resolved_from_contents: u64,
+    pub needed_pages: u64,
     /// Time spent waiting until a record had been applied.
     pub apply_wait_ms: u64,
     pub cpu_ms: u64,
@@ -108,6 +130,8 @@ impl Figures {
         self.pages.reference += pages.reference;
         self.pages.full += pages.full;
         self.pages.absent += pages.absent;
+        self.pages.known += pages.known;
+        self.pages.delta += pages.delta;
         self.iteration_pages += pages.carried();
         self.memory_processed_bytes += pages.carried() * PAGE_SIZE as u64;
     }

@@ -956,10 +956,15 @@ fn memory_side() {
     if std::env::var("XENFOLD_MEMORY_SIDE").unwrap() == "source" {
         let xl = connect(&folder.join("source.sock"));
         let link = connect(&folder.join("link.sock"));
-        let hello = Hello::default().with_key(&hosts::key());
+        let hello = Hello {
+            contents: true,
+            ..Hello::default()
+        }
+        .with_key(&hosts::key());
         let setup = SourceSetup {
             to_xl: Box::new(xl.try_clone().unwrap()),
             frames: None,
+            contents: None,
             figures: Arc::default(),
             events: source::events(),
         };
@@ -976,6 +981,8 @@ fn memory_side() {
         let (link, _) = listener.accept().unwrap();
         let hello = Hello {
             window_rows: WINDOW_ROWS as u32,
+            contents: true,
+            paces: true,
             ..Hello::default()
         };
         let setup = DestinationSetup {
@@ -988,6 +995,7 @@ fn memory_side() {
                 end: Box::new(|_| 0),
             },
             frames: None,
+            contents: None,
             events: destination::events(),
             program: "test".into(),
             usage: || (0, 0),

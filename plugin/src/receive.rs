@@ -52,6 +52,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         frames: frames.is_some(),
         window_rows: WINDOW_ROWS as u32,
         paces: true,
+        contents: true,
         timeout_s: config.timeout,
         ..Hello::default()
     };
@@ -65,6 +66,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let setup = DestinationSetup {
         xl,
         frames,
+        contents: None,
         events,
         program: xenfold::VERSION.into(),
         usage: usage::cpu_ms_and_peak_rss_bytes,

@@ -80,6 +80,7 @@ fn hello(arguments: &Arguments) -> Result<Hello> {
     let hello = Hello {
         program: xenfold::VERSION.into(),
         verify: arguments.config.verify,
+        contents: true,
         timeout_s: arguments.config.timeout,
         ..Hello::default()
     };
@@ -186,6 +187,7 @@ impl Agent<'_> {
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
             frames: self.frames(&seen.domain),
+            contents: None,
             figures: figures.clone(),
             events,
         };

@@ -1,10 +1,12 @@
-//! Pages to rows and back: [`rows`] writes what each page of a record is, [`block`] compresses those sent in full.
+//! Pages to rows and back: [`rows`] writes what each page of a record is, [`block`] compresses those sent in full,
+//! [`delta`] those that differ little from what the other end has.
 pub mod block;
+pub mod delta;
 pub mod rows;
 mod varint;
 
 pub use block::{Compressor, Decompressor, Level};
-pub use rows::{MAX_ROWS, Row};
+pub use rows::{Base, MAX_ROWS, Row};
 
 /// What is wrong with encoded rows or blocks. Nothing of them is used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -2,9 +2,9 @@
 //!
 //! Bytes: first the entries as runs (`length`, the entry's upper 12 bits, page number as a difference to the one
 //! expected), then the rows as runs (`length << 3 | kind`; a run of references adds its distance as a difference to
-//! the distance before). All numbers are LEB128, differences in zigzag. See wire/FORMAT.md.
+//! the distance before, a run of contents their ids). All numbers are LEB128, differences in zigzag. See wire/FORMAT.md.
 use super::{CodecError, varint};
-use crate::page::Pfn;
+use crate::page::{ContentId, Pfn};
 
 /// The most entries in one record (MAX_BATCH_SIZE in Xen's xg_sr_common.h).
 pub const MAX_ROWS: usize = 1024;
@@ -22,12 +22,43 @@ pub enum Row {
     Reference(Pfn),
     /// The entry has no page in Xen's stream (types BROKEN, XALLOC, XTAB).
     Absent,
+    /// A content that the destination holds elsewhere: in its store, or in a guest that runs there.
+    Known(ContentId),
+    /// It differs from a page that both ends have; the difference comes in the record's blocks.
+    Delta(Base),
+}
+
+impl Row {
+    /// Whether the destination has to find a content elsewhere than in this guest.
+    pub fn names_content(&self) -> bool {
+        self.content().is_some()
+    }
+
+    /// The content that the destination has to find elsewhere than in this guest.
+    pub fn content(&self) -> Option<ContentId> {
+        match self {
+            Row::Known(id) | Row::Delta(Base::Content(id)) => Some(*id),
+            _ => None,
+        }
+    }
+}
+
+/// What a delta is made against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// What this page held before this record.
+    Page,
+    /// A content that the destination holds elsewhere.
+    Content(ContentId),
 }
 
 const ZERO: u64 = 0;
 const FULL: u64 = 1;
 const REFERENCE: u64 = 2;
 const ABSENT: u64 = 3;
+const KNOWN: u64 = 4;
+const DELTA_PAGE: u64 = 5;
+const DELTA_CONTENT: u64 = 6;
 
 /// A row's kind and, for references, how far back it points; rows of equal `Step` make a run.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -43,11 +74,20 @@ impl Step {
             Row::Full => (FULL, 0),
             Row::Reference(pfn) => (REFERENCE, (entry & PFN_MASK) as i64 - pfn.get() as i64),
             Row::Absent => (ABSENT, 0),
+            Row::Known(_) => (KNOWN, 0),
+            Row::Delta(Base::Page) => (DELTA_PAGE, 0),
+            Row::Delta(Base::Content(_)) => (DELTA_CONTENT, 0),
         };
         Step { kind, distance }
     }
 
-    fn row(self, entry: u64) -> Result<Row, CodecError> {
+    /// The row of one entry; `input` stands where its id would be.
+    fn row(self, entry: u64, input: &mut &[u8]) -> Result<Row, CodecError> {
+        let mut id = || {
+            let (id, rest) = input.split_first_chunk::<16>().ok_or(CodecError::Short)?;
+            *input = rest;
+            Ok(ContentId(*id))
+        };
         Ok(match self.kind {
             ZERO => Row::Zero,
             FULL => Row::Full,
@@ -58,6 +98,9 @@ impl Step {
                 Row::Reference(pfn.and_then(Pfn::new).ok_or(CodecError::Pfn)?)
             }
             ABSENT => Row::Absent,
+            KNOWN => Row::Known(id()?),
+            DELTA_PAGE => Row::Delta(Base::Page),
+            DELTA_CONTENT => Row::Delta(Base::Content(id()?)),
             kind => return Err(CodecError::Kind(kind)),
         })
     }
@@ -89,6 +132,10 @@ pub fn encode(entries: &[u64], rows: &[Row], out: &mut Vec<u8>) {
         if first.kind == REFERENCE {
             varint::put_signed(out, first.distance.wrapping_sub(last_distance));
             last_distance = first.distance;
+        }
+        let done = steps.len() - rest.len();
+        for row in rows.iter().skip(done).take(length) {
+            row.content().iter().for_each(|id| out.extend_from_slice(&id.0));
         }
         rest = &rest[length..];
     }
@@ -137,7 +184,7 @@ pub fn decode(mut input: &[u8], count: usize) -> Result<(Vec<u64>, Vec<Row>), Co
         }
         let step = Step { kind, distance };
         for entry in entries.iter().skip(rows.len()).take(length) {
-            rows.push(step.row(*entry)?);
+            rows.push(step.row(*entry, input)?);
         }
     }
     if input.is_empty() {
@@ -194,6 +241,9 @@ mod tests {
             Just(Row::Absent),
             (0..=PFN_MASK).prop_map(|raw| Row::Reference(pfn(raw))),
             (0u64..16).prop_map(|raw| Row::Reference(pfn(raw))),
+            any::<[u8; 16]>().prop_map(|id| Row::Known(ContentId(id))),
+            Just(Row::Delta(Base::Page)),
+            any::<[u8; 16]>().prop_map(|id| Row::Delta(Base::Content(ContentId(id)))),
         ]
     }
 

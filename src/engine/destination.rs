@@ -10,13 +10,14 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
 use super::link::{Link, LinkEnds, Watch, Watched};
-pub use super::receiving::{Rebuilt, Receiving, Unread, XlInput};
+pub use super::receiving::{Rebuilding, Rebuilt, Receiving, Unread, XlInput};
 use super::sending::spawn;
 use super::verify::read_back;
-use super::{EngineError, Frames, chain};
+use super::{Contents, EngineError, Frames, chain};
 use crate::page::ContentKey;
 use crate::report::DestinationFigures;
-use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError};
+use crate::table::PageIds;
+use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError, have_bodies};
 
 /// How often the pipe to xl is looked at while it takes the last bytes before END.
 const POLL: Duration = Duration::from_millis(1);
@@ -63,7 +64,7 @@ pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Neg
     } = link;
     hello.write(&mut to_peer)?;
     let (mut from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
-    let agreement = Hello::read(&mut from_peer)?;
+    let agreement = hello.agree(&mut from_peer)?;
     let key = agreement.peer.key()?;
     let link = Link::start(to_peer, hangup)?;
     Ok(Negotiated {
@@ -79,6 +80,8 @@ pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Neg
 pub struct DestinationSetup {
     pub xl: XlProcess,
     pub frames: Frames,
+    /// What this host holds beside the guest.
+    pub contents: Option<Arc<dyn Contents>>,
     /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
     pub events: (Sender<Event>, Receiver<Event>),
     /// The caller's name, and its processor time and peak memory (ms, bytes) when asked at the end.
@@ -104,6 +107,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     let DestinationSetup {
         xl,
         frames,
+        contents,
         events: (event_sender, events),
         program,
         usage,
@@ -114,7 +118,15 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         ..DestinationFigures::default()
     }));
 
-    let receiving = Receiving::start(input, frames, key.clone(), figures.clone())?;
+    tell_contents(&link, &agreement, contents.as_deref())?;
+    let receiving = Receiving::start(Rebuilding {
+        xl: input,
+        frames,
+        key: key.clone(),
+        contents: contents.clone(),
+        link: Some(link.clone()),
+        figures: figures.clone(),
+    })?;
     let stopper = receiving.stopper();
     let (to_link, to_events) = (link.clone(), event_sender.clone());
     let (relaying, relayed) = bounded::<()>(0);
@@ -124,7 +136,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     })?;
     let to_link = link.clone();
     spawn("xenfold-frames", move || {
-        read_frames(reader, receiving, &to_link, &event_sender)
+        read_frames(reader, receiving, &to_link, event_sender)
     })?;
 
     let destination = Destination {
@@ -134,7 +146,8 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         key,
         verify: agreement.peer.verify,
     };
-    let result = destination.run();
+    let mut ids = PageIds::default();
+    let result = destination.run(&mut ids);
     if let Err(error) = &result {
         stopper.stop();
         // The source waits for the reason; when the connection is gone nobody reads it, which is no loss.
@@ -152,28 +165,67 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         link.send_if_free(Kind::Figures, &[&figures]);
     }
     link.send_if_free(Kind::Exit, &[&(status as u32).to_le_bytes()]);
+    // The guest does not wait any more, and a later migration of it will find what it brought.
+    if let Some(contents) = &contents
+        && !ids.is_empty()
+    {
+        contents.save_image(&ids);
+    }
     result.map(|()| status)
 }
 
-impl Negotiated {
-    /// The settling of a stream that goes to a file, where no xl has to be waited for.
-    pub fn settle(self, rebuilt: Rebuilt) -> Result<(), EngineError> {
-        let Negotiated {
-            link,
-            watch,
-            agreement,
-            key,
-            ..
-        } = self;
-        let destination = Destination {
-            link,
-            watch,
-            events: events().1,
-            key,
-            verify: agreement.peer.verify,
-        };
-        destination.settle(rebuilt, None).map(|_| ())
+/// Says what this host holds, and that this is all for now.
+fn tell_contents(link: &Link, agreement: &Agreement, contents: Option<&dyn Contents>) -> Result<(), EngineError> {
+    if !agreement.contents {
+        return Ok(());
     }
+    let keys = contents.map(Contents::lookup_keys).unwrap_or_default();
+    have_bodies(keys).iter().try_for_each(|body| {
+        link.send(Kind::Have, &[body])
+            .map_err(|error| EngineError::Wire(error.into()))
+    })
+}
+
+/// Rebuilds a stream that goes to a file, where no xl has to be waited for, and settles it.
+pub fn rebuild(
+    negotiated: Negotiated,
+    input: XlInput,
+    frames: Frames,
+    contents: Option<Arc<dyn Contents>>,
+) -> Result<DestinationFigures, EngineError> {
+    let Negotiated {
+        link,
+        reader,
+        watch,
+        agreement,
+        key,
+    } = negotiated;
+    let figures = Arc::new(Mutex::new(DestinationFigures::default()));
+    tell_contents(&link, &agreement, contents.as_deref())?;
+    let receiving = Receiving::start(Rebuilding {
+        xl: input,
+        frames,
+        key: key.clone(),
+        contents,
+        link: Some(link.clone()),
+        figures: figures.clone(),
+    })?;
+    let (sender, events) = events();
+    let to_link = link.clone();
+    spawn("xenfold-frames", move || {
+        read_frames(reader, receiving, &to_link, sender)
+    })?;
+    let destination = Destination {
+        link,
+        watch,
+        events,
+        key,
+        verify: agreement.peer.verify,
+    };
+    let (rebuilt, _) = destination.wait_rebuilt()?;
+    destination.settle(rebuilt, None)?;
+    let figures = figures.lock().clone();
+    Ok(figures)
 }
 
 struct Destination {
@@ -185,9 +237,11 @@ struct Destination {
 }
 
 impl Destination {
-    fn run(&self) -> Result<(), EngineError> {
+    /// Leaves in `ids` what the guest's pages hold, once that is agreed on.
+    fn run(&self, ids: &mut PageIds) -> Result<(), EngineError> {
         let (rebuilt, frames) = self.wait_rebuilt()?;
-        let mut xl = self.settle(rebuilt, frames)?;
+        let mut xl;
+        (xl, *ids) = self.settle(rebuilt, frames)?;
         let go = self.wait_go()?;
         // ── Point of no return: xl may start the guest from here on. ──
         // When xl has ended meanwhile it has destroyed the guest and its status tells so.
@@ -218,7 +272,7 @@ impl Destination {
 
     /// Phase 2: END is kept back until libxl has taken everything before it and both hosts agree about the guest's
     /// memory. Nothing outside has been touched yet: from END on disks are attached and a device model runs.
-    fn settle(&self, rebuilt: Rebuilt, frames: Frames) -> Result<Box<dyn Write + Send>, EngineError> {
+    fn settle(&self, rebuilt: Rebuilt, frames: Frames) -> Result<(Box<dyn Write + Send>, PageIds), EngineError> {
         let Rebuilt {
             mut xl,
             end,
@@ -264,7 +318,7 @@ impl Destination {
             .write_all(rest)
             .and_then(|()| xl.writer.flush())
             .map_err(EngineError::Xl)?;
-        Ok(xl.writer)
+        Ok((xl.writer, ids))
     }
 
     /// Phase 3: xl's R1 goes back by itself; then the source's GO comes, or the end of the connection.
@@ -349,8 +403,9 @@ fn read_frames(
     mut reader: FrameReader<Watched<Box<dyn Read + Send>>>,
     receiving: Receiving,
     link: &Link,
-    events: &Sender<Event>,
+    events: Sender<Event>,
 ) {
+    let (answers, stopper) = (receiving.answers(), receiving.stopper());
     let mut receiving = Some(receiving);
     let mut failed = false;
     loop {
@@ -361,44 +416,61 @@ fn read_frames(
                 return;
             }
         };
-        let event = match frame.kind {
+        let kind = frame.kind;
+        let taken = match kind {
+            Kind::Go => {
+                let _ = events.send(Event::Go(frame.body));
+                continue;
+            }
+            Kind::Abort => {
+                let reason = String::from_utf8_lossy(&frame.body).into_owned();
+                let _ = events.send(Event::Abort(reason));
+                continue;
+            }
             // A sign of life: a moment to see that the rebuilding has failed when nothing else comes.
-            Kind::Ping if frame.body.is_empty() => match receiving.take_if(|stream| stream.has_ended()) {
-                Some(stream) => {
-                    failed = true;
-                    Event::Rebuilt(Box::new(stream.finish()))
-                }
-                None => continue,
+            Kind::Ping if frame.body.is_empty() => match &receiving {
+                Some(stream) if stream.has_ended() => Err(EngineError::WorkerLost),
+                _ => continue,
             },
-            Kind::Ping => {
+            Kind::Ping if receiving.is_none() => {
                 // A connection that cannot take this fails at its next read.
                 let _ = link.send(Kind::Pong, &[&frame.body]);
                 continue;
             }
-            Kind::Go => Event::Go(frame.body),
-            Kind::Abort => Event::Abort(String::from_utf8_lossy(&frame.body).into_owned()),
             _ if failed => continue,
-            kind => {
-                let Some(mut stream) = receiving.take() else {
-                    let _ = events.send(Event::LinkLost(WireError::BadBody {
-                        kind,
-                        why: "the stream had ended",
-                    }));
+            // The last ones may come when the stream itself is complete.
+            Kind::Contents => answers.arrived(&frame.body),
+            kind => match &mut receiving {
+                Some(stream) => stream.frame(frame),
+                None => {
+                    let why = "the stream had ended";
+                    let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why }));
                     return;
-                };
-                let taken = stream.frame(frame);
-                if taken.is_ok() && kind != Kind::End {
-                    receiving = Some(stream);
-                    continue;
                 }
-                let finished = stream.finish();
-                failed = finished.is_err();
-                Event::Rebuilt(Box::new(match (taken, finished) {
-                    (Err(error), Err(EngineError::WorkerLost)) => Err(error),
-                    (_, finished) => finished,
-                }))
-            }
+            },
         };
-        let _ = events.send(event);
+        failed = taken.is_err();
+        if failed {
+            stopper.stop();
+        }
+        let Some(stream) = receiving.take_if(|_| failed || kind == Kind::End) else {
+            if failed {
+                let why = "it was not asked for";
+                let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why }));
+            }
+            continue;
+        };
+        // What was asked for can still come meanwhile.
+        let finished = events.clone();
+        let finish = move || {
+            let result = match (taken, stream.finish()) {
+                (Err(error), Err(EngineError::WorkerLost)) => Err(error),
+                (_, result) => result,
+            };
+            let _ = finished.send(Event::Rebuilt(Box::new(result)));
+        };
+        if let Err(error) = spawn("xenfold-finish", finish) {
+            let _ = events.send(Event::Rebuilt(Box::new(Err(error))));
+        }
     }
 }

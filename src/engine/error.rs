@@ -40,6 +40,8 @@ pub enum EngineError {
     DanglingReference { pfn: Pfn, target: Pfn },
     #[error("page {target}, referred to by page {pfn}, does not hold any more what it held when it arrived")]
     ReferenceChanged { pfn: Pfn, target: Pfn },
+    #[error("page {pfn} does not hold the content that was named for it")]
+    ContentDiffers { pfn: Pfn },
     #[error("the peer does not keep to the protocol: {0}")]
     Protocol(&'static str),
     #[error("the two hosts disagree about the guest's {rows} rows: the rebuilt memory is not the one that was sent")]

@@ -5,11 +5,17 @@
 //! stream, each a pipeline of three threads and a [`pool`] of workers.
 //!
 //! Pipes, page sources and the end of a connection are handed in: everything here runs without Xen.
+mod assemble;
+mod classify;
+mod contents;
+mod decode;
 pub mod destination;
 mod digest;
 mod error;
 mod link;
+mod outlet;
 mod pacing;
+mod page_record;
 mod pool;
 mod rebuilt;
 mod receiving;
@@ -19,6 +25,7 @@ pub mod source;
 mod tests;
 mod verify;
 
+pub use contents::Contents;
 pub use error::{EngineError, FrameError, chain};
 pub use link::{Hangup, LinkEnds};
 pub use rebuilt::WINDOW_ROWS;

@@ -20,9 +20,12 @@ const LEAST_BYTES: u64 = 8 << 20;
 /// How fast new measurements of the rate replace old ones.
 const WEIGHT: f64 = 0.25;
 
+/// Guest bytes that may be under way where the destination may ask for pages: it has to hold what comes meanwhile.
+pub const BOUND_BYTES: u64 = 16 << 20;
+
 /// Rows under way.
-#[derive(Default)]
 pub struct Pacing {
+    bound: u64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -46,10 +49,19 @@ impl State {
 }
 
 impl Pacing {
+    /// Never more than `bound` guest bytes are under way.
+    pub fn new(bound: u64) -> Pacing {
+        Pacing {
+            bound,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
     /// Waits until `bytes` more may go; the body of the ping to send behind them. Errors: the connection has ended.
     pub fn before(&self, bytes: u64) -> Result<[u8; 8], EngineError> {
         let mut state = self.state.lock();
-        while !state.closed && state.bytes > 0 && state.bytes + bytes > state.window() {
+        while !state.closed && state.bytes > 0 && state.bytes + bytes > state.window().min(self.bound) {
             self.changed.wait(&mut state);
         }
         if state.closed {
@@ -97,7 +109,7 @@ mod tests {
 
     #[test]
     fn what_is_under_way_is_bounded() {
-        let pacing = std::sync::Arc::new(Pacing::default());
+        let pacing = std::sync::Arc::new(Pacing::new(u64::MAX));
         let first = pacing.before(4 << 20).unwrap();
         let second = pacing.before(4 << 20).unwrap();
         let waiting = pacing.clone();

@@ -1,10 +1,9 @@
 //! Stream to rows: xl's pipe in, frames out.
 //!
 //! Three threads in a row, each at most two records ahead of the next: [`Front`] reads records and has their pages
-//! hashed, [`Classifier`] decides what each page is, and has those sent in full compressed, [`Back`] writes frames in
-//! order. The workers of the pool do the hashing and compressing.
+//! hashed, [`Classifier`] decides what each page is, and has those whose bytes travel compressed, [`Back`] writes frames
+//! in order. The workers of the pool do the hashing and compressing.
 use std::io::Read;
-use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,20 +11,20 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::EngineError;
-use super::digest::{ABSENT, Digest};
+use super::classify::{BlockData, Classifier, Classifying, Ids, Read1, Ready, ReadyBlock, ReadyRows};
+use super::contents::Holdings;
 use super::link::Link;
 use super::pacing::Pacing;
+use super::page_record::PageRecord;
 use super::pool::{Pending, Pool};
-use super::rebuilt::Window;
-use crate::codec::block::BLOCK_PAGES;
-use crate::codec::{Level, MAX_ROWS, Row, rows};
-use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, is_zero};
+use super::{Contents, EngineError};
+use crate::codec::MAX_ROWS;
+use crate::page::{ContentKey, PAGE_SIZE, Pfn, is_zero};
 use crate::policy::LevelPolicy;
 use crate::report::{Figures, Pages};
-use crate::stream::{Event, GuestType, Layer, PageData, PageType, Reader, RecordHeader, StreamError, libxc, libxl};
+use crate::stream::{Event, GuestType, Layer, Reader, RecordHeader, libxc, libxl};
 use crate::table::PageTable;
-use crate::wire::{Block, End, Kind, Rows};
+use crate::wire::{Block, Kind, Rows};
 
 /// The largest PAGE_DATA body that becomes rows: MAX_ROWS entries, all with a page. Xen sends no larger one.
 const MAX_RECORD_BODY: usize = 8 + MAX_ROWS * (8 + PAGE_SIZE);
@@ -51,6 +50,10 @@ pub struct Sending<R> {
     pub window_rows: u32,
     /// Bounds what is under way, where the destination answers.
     pub pacing: Option<Arc<Pacing>>,
+    /// What the destination holds elsewhere, where rows may name contents.
+    pub holdings: Option<Arc<Holdings>>,
+    /// What this host holds.
+    pub contents: Option<Arc<dyn Contents>>,
     pub table: PageTable,
     pub figures: Arc<Mutex<Figures>>,
 }
@@ -64,103 +67,6 @@ pub struct Sent<R> {
     pub guest_type: GuestType,
 }
 
-/// One PAGE_DATA record as it came.
-struct PageRecord {
-    body: Vec<u8>,
-    /// Where its pages start in `body`.
-    pages_at: usize,
-    entries: Vec<u64>,
-    /// Each entry's page number, type, and the index of its page among the record's pages.
-    list: Vec<(Pfn, PageType, Option<usize>)>,
-    reserved: u32,
-}
-
-impl PageRecord {
-    fn parse(body: Vec<u8>, offset: u64) -> Result<PageRecord, StreamError> {
-        let data = PageData::parse(&body, offset)?;
-        let entries = data.raw_entries().collect();
-        let reserved = data.reserved();
-        let mut pages = 0..;
-        let list = data
-            .entries()
-            .map(|entry| {
-                (
-                    entry.pfn,
-                    entry.page_type,
-                    entry.has_data.then(|| pages.next()).flatten(),
-                )
-            })
-            .collect();
-        let pages_at = body.len() - data.pages().len();
-        Ok(PageRecord {
-            body,
-            pages_at,
-            entries,
-            list,
-            reserved,
-        })
-    }
-
-    /// The bytes of pages `range`, empty outside the record.
-    fn pages(&self, range: Range<usize>) -> &[u8] {
-        let at = |page: usize| self.pages_at + page * PAGE_SIZE;
-        self.body.get(at(range.start)..at(range.end)).unwrap_or_default()
-    }
-
-    fn page_count(&self) -> usize {
-        (self.body.len() - self.pages_at) / PAGE_SIZE
-    }
-}
-
-/// Page contents: `None` for zero pages.
-type Ids = Vec<Option<ContentId>>;
-
-/// From [`Front`] to [`Classifier`].
-enum Read1 {
-    Bytes(Vec<u8>),
-    Guest(GuestType),
-    Pages {
-        record: Arc<PageRecord>,
-        ids: Vec<Pending<Ids>>,
-    },
-    /// A PAGE_DATA record too large for rows follows as bytes.
-    Forget,
-    /// Pages that follow are only compared by Xen, not written.
-    Verify,
-    End([u8; 8]),
-}
-
-/// From [`Classifier`] to [`Back`].
-enum Ready {
-    Bytes(Vec<u8>),
-    Guest(GuestType),
-    Rows(ReadyRows),
-    Forget,
-    End(End),
-}
-
-struct ReadyRows {
-    record: Arc<PageRecord>,
-    frozen: bool,
-    rows: Vec<u8>,
-    blocks: Vec<Pending<ReadyBlock>>,
-    pages: Pages,
-    first: Option<Pfn>,
-    last: Option<Pfn>,
-}
-
-struct ReadyBlock {
-    level: Level,
-    pages: usize,
-    data: BlockData,
-}
-
-enum BlockData {
-    Own(Vec<u8>),
-    /// Pages of the record, in a row.
-    Record(Range<usize>),
-}
-
 impl<R: Read + Send + 'static> Sending<R> {
     /// Sends the whole stream, up to the End frame. Blocks until xl has written it and the link has taken it.
     pub fn run(self) -> Result<Sent<R>, EngineError> {
@@ -172,23 +78,24 @@ impl<R: Read + Send + 'static> Sending<R> {
             frames,
             window_rows,
             pacing,
+            holdings,
+            contents,
             table,
             figures,
         } = self;
         let (to_classifier, from_front) = bounded(STAGE_DEPTH);
         let (to_back, from_classifier) = bounded(STAGE_DEPTH);
         let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers())));
-        let classifier = Classifier {
+        let classifier = Classifier::new(Classifying {
             table,
-            window: Window::new(window_rows),
+            window_rows,
             frames,
-            guest_type: GuestType::Hvm,
-            frozen: false,
-            digest: Digest::default(),
-            zero: key.id(&crate::page::ZERO_PAGE),
+            key: key.clone(),
             pool: pool.clone(),
             policy: policy.clone(),
-        };
+            holdings,
+            contents,
+        });
         let back = Back {
             link,
             policy,
@@ -353,185 +260,6 @@ pub(super) fn hash(key: &ContentKey, pages: &[u8]) -> Ids {
         .collect()
 }
 
-struct Classifier {
-    table: PageTable,
-    /// Pages that the destination still has in memory: all that may be referred to where frames cannot be read.
-    window: Window,
-    frames: bool,
-    guest_type: GuestType,
-    frozen: bool,
-    digest: Digest,
-    zero: ContentId,
-    pool: Pool,
-    policy: Arc<Mutex<LevelPolicy>>,
-}
-
-impl Classifier {
-    fn run(mut self, input: Receiver<Read1>, next: Sender<Ready>) -> Result<(PageTable, GuestType), EngineError> {
-        for item in input {
-            let ready = match item {
-                Read1::Bytes(bytes) => {
-                    self.digest.bytes(Kind::Bytes, &bytes);
-                    Ready::Bytes(bytes)
-                }
-                Read1::Guest(guest_type) => {
-                    self.guest_type = guest_type;
-                    Ready::Guest(guest_type)
-                }
-                Read1::Verify => {
-                    self.frozen = true;
-                    continue;
-                }
-                Read1::Forget => {
-                    self.table.clear();
-                    self.window.clear();
-                    Ready::Forget
-                }
-                Read1::Pages { record, ids } => self.pages(record, ids)?,
-                Read1::End(record) => {
-                    self.digest.bytes(Kind::End, &record);
-                    let (digest, rows) = (self.digest.finish(), self.digest.rows());
-                    Ready::End(End { digest, rows, record })
-                }
-            };
-            next.send(ready).map_err(|_| EngineError::WorkerLost)?;
-        }
-        Ok((self.table, self.guest_type))
-    }
-
-    fn pages(&mut self, record: Arc<PageRecord>, pending: Vec<Pending<Ids>>) -> Result<Ready, EngineError> {
-        let mut contents = Vec::with_capacity(record.page_count());
-        for part in pending {
-            contents.extend(part.wait()?);
-        }
-        let mut kinds = Vec::with_capacity(record.list.len());
-        let mut ids = Vec::with_capacity(record.list.len());
-        let mut full = Vec::new();
-        let mut pages = Pages::default();
-        for (pfn, page_type, index) in &record.list {
-            let (row, id) = match index {
-                None => (Row::Absent, ABSENT),
-                Some(index) => match contents.get(*index).copied().flatten() {
-                    None => (Row::Zero, self.zero),
-                    Some(id) => (self.classify(*page_type, &id), id),
-                },
-            };
-            match row {
-                Row::Zero => pages.zero += 1,
-                Row::Reference(_) => pages.reference += 1,
-                Row::Absent => pages.absent += 1,
-                Row::Full => {
-                    pages.full += 1;
-                    full.extend(index);
-                }
-            }
-            self.enter(*pfn, *page_type, row, id)?;
-            kinds.push(row);
-            ids.push(id);
-        }
-        self.digest.record(record.reserved, &record.entries, &ids);
-        let mut encoded = Vec::new();
-        rows::encode(&record.entries, &kinds, &mut encoded);
-        let blocks = self.compress(&record, &full);
-        let (first, last) = (
-            record.list.first().map(|entry| entry.0),
-            record.list.last().map(|entry| entry.0),
-        );
-        Ok(Ready::Rows(ReadyRows {
-            record,
-            frozen: self.frozen,
-            rows: encoded,
-            blocks,
-            pages,
-            first,
-            last,
-        }))
-    }
-
-    fn classify(&self, page_type: PageType, id: &ContentId) -> Row {
-        let holder = if page_type == PageType::NoTab {
-            self.table.holder(id)
-        } else {
-            None
-        };
-        match holder {
-            Some(holder) if self.reads_frames() || self.window.contains(holder) => Row::Reference(holder),
-            _ => Row::Full,
-        }
-    }
-
-    /// Frames are found by page number, which only HVM and PVH guests allow.
-    fn reads_frames(&self) -> bool {
-        self.frames && self.guest_type == GuestType::Hvm
-    }
-
-    fn enter(&mut self, pfn: Pfn, page_type: PageType, row: Row, id: ContentId) -> Result<(), EngineError> {
-        if self.frozen {
-            return Ok(());
-        }
-        let plain = row != Row::Absent && page_type == PageType::NoTab;
-        if plain {
-            self.table.set(pfn, id)?;
-        } else {
-            self.table.remove(pfn);
-        }
-        if !self.reads_frames() {
-            self.window.insert(pfn, plain);
-        }
-        Ok(())
-    }
-
-    /// Splits the full pages into blocks of about [`BLOCK_PAGES`] and hands each to a worker.
-    fn compress(&mut self, record: &Arc<PageRecord>, full: &[usize]) -> Vec<Pending<ReadyBlock>> {
-        let count = full.len().div_ceil(BLOCK_PAGES).max(1);
-        let each = full.len().div_ceil(count).max(1);
-        let blocks = full.chunks(each);
-        blocks
-            .map(|indices| {
-                let level = self.policy.lock().choose();
-                let (record, indices, policy) = (record.clone(), indices.to_vec(), self.policy.clone());
-                self.pool.run(move |tools| {
-                    let source = gather(&record, &indices);
-                    let bytes = match &source {
-                        BlockData::Own(bytes) => bytes,
-                        BlockData::Record(range) => record.pages(range.clone()),
-                    };
-                    let start = Instant::now();
-                    let packed = tools.compressor.compress(level, bytes);
-                    let output = packed.as_ref().map_or(bytes.len(), Vec::len);
-                    policy.lock().compressed(level, bytes.len(), output, start.elapsed());
-                    match packed {
-                        Some(packed) => ReadyBlock {
-                            level,
-                            pages: indices.len(),
-                            data: BlockData::Own(packed),
-                        },
-                        None => ReadyBlock {
-                            level: Level::Raw,
-                            pages: indices.len(),
-                            data: source,
-                        },
-                    }
-                })
-            })
-            .collect()
-    }
-}
-
-/// The pages of a block: where they stand in the record when they stand in a row, else copied together.
-fn gather(record: &PageRecord, indices: &[usize]) -> BlockData {
-    match (indices.first(), indices.last()) {
-        (Some(&first), Some(&last)) if last - first + 1 == indices.len() => BlockData::Record(first..last + 1),
-        _ => {
-            let mut bytes = Vec::with_capacity(indices.len() * PAGE_SIZE);
-            indices
-                .iter()
-                .for_each(|index| bytes.extend_from_slice(record.pages(*index..index + 1)));
-            BlockData::Own(bytes)
-        }
-    }
-}
-
 struct Back {
     link: Link,
     policy: Arc<Mutex<LevelPolicy>>,
@@ -591,7 +319,7 @@ impl Back {
             blocks: blocks
                 .iter()
                 .map(|block| Block {
-                    codec: block.level.wire(),
+                    codec: block.codec,
                     pages: block.pages,
                     bytes: match &block.data {
                         BlockData::Own(bytes) => bytes,
@@ -638,12 +366,7 @@ impl Back {
         self.last_pfn = last;
         figures.add_rows(pages);
         for block in blocks {
-            let name = match block.level {
-                Level::Raw => "raw".to_owned(),
-                Level::Lz4 => "lz4".to_owned(),
-                Level::Zstd(level) => format!("zstd-{level}"),
-            };
-            *figures.blocks.entry(name).or_default() += 1;
+            *figures.blocks.entry(block.name.clone()).or_default() += 1;
         }
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!   xl migrate                  source agent                              destination agent
+//!      │                           │ ◀── Have ────────────────────────────────┤
 //!      │ ◀── R0 ───────────────────┤ ◀── Xl(R0) ──────────────────────────────┤  wait_ready
 //!      ├─ S0 S1 S2 S3… ───────────▶├─ Bytes, Guest, Rows…, End ──────────────▶│  send_stream
+//!      │                           │ ◀── Need, Settled ─ ─ Contents ─ ─ ─ ─ ─▶│
 //!      │                           │ ◀── Verdict ─────────────────────────────┤  settle
 //!      │ ◀── R1 ───────────────────┤ ◀── Xl(R1) ──────────────────────────────┤  hand_over
 //!      ├─ GO ─────────────────────▶├─ Ping ──────────▶ ◀────────────── Pong ──┤
@@ -17,20 +19,30 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
+use super::contents::Holdings;
 use super::link::{Link, LinkEnds, Watch, Watched};
-use super::pacing::Pacing;
+use super::pacing::{self, Pacing};
 use super::pool::Pool;
 use super::sending::{Sending, Sent, spawn};
 use super::verify::read_back;
-use super::{EngineError, FrameSource, chain};
+use super::{Contents, EngineError, FrameSource, chain};
+use crate::codec::{Compressor, Level};
 use crate::page::ContentKey;
 use crate::report::{DestinationFigures, Figures, VerifyFigures};
 use crate::stream::{GuestType, Reader, xl};
 use crate::table::PageTable;
-use crate::wire::{Agreement, Frame, FrameReader, Hello, Kind, Verdict, WireError, from_json, u32_body};
+use crate::wire::{
+    self, Agreement, Frame, FrameReader, Hello, Kind, Need, Verdict, WireError, from_json, u32_body, u64_body,
+};
 
 /// How long the other host may take to clean up after the migration was given up.
 const CLEAN_UP: Duration = Duration::from_secs(20);
+
+/// How long the stream may be held back until the other host has said what it holds.
+const HAVE: Duration = Duration::from_secs(5);
+
+/// How hard pages are compressed that the other host needs at once.
+const NEEDED_LEVEL: Level = Level::Zstd(1);
 
 /// Bytes of the destination's xl that may be waiting. What it has to say has 172; more is not believed to be its.
 const INBOX_BYTES: usize = 64 << 10;
@@ -85,7 +97,7 @@ pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Neg
     let key = hello.key()?;
     // A failure to send shows as an end when reading, which tells more.
     let _ = hello.write(&mut to_peer);
-    let agreement = Hello::read(&mut from_peer)?;
+    let agreement = hello.agree(&mut from_peer)?;
     let (from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
     let link = Link::start(to_peer, hangup)?;
     Ok(Negotiated {
@@ -114,6 +126,13 @@ pub struct Source {
     agreement: Agreement,
     /// Reads the suspended source's frames, for `--verify`.
     frames: Option<Box<dyn FrameSource>>,
+    /// What this host holds beside the guest.
+    contents: Option<Arc<dyn Contents>>,
+    /// What the destination holds, where rows may name it.
+    holdings: Option<Arc<Holdings>>,
+    /// The destination has said what it holds, for now.
+    told: bool,
+    compressor: Compressor,
     figures: Arc<Mutex<Figures>>,
     pacing: Arc<Pacing>,
     start: Instant,
@@ -140,6 +159,8 @@ enum Signal {
 pub struct SourceSetup {
     pub to_xl: Box<dyn Write + Send>,
     pub frames: Option<Box<dyn FrameSource>>,
+    /// What this host holds beside the guest.
+    pub contents: Option<Arc<dyn Contents>>,
     pub figures: Arc<Mutex<Figures>>,
     /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
     pub events: (Sender<Event>, Receiver<Event>),
@@ -163,11 +184,16 @@ pub fn run(negotiated: Negotiated, setup: SourceSetup, from_xl: Box<dyn Read + S
         source.wait_received()?;
         Ok(end)
     })();
-    let ending = match early {
-        Ok(end) => source.hand_over(end.sent.xl),
-        Err(error) => Ending::SourceOwns(error),
+    let (ending, table) = match early {
+        Ok(end) => (source.hand_over(end.sent.xl), Some(end.sent.table)),
+        Err(error) => (Ending::SourceOwns(error), None),
     };
-    source.close(ending)
+    let ending = source.close(ending);
+    // The guest does not wait any more, and a later migration of it will find what it left.
+    if let (Some(contents), Some(table)) = (&source.contents, table) {
+        contents.save_image(table.ids());
+    }
+    ending
 }
 
 impl Source {
@@ -182,12 +208,19 @@ impl Source {
         let SourceSetup {
             to_xl,
             frames,
+            contents,
             figures,
             events: (event_sender, events),
         } = setup;
         let to_events = event_sender.clone();
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
         let (inbox, verdict, link_lost, start) = (Vec::new(), None, false, Instant::now());
+        let holdings = agreement.contents.then(Arc::default);
+        let bound = if agreement.contents {
+            pacing::BOUND_BYTES
+        } else {
+            u64::MAX
+        };
         Ok(Source {
             link,
             watch,
@@ -200,8 +233,12 @@ impl Source {
             key,
             agreement,
             frames,
+            contents,
+            holdings,
+            told: false,
+            compressor: Compressor::default(),
             figures,
-            pacing: Arc::default(),
+            pacing: Arc::new(Pacing::new(bound)),
             start,
         })
     }
@@ -219,6 +256,7 @@ impl Source {
 
     /// Phase 2: all of xl's stream, as rows.
     pub fn send_stream(&mut self, from_xl: Box<dyn Read + Send>) -> Result<StreamEnd, EngineError> {
+        self.wait_have()?;
         let sending = Sending {
             stream: Reader::new(from_xl).pass_unknown(true),
             link: self.link.clone(),
@@ -227,6 +265,8 @@ impl Source {
             frames: self.agreement.peer.frames,
             window_rows: self.agreement.peer.window_rows,
             pacing: self.agreement.peer.paces.then(|| self.pacing.clone()),
+            holdings: self.holdings.clone(),
+            contents: self.contents.clone(),
             table: PageTable::default(),
             figures: self.figures.clone(),
         };
@@ -243,6 +283,21 @@ impl Source {
                 _ => {}
             }
         }
+    }
+
+    /// The destination says what it holds before the first page: what it says later comes too late for most of them.
+    fn wait_have(&mut self) -> Result<(), EngineError> {
+        let until = Instant::now() + HAVE;
+        while self.holdings.is_some() && !self.told {
+            let Ok(event) = self.events.recv_deadline(until) else {
+                log::warn!("the other host does not say which contents it holds");
+                break;
+            };
+            if let Some(Signal::Exit(status)) = self.judge(event)? {
+                return Err(EngineError::RemoteEnded(status));
+            }
+        }
+        Ok(())
     }
 
     /// Phase 3: the destination, which keeps libxl's END back, compares what it rebuilt with what was sent.
@@ -338,9 +393,7 @@ impl Source {
     fn probe(&mut self) -> Result<(), EngineError> {
         let nonce = self.start.elapsed().as_nanos().to_le_bytes();
         let (nonce, _) = nonce.split_at(8);
-        self.link
-            .send(Kind::Ping, &[nonce])
-            .map_err(|error| EngineError::Wire(error.into()))?;
+        self.say(Kind::Ping, &[nonce])?;
         loop {
             match self.next()? {
                 Signal::Pong(echo) if echo == nonce => return Ok(()),
@@ -461,53 +514,98 @@ impl Source {
     /// The next thing that a phase has to know of. Errors: the connection is lost, the peer gave up, somebody stops us.
     fn next(&mut self) -> Result<Signal, EngineError> {
         loop {
-            let frame = match self.events.recv().map_err(|_| EngineError::WorkerLost)? {
-                Event::Frame(frame) => frame,
-                Event::LinkLost(error) => {
-                    self.link_lost = true;
-                    return Err(self.lost(error));
-                }
-                Event::Streamed(end) => return Ok(Signal::Streamed(end)),
-                Event::Go(go) => return Ok(Signal::Go(go)),
-                Event::Stop(reason) => return Err(EngineError::Stopped(reason)),
-            };
-            match frame.kind {
-                Kind::Xl => {
-                    if self.inbox.len() + frame.body.len() > INBOX_BYTES {
-                        return Err(EngineError::Protocol(
-                            "the other host's xl says more than xl has to say",
-                        ));
-                    }
-                    self.inbox.extend_from_slice(&frame.body);
-                    return Ok(Signal::Xl);
-                }
-                Kind::Verdict => {
-                    self.verdict = Some(from_json(frame.kind, &frame.body)?);
-                    return Ok(Signal::Verdict);
-                }
-                Kind::Exit => return Ok(Signal::Exit(u32_body(frame.kind, &frame.body)? as i32)),
-                Kind::Figures => {
-                    let figures: DestinationFigures = from_json(frame.kind, &frame.body)?;
-                    self.figures.lock().destination = Some(figures);
-                }
-                Kind::Pong => {
-                    self.pacing.answered(&frame.body);
-                    return Ok(Signal::Pong(frame.body));
-                }
-                Kind::Ping if frame.body.is_empty() => {}
-                Kind::Ping => {
-                    self.link
-                        .send(Kind::Pong, &[&frame.body])
-                        .map_err(|error| EngineError::Wire(error.into()))?;
-                }
-                Kind::Abort => {
-                    return Err(EngineError::PeerAborted(
-                        String::from_utf8_lossy(&frame.body).into_owned(),
-                    ));
-                }
-                _ => return Err(EngineError::Protocol("a frame came that only a source sends")),
+            let event = self.events.recv().map_err(|_| EngineError::WorkerLost)?;
+            if let Some(signal) = self.judge(event)? {
+                return Ok(signal);
             }
         }
+    }
+
+    /// Deals with what concerns no phase.
+    fn judge(&mut self, event: Event) -> Result<Option<Signal>, EngineError> {
+        let frame = match event {
+            Event::Frame(frame) => frame,
+            Event::LinkLost(error) => {
+                self.link_lost = true;
+                return Err(self.lost(error));
+            }
+            Event::Streamed(end) => return Ok(Some(Signal::Streamed(end))),
+            Event::Go(go) => return Ok(Some(Signal::Go(go))),
+            Event::Stop(reason) => return Err(EngineError::Stopped(reason)),
+        };
+        Ok(Some(match frame.kind {
+            Kind::Xl => {
+                if self.inbox.len() + frame.body.len() > INBOX_BYTES {
+                    return Err(EngineError::Protocol(
+                        "the other host's xl says more than xl has to say",
+                    ));
+                }
+                self.inbox.extend_from_slice(&frame.body);
+                Signal::Xl
+            }
+            Kind::Verdict => {
+                self.verdict = Some(from_json(frame.kind, &frame.body)?);
+                Signal::Verdict
+            }
+            Kind::Exit => Signal::Exit(u32_body(frame.kind, &frame.body)? as i32),
+            Kind::Figures => {
+                let figures: DestinationFigures = from_json(frame.kind, &frame.body)?;
+                self.figures.lock().destination = Some(figures);
+                return Ok(None);
+            }
+            Kind::Pong => {
+                self.pacing.answered(&frame.body);
+                Signal::Pong(frame.body)
+            }
+            Kind::Ping if frame.body.is_empty() => return Ok(None),
+            Kind::Ping => {
+                self.say(Kind::Pong, &[&frame.body])?;
+                return Ok(None);
+            }
+            Kind::Abort => {
+                return Err(EngineError::PeerAborted(
+                    String::from_utf8_lossy(&frame.body).into_owned(),
+                ));
+            }
+            Kind::Have | Kind::Need | Kind::Settled => {
+                self.about_contents(frame)?;
+                return Ok(None);
+            }
+            _ => return Err(EngineError::Protocol("a frame came that only a source sends")),
+        }))
+    }
+
+    fn about_contents(&mut self, frame: Frame) -> Result<(), EngineError> {
+        let unasked = EngineError::Protocol("the other host speaks of contents that were not agreed on");
+        let holdings = self.holdings.clone().ok_or(unasked)?;
+        match frame.kind {
+            Kind::Have => {
+                self.told |= frame.body.is_empty();
+                holdings.add(frame.body)?;
+            }
+            Kind::Need => {
+                let need = Need::parse(&frame.body)?;
+                let unknown = EngineError::Protocol("the other host needs a page that named no content");
+                let pages = holdings.needed(&need).ok_or(unknown)?;
+                self.figures.lock().needed_pages += need.rows.len() as u64;
+                let packed = self.compressor.compress(NEEDED_LEVEL, &pages);
+                let answer = wire::Contents {
+                    record: need.record,
+                    rows: need.rows,
+                    codec: packed.as_ref().map_or(Level::Raw, |_| NEEDED_LEVEL).wire(),
+                    block: packed.as_ref().unwrap_or(&pages),
+                };
+                answer.parts(|parts| self.say(Kind::Contents, parts))?;
+            }
+            _ => holdings.settled(u64_body(frame.kind, &frame.body)?),
+        }
+        Ok(())
+    }
+
+    fn say(&self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
+        self.link
+            .send(kind, parts)
+            .map_err(|error| EngineError::Wire(error.into()))
     }
 
     fn lost(&self, error: WireError) -> EngineError {

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use self::support::{Batch, Guest, Mix, StreamSpec, build_stream};
 use super::link::Link;
 use super::pool::Pool;
-use super::receiving::{Receiving, XlInput};
+use super::receiving::{Rebuilding, Receiving, XlInput};
 use super::sending::Sending;
 use crate::page::ContentKey;
 use crate::report::Figures;
@@ -45,6 +45,8 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         frames: false,
         window_rows: u32::MAX,
         pacing: None,
+        holdings: None,
+        contents: None,
         table,
         figures: figures.clone(),
     };
@@ -54,7 +56,15 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         writer: Box::new(out.clone()),
         unread: Arc::new(|| Ok(0)),
     };
-    let mut receiving = Receiving::start(xl, None, key, Arc::default()).unwrap();
+    let mut receiving = Receiving::start(Rebuilding {
+        xl,
+        frames: None,
+        key,
+        contents: None,
+        link: None,
+        figures: Arc::default(),
+    })
+    .unwrap();
     let wire = wire.0.lock().clone();
     let mut reader = FrameReader::new(&wire[..]);
     let end = loop {

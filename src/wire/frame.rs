@@ -25,6 +25,8 @@ pub enum Kind {
     End = 5,
     /// xl's GO.
     Go = 6,
+    /// Pages that the destination needed, in full.
+    Contents = 7,
     /// Bytes that the destination's xl wrote for the source's xl.
     Xl = 16,
     /// The destination's answer to End.
@@ -33,6 +35,12 @@ pub enum Kind {
     Figures = 18,
     /// How the destination's xl ended.
     Exit = 19,
+    /// A filter over contents that the destination holds.
+    Have = 20,
+    /// Pages whose contents it could not find.
+    Need = 21,
+    /// A record that named contents is complete: nothing of it will be needed.
+    Settled = 22,
     /// A sign of life; a body of 8 bytes asks for the same bytes back (both directions).
     Ping = 32,
     /// The answer to a Ping that has a body.
@@ -45,7 +53,8 @@ impl Kind {
     fn from_wire(raw: u16) -> Option<Kind> {
         use Kind::*;
         [
-            Bytes, Guest, Rows, Forget, End, Go, Xl, Verdict, Figures, Exit, Ping, Pong, Abort,
+            Bytes, Guest, Rows, Forget, End, Go, Contents, Xl, Verdict, Figures, Exit, Have, Need, Settled, Ping, Pong,
+            Abort,
         ]
         .into_iter()
         .find(|kind| *kind as u16 == raw)

@@ -31,6 +31,13 @@ pub struct Hello {
     pub window_rows: u32,
     /// Destination: answers pings in the order of the stream, so that what is under way can be bounded.
     pub paces: bool,
+    /// Rows may name contents that the destination holds elsewhere. Source: it answers what is needed after all.
+    /// Destination: it says what it holds, before the stream begins.
+    pub contents: bool,
+    /// Source: the guest's uuid and name, and the sharing group whose key this is.
+    pub guest_uuid: String,
+    pub guest_name: String,
+    pub group: String,
     /// Seconds of silence after which the sender of this hello gives the connection up.
     pub timeout_s: u32,
 }
@@ -39,6 +46,8 @@ pub struct Hello {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreement {
     pub version: u16,
+    /// Both sides speak of contents, and what is under way is bounded.
+    pub contents: bool,
     pub peer: Hello,
 }
 
@@ -81,9 +90,9 @@ impl Hello {
         Ok(())
     }
 
-    /// Reads the peer's hello and agrees on the newest common version. Errors: [`WireError::Closed`] when nothing came,
+    /// Reads the peer's hello, ours being this one, and agrees on the newest common version. Errors: [`WireError::Closed`] when nothing came,
     /// [`WireError::NoHello`] when something else did, [`WireError::NoCommonVersion`].
-    pub fn read(reader: &mut impl Read) -> Result<Agreement, WireError> {
+    pub fn agree(&self, reader: &mut impl Read) -> Result<Agreement, WireError> {
         let mut fixed = [0; FIXED_BYTES];
         let arrived = read_up_to(reader, &mut fixed)?;
         if arrived == 0 {
@@ -124,9 +133,14 @@ impl Hello {
                 there_max,
             });
         }
-        let peer = serde_json::from_slice(&options)
+        let peer: Hello = serde_json::from_slice(&options)
             .map_err(|_| WireError::BadHello("its options are not the JSON expected"))?;
-        Ok(Agreement { version, peer })
+        let contents = self.contents && peer.contents && (self.paces || peer.paces);
+        Ok(Agreement {
+            version,
+            contents,
+            peer,
+        })
     }
 }
 
@@ -149,11 +163,12 @@ mod tests {
             ..Hello::default()
         }
         .with_key(&key);
-        let agreement = Hello::read(&mut &written(&hello)[..]).unwrap();
+        let agreement = Hello::default().agree(&mut &written(&hello)[..]).unwrap();
         assert_eq!(
             agreement,
             Agreement {
                 version: VERSION_MAX,
+                contents: false,
                 peer: hello
             }
         );
@@ -171,7 +186,7 @@ mod tests {
         ]
         .concat();
         bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
-        let agreement = Hello::read(&mut &bytes[..]).unwrap();
+        let agreement = Hello::default().agree(&mut &bytes[..]).unwrap();
         assert_eq!(
             (agreement.version, agreement.peer.program.as_str()),
             (VERSION_MAX, "later")
@@ -182,7 +197,7 @@ mod tests {
     fn versions_without_overlap_are_named() {
         let mut bytes = [&MAGIC[..], &[8, 0, 9, 0], &2u32.to_le_bytes(), b"{}"].concat();
         bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
-        let error = Hello::read(&mut &bytes[..]).unwrap_err();
+        let error = Hello::default().agree(&mut &bytes[..]).unwrap_err();
         assert_eq!(
             error.to_string(),
             "no common protocol version: here 1 to 1, there 8 to 9"
@@ -193,15 +208,15 @@ mod tests {
     fn damage_and_cuts_are_refused() {
         let bytes = written(&Hello::default());
         for end in 0..bytes.len() {
-            assert!(Hello::read(&mut &bytes[..end]).is_err(), "cut at {end}");
+            assert!(Hello::default().agree(&mut &bytes[..end]).is_err(), "cut at {end}");
         }
         for bit in 0..bytes.len() * 8 {
             let mut damaged = bytes.clone();
             damaged[bit / 8] ^= 1 << (bit % 8);
-            assert!(Hello::read(&mut &damaged[..]).is_err(), "bit {bit}");
+            assert!(Hello::default().agree(&mut &damaged[..]).is_err(), "bit {bit}");
         }
         assert!(matches!(
-            Hello::read(&mut &b"xl migration receiver ready"[..]),
+            Hello::default().agree(&mut &b"xl migration receiver ready"[..]),
             Err(WireError::NoHello)
         ));
     }

@@ -203,6 +203,16 @@ pub fn u32_body(kind: Kind, body: &[u8]) -> Result<u32, WireError> {
         })
 }
 
+/// Reads a body that is one little-endian u64 (Settled: the record's number).
+pub fn u64_body(kind: Kind, body: &[u8]) -> Result<u64, WireError> {
+    <[u8; 8]>::try_from(body)
+        .map(u64::from_le_bytes)
+        .map_err(|_| WireError::BadBody {
+            kind,
+            why: "it has not 8 bytes",
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,11 +1,14 @@
 //! The wire between two xenfold: a hello from each side, then frames. [FORMAT.md](FORMAT.md) beside this file describes
 //! every byte.
 //!
-//! [`Hello`] negotiates, [`FrameWriter`] and [`FrameReader`] carry frames, `message` gives their bodies a meaning.
+//! [`Hello`] negotiates, [`FrameWriter`] and [`FrameReader`] carry frames, `message` and `contents`
+//! give their bodies a meaning.
+mod contents;
 mod frame;
 mod hello;
 mod message;
 
+pub use contents::{Contents, Held, Need, have_bodies};
 pub use frame::{FRAME_HEADER_BYTES, Frame, FrameReader, FrameWriter, Kind, MAX_FRAME_BODY, WireError};
 pub use hello::{Agreement, Hello, VERSION_MAX, VERSION_MIN};
-pub use message::{Block, End, Rows, Verdict, from_json, u32_body};
+pub use message::{Block, End, Rows, Verdict, from_json, u32_body, u64_body};

@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use xenfold::engine::destination::{self, DestinationSetup, XlInput, XlProcess};
 use xenfold::engine::source::{self, Ending, SourceSetup};
-use xenfold::engine::{EngineError, FrameError, FrameSource, LinkEnds, WINDOW_ROWS};
+use xenfold::engine::{Contents, EngineError, FrameError, FrameSource, LinkEnds, WINDOW_ROWS};
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 use xenfold::report::Figures;
 use xenfold::wire::Hello;
@@ -492,6 +492,10 @@ pub struct Plan {
     pub link_bytes: usize,
     /// Rows that the destination says it keeps.
     pub window_rows: usize,
+    /// Source and destination speak of contents.
+    pub speak_contents: [bool; 2],
+    /// What source and destination hold.
+    pub contents: [Option<Arc<dyn Contents>>; 2],
     pub hooks: Hooks,
 }
 
@@ -509,6 +513,8 @@ impl Plan {
             apply_delay: Duration::ZERO,
             link_bytes: 64 << 10,
             window_rows: WINDOW_ROWS,
+            speak_contents: [false; 2],
+            contents: [None, None],
             hooks: Box::new(|_| (pass(), pass())),
         }
     }
@@ -629,9 +635,11 @@ pub fn migrate(plan: Plan) -> Outcome {
     let hello = Hello {
         program: "source".into(),
         verify: plan.verify,
+        contents: plan.speak_contents[0],
         ..Hello::default()
     }
     .with_key(&key());
+    let [source_contents, destination_contents] = plan.contents;
     let (noted, timeout, ended) = (figures.clone(), plan.timeout, link.clone());
     let agent = spawn(move || {
         let ending = match source::negotiate(source_link, &hello, timeout) {
@@ -640,6 +648,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                 let setup = SourceSetup {
                     to_xl,
                     frames: None,
+                    contents: source_contents,
                     figures: noted,
                     events: source_events,
                 };
@@ -678,6 +687,8 @@ pub fn migrate(plan: Plan) -> Outcome {
         program: "destination".into(),
         frames: plan.frames,
         window_rows: plan.window_rows as u32,
+        contents: plan.speak_contents[1],
+        paces: plan.speak_contents[1],
         ..Hello::default()
     };
     let (noted, gave_up) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
@@ -706,6 +717,7 @@ pub fn migrate(plan: Plan) -> Outcome {
             let setup = DestinationSetup {
                 xl: setup_xl,
                 frames: frames.map(|frames| Box::new(frames) as Box<dyn FrameSource>),
+                contents: destination_contents,
                 events: destination_events,
                 program: "test".into(),
                 usage: || (1, 2),
@@ -802,6 +814,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
             }),
         },
         frames: None,
+        contents: None,
         events: destination::events(),
         program: "test".into(),
         usage: || (0, 0),
@@ -820,7 +833,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
     });
     let (answered, answer) = mpsc::channel();
     let listening = spawn(move || {
-        xenfold::wire::Hello::read(&mut back).ok()?;
+        xenfold::wire::Hello::default().agree(&mut back).ok()?;
         let mut reader = xenfold::wire::FrameReader::new(back);
         while let Ok(frame) = reader.read() {
             let kind = frame.kind as u16;

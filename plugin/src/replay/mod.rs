@@ -3,12 +3,13 @@
 //!
 //! Each side is a process of its own ([`side`]), so that processor time and memory are its own; this process is the
 //! link between them ([`link`]) and compares what came out with the file.
+mod base;
 mod link;
 mod side;
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,9 @@ pub struct Arguments {
     /// Measure sender and receiver one after the other, where the processors are too few for both at once.
     #[arg(long)]
     apart: bool,
+    /// An earlier save of the guest that both hosts hold: what a return trip would cost. With `xenfold` only.
+    #[arg(long, value_name = "OLD")]
+    base: Option<PathBuf>,
     /// Write the figures to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -103,6 +107,7 @@ struct Run {
 /// not a saved guest (the caller exits with 2), or the replay itself could not be done.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let file_bytes = check(&arguments.file)?;
+    let base = arguments.base.as_deref().map(index_base).transpose()?;
     let mut runs = Vec::new();
     for rate in &arguments.link {
         let sides: &[Measured] = if arguments.apart {
@@ -121,7 +126,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
                         round + 1,
                         arguments.repeat
                     );
-                    done.push(one_run(arguments, *mode, *rate, *measured, file_bytes)?);
+                    done.push(one_run(arguments, base.as_ref(), *mode, *rate, *measured, file_bytes)?);
                 }
             }
             runs.extend(rounds.into_iter().filter_map(median));
@@ -187,6 +192,21 @@ impl Measured {
     }
 }
 
+/// What the user asked for, and the index of the base.
+type Given<'a> = (&'a Arguments, Option<&'a tempfile::NamedTempFile>);
+
+/// The base is read and hashed once, before anything is measured: stores know their contents.
+fn index_base(save: &Path) -> Result<tempfile::NamedTempFile> {
+    let mut index = tempfile::NamedTempFile::new()?;
+    let mut writer = io::BufWriter::new(index.as_file_mut());
+    base::write_index(save, &side::key(), &mut writer)
+        .with_context(|| save.display().to_string())
+        .context(BadInput)?;
+    io::Write::flush(&mut writer)?;
+    drop(writer);
+    Ok(index)
+}
+
 /// The processes of a run and the pipes to them.
 struct Side {
     child: Child,
@@ -194,7 +214,7 @@ struct Side {
 }
 
 impl Side {
-    fn start(arguments: &Arguments, mode: Mode, role: Role, output: Option<&File>) -> Result<Side> {
+    fn start((arguments, base): &Given<'_>, mode: Mode, role: Role, output: Option<&File>) -> Result<Side> {
         let figures = tempfile::NamedTempFile::new()?;
         let mut command = Command::new("/proc/self/exe");
         command
@@ -210,6 +230,9 @@ impl Side {
                 std::os::fd::AsRawFd::as_raw_fd(output)
             ));
         }
+        if let (Some(save), Some(index)) = (&arguments.base, base) {
+            command.arg("--base").arg(save).arg("--base-index").arg(index.path());
+        }
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         Ok(Side { child, figures })
     }
@@ -224,7 +247,15 @@ impl Side {
     }
 }
 
-fn one_run(arguments: &Arguments, mode: Mode, rate: Rate, measured: Measured, file_bytes: u64) -> Result<Run> {
+fn one_run(
+    arguments: &Arguments,
+    base: Option<&tempfile::NamedTempFile>,
+    mode: Mode,
+    rate: Rate,
+    measured: Measured,
+    file_bytes: u64,
+) -> Result<Run> {
+    let arguments = &(arguments, base);
     let output = File::from(memfd_create("xenfold-replay", MemfdFlags::CLOEXEC)?);
     // Apart, the receiver is fed what a sender produced over the same link before.
     let recorded = File::from(memfd_create("xenfold-wire", MemfdFlags::CLOEXEC)?);
@@ -263,7 +294,7 @@ fn one_run(arguments: &Arguments, mode: Mode, rate: Rate, measured: Measured, fi
             elapsed = start.elapsed();
         }
     }
-    let equal = measured == Measured::Sender || same(&arguments.file, &output)?;
+    let equal = measured == Measured::Sender || same(&arguments.0.file, &output)?;
     Ok(Run {
         mode,
         link: rate.to_string(),
@@ -373,8 +404,8 @@ fn print(runs: &[Run]) {
     }
     if let Some(pages) = runs.iter().find_map(|run| run.pages) {
         println!(
-            "pages by kind: {} zero, {} references, {} full, {} without data",
-            pages.zero, pages.reference, pages.full, pages.absent
+            "pages by kind: {} zero, {} references, {} known, {} deltas, {} full, {} without data",
+            pages.zero, pages.reference, pages.known, pages.delta, pages.full, pages.absent
         );
     }
 }

@@ -10,14 +10,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
-use xenfold::engine::destination::{Receiving, XlInput};
+use xenfold::engine::destination::XlInput;
 use xenfold::engine::source::{self, Source, SourceSetup};
-use xenfold::engine::{EngineError, FrameError, FrameSource, LinkEnds, WINDOW_ROWS, destination};
+use xenfold::engine::{Contents, FrameError, FrameSource, LinkEnds, WINDOW_ROWS, destination};
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
-use xenfold::report::{DestinationFigures, Figures};
+use xenfold::report::Figures;
 use xenfold::stream::PageData;
-use xenfold::wire::{Hello, Kind};
+use xenfold::wire::Hello;
 
+use super::base::Base;
 use super::{Mode, SideFigures};
 use crate::usage;
 
@@ -49,6 +50,11 @@ pub struct SideArguments {
     file: PathBuf,
     figures: PathBuf,
     output: Option<PathBuf>,
+    /// An earlier save that both sides hold, and its index.
+    #[arg(long)]
+    base: Option<PathBuf>,
+    #[arg(long)]
+    base_index: Option<PathBuf>,
 }
 
 /// Plays one side and leaves its figures.
@@ -59,8 +65,8 @@ pub fn run_side(arguments: &SideArguments) -> Result<()> {
         Ok(File::options().read(true).write(true).open(path)?)
     };
     match (arguments.mode, arguments.role) {
-        (Mode::Xenfold, Role::Receive) => receive(output()?)?,
-        (Mode::Xenfold, role) => side.figures = Some(send(File::open(&arguments.file)?, role == Role::Send)?),
+        (Mode::Xenfold, Role::Receive) => receive(arguments, output()?)?,
+        (Mode::Xenfold, _) => side.figures = Some(send(arguments)?),
         (_, Role::Receive) => copy_in(arguments.mode, output()?)?,
         _ => copy_out(arguments.mode, File::open(&arguments.file)?)?,
     }
@@ -132,14 +138,30 @@ fn link() -> Result<LinkEnds> {
     })
 }
 
-fn send(file: File, settle: bool) -> Result<Figures> {
-    let key = ContentKey::new(*b"replayed, so nothing is secret..");
-    let hello = Hello {
+/// The key of content ids in a replay.
+pub fn key() -> ContentKey {
+    ContentKey::new(*b"replayed, so nothing is secret..")
+}
+
+fn hello() -> Hello {
+    Hello {
         program: xenfold::VERSION.into(),
+        contents: true,
         ..Hello::default()
     }
-    .with_key(&key);
-    let negotiated = source::negotiate(link()?, &hello, TIMEOUT)?;
+}
+
+fn base(arguments: &SideArguments) -> Result<Option<Arc<dyn Contents>>> {
+    let (Some(save), Some(index)) = (&arguments.base, &arguments.base_index) else {
+        return Ok(None);
+    };
+    Ok(Some(Arc::new(Base::open(save, index)?)))
+}
+
+fn send(arguments: &SideArguments) -> Result<Figures> {
+    let contents = base(arguments)?;
+    let file = File::open(&arguments.file)?;
+    let negotiated = source::negotiate(link()?, &hello().with_key(&key()), TIMEOUT)?;
     let figures = Arc::new(Mutex::new(Figures {
         mode: "xenfold".into(),
         ..Figures::default()
@@ -147,27 +169,28 @@ fn send(file: File, settle: bool) -> Result<Figures> {
     let setup = SourceSetup {
         to_xl: Box::new(io::sink()),
         frames: None,
+        contents,
         figures: figures.clone(),
         events: source::events(),
     };
     let mut source = Source::new(negotiated, setup)?;
     let end = source.send_stream(Box::new(file))?;
-    if settle {
+    if arguments.role == Role::Send {
         source.settle(&end)?;
     }
     let figures = figures.lock().clone();
     Ok(figures)
 }
 
-fn receive(output: File) -> Result<()> {
+fn receive(arguments: &SideArguments, output: File) -> Result<()> {
     let hello = Hello {
-        program: xenfold::VERSION.into(),
         frames: true,
         window_rows: WINDOW_ROWS as u32,
         paces: true,
-        ..Hello::default()
+        ..hello()
     };
-    let mut negotiated = destination::negotiate(link()?, &hello, TIMEOUT)?;
+    let contents = base(arguments)?;
+    let negotiated = destination::negotiate(link()?, &hello, TIMEOUT)?;
     let image = Arc::new(Mutex::new(Image {
         file: output,
         written: 0,
@@ -177,33 +200,7 @@ fn receive(output: File) -> Result<()> {
         writer: Box::new(ImageWriter(image.clone())),
         unread: Arc::new(|| Ok(0)),
     };
-    let figures = Arc::new(Mutex::new(DestinationFigures::default()));
-    let mut receiving = Receiving::start(
-        input,
-        Some(Box::new(ImageFrames(image))),
-        negotiated.key.clone(),
-        figures,
-    )?;
-    loop {
-        let frame = negotiated.reader.read().map_err(EngineError::from)?;
-        let kind = frame.kind;
-        if kind == Kind::Ping {
-            continue;
-        }
-        if let Err(error) = receiving.frame(frame) {
-            return Err(receiving
-                .finish()
-                .err()
-                .filter(|e| !matches!(e, EngineError::WorkerLost))
-                .unwrap_or(error)
-                .into());
-        }
-        if kind == Kind::End {
-            break;
-        }
-    }
-    let (rebuilt, _) = receiving.finish()?;
-    negotiated.settle(rebuilt)?;
+    destination::rebuild(negotiated, input, Some(Box::new(ImageFrames(image))), contents)?;
     Ok(())
 }
 

@@ -1,0 +1,155 @@
+//! Delta blocks: pages that differ from bases of the same number and order which both ends have.
+//!
+//! Two ways, whichever comes out smaller: the XOR of pages and bases, whose runs of zeros cost zstd nothing, for words
+//! that changed in place; the bases as zstd's prefix, for bytes that moved. (Svärd et al.'s XBRLE is the first of them;
+//! zstd codes the run lengths.)
+use zstd::zstd_safe::{CCtx, CParameter, DCtx};
+
+use super::CodecError;
+use super::block::{Compressor, Decompressor, Level};
+use crate::page::PAGE_SIZE;
+
+/// The XOR, compressed with zstd.
+const XOR: u8 = 3;
+/// zstd with the bases as prefix.
+const PREFIX: u8 = 4;
+
+/// An XOR that comes out smaller than this share of the pages is not worth a second try.
+const GOOD: usize = 64;
+
+/// Whether a block of this codec needs its bases to be decompressed.
+pub fn needs_bases(codec: u8) -> bool {
+    codec == XOR || codec == PREFIX
+}
+
+impl Compressor {
+    /// Compresses `pages` against `bases` of the same length; the codec's number and the block. `None` where the pages
+    /// are better sent as they are.
+    pub fn delta(&mut self, pages: &[u8], bases: &[u8], level: i32) -> Option<(u8, Vec<u8>)> {
+        let mut difference = pages.to_vec();
+        xor(&mut difference, bases);
+        let xored = self.compress(Level::Zstd(level), &difference);
+        if xored.as_ref().is_some_and(|block| block.len() < pages.len() / GOOD) {
+            return Some((XOR, xored?));
+        }
+        let prefixed = with_prefix(pages, bases, level);
+        match (xored, prefixed) {
+            (Some(xored), Some(prefixed)) if prefixed.len() < xored.len() => Some((PREFIX, prefixed)),
+            (Some(xored), _) => Some((XOR, xored)),
+            (None, prefixed) => Some((PREFIX, prefixed?)),
+        }
+    }
+}
+
+impl Decompressor {
+    /// Decompresses a delta block of `codec` against its bases. Errors: as for other blocks; the bases decide how many
+    /// pages there must be.
+    pub fn delta(&mut self, codec: u8, block: &[u8], bases: &[u8]) -> Result<Vec<u8>, CodecError> {
+        let pages = bases.len() / PAGE_SIZE;
+        match codec {
+            XOR => {
+                let mut difference = self.decompress(Level::Zstd(0).wire(), block, pages)?;
+                xor(&mut difference, bases);
+                Ok(difference)
+            }
+            PREFIX => without_prefix(block, bases).map_err(|why| CodecError::Block { pages, why }),
+            other => self.decompress(other, block, pages),
+        }
+    }
+}
+
+fn xor(pages: &mut [u8], bases: &[u8]) {
+    pages.iter_mut().zip(bases).for_each(|(byte, base)| *byte ^= base);
+}
+
+/// A context of its own: it borrows the prefix.
+fn with_prefix(pages: &[u8], bases: &[u8], level: i32) -> Option<Vec<u8>> {
+    let mut context = CCtx::try_create()?;
+    context.set_parameter(CParameter::CompressionLevel(level)).ok()?;
+    context.ref_prefix(bases).ok()?;
+    let mut out = vec![0; pages.len() - pages.len() / 32];
+    let length = context.compress2(&mut out[..], pages).ok()?;
+    out.truncate(length);
+    out.shrink_to_fit();
+    Some(out)
+}
+
+fn without_prefix(block: &[u8], bases: &[u8]) -> Result<Vec<u8>, String> {
+    let mut context = DCtx::try_create().ok_or("out of memory")?;
+    let mut out = vec![0; bases.len()];
+    let name = |code| zstd::zstd_safe::get_error_name(code).to_owned();
+    context.ref_prefix(bases).map_err(name)?;
+    match context.decompress(&mut out[..], block).map_err(name)? {
+        length if length == bases.len() => Ok(out),
+        length => Err(format!("{length} bytes, not {}", bases.len())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(pages: usize, seed: u8) -> Vec<u8> {
+        let mut bytes = vec![0; pages * PAGE_SIZE];
+        let mut noise = blake3::Hasher::new();
+        noise.update(&[seed]).finalize_xof().fill(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn words_that_changed_in_place_cost_little() {
+        let bases = noise(16, 1);
+        let mut pages = bases.clone();
+        for at in (100..pages.len()).step_by(5000) {
+            pages[at] ^= 0x55;
+        }
+        let (codec, block) = Compressor::default().delta(&pages, &bases, 1).unwrap();
+        assert!(codec == XOR && block.len() < 200, "{codec} {}", block.len());
+        assert_eq!(Decompressor::default().delta(codec, &block, &bases), Ok(pages));
+    }
+
+    #[test]
+    fn bytes_that_moved_cost_little() {
+        let bases = noise(16, 1);
+        let mut pages = vec![7; 24];
+        pages.extend_from_slice(&bases[..bases.len() - 24]);
+        let (codec, block) = Compressor::default().delta(&pages, &bases, 1).unwrap();
+        assert!(codec == PREFIX && block.len() < 200, "{codec} {}", block.len());
+        assert_eq!(Decompressor::default().delta(codec, &block, &bases), Ok(pages));
+    }
+
+    #[test]
+    fn what_has_nothing_in_common_is_left() {
+        assert_eq!(Compressor::default().delta(&noise(4, 1), &noise(4, 2), 1), None);
+    }
+
+    #[test]
+    fn damaged_blocks_and_wrong_sizes_are_refused() {
+        let bases = noise(4, 1);
+        let mut pages = bases.clone();
+        pages[9] = 1;
+        let mut moved = vec![7; 24];
+        moved.extend_from_slice(&bases[..bases.len() - 24]);
+        for pages in [pages, moved] {
+            let (codec, block) = Compressor::default().delta(&pages, &bases, 1).unwrap();
+            let mut tools = Decompressor::default();
+            for end in 0..block.len() {
+                assert!(tools.delta(codec, &block[..end], &bases).is_err(), "cut at {end}");
+            }
+            assert!(tools.delta(codec, &block, &bases[PAGE_SIZE..]).is_err());
+            assert!(tools.delta(codec, &block, &noise(5, 1)).is_err());
+            for bit in 0..block.len() * 8 {
+                let mut damaged = block.clone();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                // Whatever comes out has the right size; the digest over all rows judges its bytes.
+                if let Ok(out) = tools.delta(codec, &damaged, &bases) {
+                    assert_eq!(out.len(), bases.len());
+                }
+            }
+        }
+        assert_eq!(
+            Decompressor::default().delta(9, &[], &bases),
+            Err(CodecError::BlockCodec(9))
+        );
+    }
+}

@@ -1,0 +1,61 @@
+//! One PAGE_DATA record as it came from xl.
+use std::ops::Range;
+
+use crate::page::{PAGE_SIZE, Pfn};
+use crate::stream::{PageData, PageType, StreamError};
+
+pub(super) struct PageRecord {
+    pub body: Vec<u8>,
+    /// Where its pages start in `body`.
+    pages_at: usize,
+    pub entries: Vec<u64>,
+    /// Each entry's page number, type, and the index of its page among the record's pages.
+    pub list: Vec<(Pfn, PageType, Option<usize>)>,
+    pub reserved: u32,
+}
+
+impl PageRecord {
+    pub fn parse(body: Vec<u8>, offset: u64) -> Result<PageRecord, StreamError> {
+        let data = PageData::parse(&body, offset)?;
+        let entries = data.raw_entries().collect();
+        let reserved = data.reserved();
+        let mut pages = 0..;
+        let list = data
+            .entries()
+            .map(|entry| {
+                (
+                    entry.pfn,
+                    entry.page_type,
+                    entry.has_data.then(|| pages.next()).flatten(),
+                )
+            })
+            .collect();
+        let pages_at = body.len() - data.pages().len();
+        Ok(PageRecord {
+            body,
+            pages_at,
+            entries,
+            list,
+            reserved,
+        })
+    }
+
+    /// The bytes of pages `range`, empty outside the record.
+    pub fn pages(&self, range: Range<usize>) -> &[u8] {
+        let at = |page: usize| self.pages_at + page * PAGE_SIZE;
+        self.body.get(at(range.start)..at(range.end)).unwrap_or_default()
+    }
+
+    /// The bytes of the pages with these indices, one behind the other.
+    pub fn gather(&self, indices: impl IntoIterator<Item = usize>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for index in indices {
+            bytes.extend_from_slice(self.pages(index..index + 1));
+        }
+        bytes
+    }
+
+    pub fn page_count(&self) -> usize {
+        (self.body.len() - self.pages_at) / PAGE_SIZE
+    }
+}
