@@ -202,6 +202,25 @@ lab_push() {
   say "pushed to a and b: ${files[*]##*/}"
 }
 
+# The daemon on both hosts, as its package would install it; its store is on the host's own disk.
+lab_daemon() {
+  local host unit=$REPO/daemon/debian/xenfoldd.service
+  for host in a b; do
+    must_run "$host"
+    case ${1:-} in
+      start)
+        sed 's,/usr/sbin/,/usr/local/bin/,' "$unit" | on "$host" 'cat >/etc/systemd/system/xenfoldd.service'
+        on "$host" 'systemctl daemon-reload && systemctl restart xenfoldd' </dev/null ||
+          die "the daemon does not start on $host: $(on "$host" 'journalctl -u xenfoldd -n 20 --no-pager' </dev/null)"
+        ;;
+      stop) on "$host" 'systemctl stop xenfoldd' </dev/null ;;
+      forget) on "$host" 'systemctl stop xenfoldd; rm -rf /var/lib/xenfold' </dev/null ;;
+      status) on "$host" 'xenfold status' </dev/null ;;
+      *) die 'usage: lab daemon start|stop|forget|status' ;;
+    esac
+  done
+}
+
 lab_logs() {
   local host hosts=(a b) lines=40
   case ${1:-} in a | b) hosts=("$1"); shift ;; esac

@@ -130,6 +130,7 @@ impl Answers {
 pub(super) struct Decoder {
     pub pool: Pool,
     pub key: ContentKey,
+    pub speaks_contents: bool,
     pub contents: Option<Arc<dyn Contents>>,
     pub link: Option<Link>,
     pub answers: Answers,
@@ -174,6 +175,9 @@ impl Decoder {
             ))?;
             if page_type.has_data() == (*row == Row::Absent) {
                 return Err(EngineError::Protocol("a row does not fit its entry's page type"));
+            }
+            if matches!(row, Row::Known(_) | Row::Delta(_)) && !self.speaks_contents {
+                return Err(EngineError::Protocol("a row names a content, which was not agreed on"));
             }
         }
         let (blocks, deltas) = self.blocks(&body, &parsed.blocks, &rows)?;

@@ -44,6 +44,8 @@ pub struct Rebuilding {
     /// Reads the guest under construction; without it only recent pages can be referred to.
     pub frames: Frames,
     pub key: ContentKey,
+    /// Both sides speak of contents.
+    pub speaks_contents: bool,
     /// Contents that this host holds.
     pub contents: Option<Arc<dyn Contents>>,
     /// Where to say what is needed and what has been taken up.
@@ -157,6 +159,7 @@ impl Receiving {
             xl,
             frames,
             key,
+            speaks_contents,
             contents,
             link,
             figures,
@@ -171,6 +174,7 @@ impl Receiving {
         let decoder = Decoder {
             pool: pool.clone(),
             key: key.clone(),
+            speaks_contents,
             contents: contents.clone(),
             link: link.clone(),
             answers: answers.clone(),

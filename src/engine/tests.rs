@@ -60,6 +60,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         xl,
         frames: None,
         key,
+        speaks_contents: false,
         contents: None,
         link: None,
         figures: Arc::default(),
