@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod arguments;
-pub mod config;
+pub mod daemon_commands;
 pub mod guest;
 pub mod process;
 pub mod progress;

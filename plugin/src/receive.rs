@@ -13,11 +13,11 @@ use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd, ioctl_fionread};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use xen_sys::{DomId, Libxl, Xenctrl, Xenstore};
+use xenfold::config::Config;
 use xenfold::engine::destination::{self, DestinationSetup, Event, XlInput, XlProcess};
 use xenfold::engine::{FrameSource, LinkEnds, WINDOW_ROWS, chain};
 use xenfold::wire::Hello;
 
-use crate::config::Config;
 use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
 use crate::{process, signals, ssh, usage};
 

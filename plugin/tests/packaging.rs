@@ -1,8 +1,8 @@
 //! The configuration file that the package installs says what the program does.
 use std::path::PathBuf;
 
+use xenfold::config::{self, Config};
 use xenfold_plugin::arguments::USAGE;
-use xenfold_plugin::config::{self, Config};
 
 #[test]
 fn the_shipped_configuration_shows_every_key_and_its_default() {

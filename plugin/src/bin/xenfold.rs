@@ -6,7 +6,7 @@ use std::process::exit;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use xenfold_plugin::config::{self, Config};
+use xenfold::config::{self, Config};
 use xenfold_plugin::{receive, replay, resume};
 
 #[derive(Parser)]

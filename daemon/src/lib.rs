@@ -1,0 +1,26 @@
+//! xenfoldd, the dom0 service: it keeps contents across migrations and answers for them, inside sharing groups only.
+//!
+//! [`daemon::Daemon`] is what the service knows, [`server::serve`] its loop; `connection` follows one caller,
+//! `membership` decides which group and key a guest has, `keys` keeps the keys, `store` the contents. The protocol is
+//! the library's ([`xenfold::control`]).
+#![forbid(unsafe_code)]
+
+mod connection;
+pub mod daemon;
+mod keys;
+mod membership;
+pub mod server;
+pub mod socket;
+pub mod store;
+mod templates;
+
+/// An error with its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        line.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    line
+}
