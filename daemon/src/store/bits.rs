@@ -62,7 +62,8 @@ impl Bits {
 
     /// The bits below `bits` that are set neither here nor in `other`.
     pub fn neither<'a>(&'a self, other: &'a Bits, bits: u32) -> impl Iterator<Item = u32> + 'a {
-        each(self.words.iter().zip(&other.words).map(|(here, there)| !(here | there))).take_while(move |bit| *bit < bits)
+        each(self.words.iter().zip(&other.words).map(|(here, there)| !(here | there)))
+            .take_while(move |bit| *bit < bits)
     }
 }
 

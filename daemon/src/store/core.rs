@@ -36,6 +36,9 @@ pub(super) struct Core {
     pub shared: Arc<Shared>,
     pub state: RwLock<Slots>,
     index: Mutex<Index>,
+    /// Distinct ids of images that are being saved. They count as named, so that room for their own image is not made
+    /// at their expense. Changed under `index`.
+    saving: Mutex<Vec<Arc<Vec<ContentId>>>>,
     /// Key in the index → description.
     pub images: Mutex<BTreeMap<String, ImageHead>>,
     pub key_check: Mutex<Option<ContentId>>,
@@ -67,7 +70,10 @@ impl Core {
         let mut aside_bytes = fs::metadata(folder.join(ASIDE)).map_or(0, |meta| meta.len());
         let read = match read(folder, shared, &fail_index) {
             Err(StoreError::Index { source, path }) => {
-                log::error!("{}", chain(&source, &format!("the index {} is set aside", path.display())));
+                log::error!(
+                    "{}",
+                    chain(&source, &format!("the index {} is set aside", path.display()))
+                );
                 fs::rename(&path, folder.join(ASIDE)).map_err(StoreError::io("cannot set aside the index", &path))?;
                 aside_bytes = fs::metadata(folder.join(ASIDE)).map_or(0, |meta| meta.len());
                 set_aside = 1;
@@ -82,6 +88,7 @@ impl Core {
             shared: shared.clone(),
             state: RwLock::new(read.slots),
             index: Mutex::new(read.index),
+            saving: Mutex::default(),
             images: Mutex::new(read.loaded.images.into_iter().collect()),
             key_check: Mutex::new(read.loaded.key_check),
             closed: AtomicBool::new(false),
@@ -198,7 +205,10 @@ impl Core {
     pub fn drop_damaged(&self, id: &ContentId, slot: Slot) {
         if self.state.write().remove(id, slot) {
             self.damaged.fetch_add(1, Ordering::Relaxed);
-            log::warn!("{}: the content {id:?} in slot {slot} is damaged: dropped", self.folder.display());
+            log::warn!(
+                "{}: the content {id:?} in slot {slot} is damaged: dropped",
+                self.folder.display()
+            );
         }
     }
 
@@ -283,17 +293,28 @@ impl Core {
     }
 
     fn renew_index(&self, index: &mut Index) {
-        log::error!("{}: the index is damaged; a new one is made, without images", self.folder.display());
+        log::error!(
+            "{}: the index is damaged; a new one is made, without images",
+            self.folder.display()
+        );
         index.abandon();
         let aside = self.folder.join(ASIDE);
         if fs::rename(self.index_path(), &aside).is_ok() {
             let bytes = fs::metadata(&aside).map_or(0, |meta| meta.len());
-            self.shared.budget.refund(self.aside_bytes.swap(bytes, Ordering::Relaxed));
+            self.shared
+                .budget
+                .refund(self.aside_bytes.swap(bytes, Ordering::Relaxed));
             self.shared.budget.charge_existing(bytes);
         }
         self.indexes_set_aside.fetch_add(1, Ordering::Relaxed);
         let pack_slots = self.state.read().pack_slots();
-        let new = Index::open(&self.index_path(), &self.shared.budget, pack_slots, &self.fail_index, &mut |_, _| {});
+        let new = Index::open(
+            &self.index_path(),
+            &self.shared.budget,
+            pack_slots,
+            &self.fail_index,
+            &mut |_, _| {},
+        );
         match new {
             Ok((new, _)) => *index = new,
             Err(error) => log::error!("{}", chain(&error, "no new index can be made")),
@@ -306,6 +327,7 @@ impl Core {
         self.images.lock().clear();
         let mut state = self.state.write();
         state.unname_all();
+        self.saving.lock().iter().for_each(|ids| state.name(ids));
         state.mark_held_dirty();
     }
 
@@ -324,7 +346,7 @@ impl Core {
         Ok(())
     }
 
-    /// Replaces the image `key` and counts anew in how many images its contents are.
+    /// Replaces the image `key`, for which room is made, and counts anew in how many images its contents are.
     pub fn write_image(
         &self,
         key: &str,
@@ -332,19 +354,50 @@ impl Core {
         saved_unix_s: u64,
         pages: &[(Pfn, ContentId)],
     ) -> Result<(), StoreError> {
-        let new = distinct(pages);
+        let new = Arc::new(distinct(pages));
+        {
+            let _index = self.index.lock();
+            self.saving.lock().push(new.clone());
+            self.state.write().name(&new);
+        }
+        // Twice the ids' bytes and some: redb rounds values up, and copies before it frees.
+        let bytes = (pages.len() as u64).saturating_mul(40).saturating_add(64 << 10);
+        let room = self.shared.make_room(bytes);
         let mut index = self.index.lock();
+        let written = match room {
+            true => self.write_image_now(&mut index, key, template, saved_unix_s, pages),
+            false => Err(StoreError::Full {
+                limit_bytes: self.shared.budget.limit_bytes(),
+            }),
+        };
+        self.saving.lock().retain(|ids| !Arc::ptr_eq(ids, &new));
+        match written {
+            Ok(old) => self.state.write().unname(&old),
+            Err(error) => {
+                self.state.write().unname(&new);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the ids of the image that was replaced.
+    fn write_image_now(
+        &self,
+        index: &mut Index,
+        key: &str,
+        template: bool,
+        saved_unix_s: u64,
+        pages: &[(Pfn, ContentId)],
+    ) -> Result<Vec<ContentId>, StoreError> {
         if self.is_closed() {
             return Err(StoreError::Closed(self.name.clone()));
         }
-        let old = self.distinct_of(&mut index, key)?;
+        let old = self.distinct_of(index, key)?;
         let head = index.write_image(key, template, saved_unix_s, pages);
-        let head = head.map_err(|source| self.index_failed(&mut index, source))?;
+        let head = head.map_err(|source| self.index_failed(index, source))?;
         self.images.lock().insert(key.into(), head);
-        let mut state = self.state.write();
-        state.unname(&old);
-        state.name(&new);
-        Ok(())
+        Ok(old)
     }
 
     /// False: there was none.
@@ -391,7 +444,11 @@ impl Core {
     pub fn recount(&self) -> Result<(), StoreError> {
         let mut index = self.index.lock();
         let keys: Vec<String> = self.images.lock().keys().cloned().collect();
-        self.state.write().unname_all();
+        {
+            let mut state = self.state.write();
+            state.unname_all();
+            self.saving.lock().iter().for_each(|ids| state.name(ids));
+        }
         for key in keys {
             let ids = self.distinct_of(&mut index, &key)?;
             self.state.write().name(&ids);
@@ -401,7 +458,11 @@ impl Core {
 
     /// Contents last used from this epoch on are not to be dropped before images are.
     pub fn held_from(&self) -> u32 {
-        self.holds.lock().keys().next().map_or(u32::MAX, |epoch| u32::from(*epoch))
+        self.holds
+            .lock()
+            .keys()
+            .next()
+            .map_or(u32::MAX, |epoch| u32::from(*epoch))
     }
 
     /// The group is no more: nothing is held from here on, and the folder goes.
@@ -436,7 +497,9 @@ impl Drop for Core {
         self.index.lock().abandon();
         if !self.is_closed() {
             let charged = self.state.write().clear() * PAGE_BYTES;
-            self.shared.budget.refund(charged + self.aside_bytes.load(Ordering::Relaxed));
+            self.shared
+                .budget
+                .refund(charged + self.aside_bytes.load(Ordering::Relaxed));
         }
     }
 }
@@ -482,7 +545,9 @@ fn read(folder: &Path, shared: &Arc<Shared>, fail: &Arc<AtomicBool>) -> Result<R
     let mut slots = Slots::new(pack_slots);
     let mut lengths: BTreeMap<u32, u64> = BTreeMap::new();
     let entries = fs::read_dir(folder).map_err(StoreError::io("cannot read the folder", folder))?;
-    let numbers = entries.flatten().filter_map(|entry| pack::number(entry.file_name().to_str()?));
+    let numbers = entries
+        .flatten()
+        .filter_map(|entry| pack::number(entry.file_name().to_str()?));
     let numbers: BTreeSet<u32> = numbers.collect();
     for number in &numbers {
         let path = pack::path(folder, *number);
@@ -527,7 +592,9 @@ fn read(folder: &Path, shared: &Arc<Shared>, fail: &Arc<AtomicBool>) -> Result<R
                 damaged,
             })
         }
-        Err(IndexError::Io(source)) if !damaged_io(&source) => Err(StoreError::io("cannot open the index", path)(source)),
+        Err(IndexError::Io(source)) if !damaged_io(&source) => {
+            Err(StoreError::io("cannot open the index", path)(source))
+        }
         Err(source) => Err(StoreError::Index { path, source }),
     }
 }

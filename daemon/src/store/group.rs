@@ -75,9 +75,7 @@ impl Group {
     pub fn wanted(&self, ids: &[ContentId]) -> Vec<bool> {
         let epoch = self.core.shared.epoch();
         let state = self.core.state.read();
-        ids.iter()
-            .map(|id| state.find_and_touch(id, epoch).is_none())
-            .collect()
+        ids.iter().map(|id| state.find_and_touch(id, epoch).is_none()).collect()
     }
 
     pub fn holds(&self, id: &ContentId) -> bool {
@@ -276,15 +274,7 @@ impl Group {
         pages: &[(Pfn, ContentId)],
     ) -> Result<(), StoreError> {
         let key = image_key(name, template)?;
-        let core = &self.core;
-        // Twice the ids' bytes and some: redb rounds values up, and copies before it frees.
-        let bytes = (pages.len() as u64).saturating_mul(40).saturating_add(64 << 10);
-        if !core.shared.make_room(bytes) {
-            return Err(StoreError::Full {
-                limit_bytes: core.shared.budget.limit_bytes(),
-            });
-        }
-        core.write_image(&key, template, saved_unix_s, pages)?;
+        self.core.write_image(&key, template, saved_unix_s, pages)?;
         self.flush()
     }
 

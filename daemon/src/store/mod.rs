@@ -126,7 +126,9 @@ impl Store {
         let entries = fs::read_dir(folder).map_err(StoreError::io("cannot read the folder", folder))?;
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let Some(name) = name.to_str().filter(|name| is_group(name)) else { continue };
+            let Some(name) = name.to_str().filter(|name| is_group(name)) else {
+                continue;
+            };
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 continue;
             }
@@ -171,7 +173,10 @@ impl Store {
         };
         let check = key.id(KEY_CHECK);
         if let Some(old) = &core {
-            let other = old.key_check.lock().map_or(old.state.read().contents() > 0, |stored| stored != check);
+            let other = old
+                .key_check
+                .lock()
+                .map_or(old.state.read().contents() > 0, |stored| stored != check);
             if other {
                 log::warn!("the group {name} has another key: its contents are dropped");
                 groups.remove(name);

@@ -150,11 +150,7 @@ impl Slots {
             if pack.charged.ones() == 0 {
                 continue;
             }
-            let free: Vec<u32> = pack
-                .charged
-                .without(&pack.taken)
-                .take(end - slots.len())
-                .collect();
+            let free: Vec<u32> = pack.charged.without(&pack.taken).take(end - slots.len()).collect();
             for at in free {
                 pack.taken.set(at);
                 slots.push(base + at);
@@ -370,7 +366,9 @@ impl Slots {
         let mut dropped = 0;
         for number in 0..self.packs() {
             let base = number * self.pack_slots;
-            let Some(pack) = self.packs.get(number as usize) else { break };
+            let Some(pack) = self.packs.get(number as usize) else {
+                break;
+            };
             let unnamed: Vec<(Slot, ContentId)> = pack
                 .held
                 .iter()

@@ -149,7 +149,10 @@ fn drop_unnamed(cores: &[Arc<Core>], most: u64, respect_holds: bool) -> u64 {
         sum += **contents;
         sum >= most
     });
-    let Some(last) = reached.or(by_epoch.last_key_value()).map(|(epoch, _)| u32::from(*epoch)) else {
+    let Some(last) = reached
+        .or(by_epoch.last_key_value())
+        .map(|(epoch, _)| u32::from(*epoch))
+    else {
         return 0;
     };
     let mut dropped = 0;

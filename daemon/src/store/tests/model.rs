@@ -74,7 +74,12 @@ fn run(steps: Vec<Step>, limit_bytes: u64, roomy: bool) {
             Step::Gc => {
                 store.as_ref().unwrap().gc().unwrap();
                 for model in &mut models {
-                    let named = |n: &u64| model.images.values().any(|(first, count)| (*first..first + count).contains(n));
+                    let named = |n: &u64| {
+                        model
+                            .images
+                            .values()
+                            .any(|(first, count)| (*first..first + count).contains(n))
+                    };
                     model.put = model.put.iter().copied().filter(named).collect();
                 }
             }
@@ -88,10 +93,17 @@ fn run(steps: Vec<Step>, limit_bytes: u64, roomy: bool) {
         }
         let stats = store.as_ref().unwrap().stats();
         assert!(stats.used_bytes <= limit_bytes && allocated(folder.path()) <= limit_bytes);
-        assert_eq!(stats.used_bytes, stats.groups.iter().map(|group| group.bytes).sum::<u64>());
+        assert_eq!(
+            stats.used_bytes,
+            stats.groups.iter().map(|group| group.bytes).sum::<u64>()
+        );
         for (group, model) in both.iter().zip(&models) {
             let held = group.lookup_keys().len();
-            assert!(if roomy { held == model.put.len() } else { held <= model.put.len() });
+            assert!(if roomy {
+                held == model.put.len()
+            } else {
+                held <= model.put.len()
+            });
             for info in group.images().unwrap().iter().filter(|_| roomy) {
                 let guest = info.guest.trim_start_matches("guest").parse().unwrap();
                 assert_eq!(info.pages, model.images[&guest].1);

@@ -51,5 +51,8 @@ fn all_at_once() {
     let store = open(&folder.path().join("store"), 12 * MIB);
     assert_eq!(damaged(&store), 0);
     let stats = store.stats();
-    assert_eq!(stats.used_bytes, stats.groups.iter().map(|group| group.bytes).sum::<u64>());
+    assert_eq!(
+        stats.used_bytes,
+        stats.groups.iter().map(|group| group.bytes).sum::<u64>()
+    );
 }
