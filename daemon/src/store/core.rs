@@ -13,13 +13,14 @@ use parking_lot::{Mutex, RwLock};
 use xenfold::page::{ContentId, PAGE_SIZE, Pfn};
 
 use super::error::{IndexError, StoreError};
-use super::index::{Index, Loaded};
+use super::index::{ImageRead, Index};
+use super::load::{self, damaged_io, make_folder};
 use super::pack;
-use super::record::{BLOCK_SLOTS, ImageHead};
+use super::record::ImageHead;
 use super::slots::{Slot, Slots};
 use super::space::Shared;
 
-const INDEX: &str = "index.redb";
+pub(super) const INDEX: &str = "index.redb";
 const ASIDE: &str = "index.damaged";
 
 /// Blocks in one transaction: about 0.5 MiB, so that the index, which redb copies before it changes it, grows little.
@@ -54,21 +55,13 @@ pub(super) struct Core {
     fail_index: Arc<AtomicBool>,
 }
 
-/// What a folder holds once it is read.
-struct Read {
-    slots: Slots,
-    index: Index,
-    loaded: Loaded,
-    damaged: u64,
-}
-
 impl Core {
     pub fn open(name: &str, folder: &Path, shared: &Arc<Shared>) -> Result<Core, StoreError> {
         make_folder(folder)?;
         let fail_index = Arc::new(AtomicBool::new(false));
         let mut set_aside = 0;
         let mut aside_bytes = fs::metadata(folder.join(ASIDE)).map_or(0, |meta| meta.len());
-        let read = match read(folder, shared, &fail_index) {
+        let read = match load::read(folder, shared, &fail_index) {
             Err(StoreError::Index { source, path }) => {
                 log::error!(
                     "{}",
@@ -77,7 +70,7 @@ impl Core {
                 fs::rename(&path, folder.join(ASIDE)).map_err(StoreError::io("cannot set aside the index", &path))?;
                 aside_bytes = fs::metadata(folder.join(ASIDE)).map_or(0, |meta| meta.len());
                 set_aside = 1;
-                read(folder, shared, &fail_index)?
+                load::read(folder, shared, &fail_index)?
             }
             read => read?,
         };
@@ -431,7 +424,7 @@ impl Core {
         Ok(image.map_or_else(Vec::new, |(_, pages)| distinct(&pages)))
     }
 
-    pub fn read_image(&self, key: &str) -> Result<Option<(ImageHead, Vec<(Pfn, ContentId)>)>, StoreError> {
+    pub fn read_image(&self, key: &str) -> Result<Option<ImageRead>, StoreError> {
         if !self.images.lock().contains_key(key) {
             return Ok(None);
         }
@@ -520,86 +513,4 @@ pub(super) fn chain(error: &dyn std::error::Error, what: &str) -> String {
         source = error.source();
     }
     line
-}
-
-pub(super) fn make_folder(folder: &Path) -> Result<(), StoreError> {
-    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)
-        .and_then(|()| {
-            let mode = fs::metadata(folder)?.permissions().mode() & 0o777;
-            // Contents are guests' memory: nobody else may look, whatever the folder was before.
-            if mode & 0o077 == 0 {
-                return Ok(());
-            }
-            fs::set_permissions(folder, fs::Permissions::from_mode(0o700))
-        })
-        .map_err(StoreError::io("cannot make the folder", folder))
-}
-
-/// Opens the packs and reads the index into a table of slots. `StoreError::Index`: the index is unusable.
-fn read(folder: &Path, shared: &Arc<Shared>, fail: &Arc<AtomicBool>) -> Result<Read, StoreError> {
-    let pack_slots = shared.pack_slots;
-    let mut slots = Slots::new(pack_slots);
-    let mut lengths: BTreeMap<u32, u64> = BTreeMap::new();
-    let entries = fs::read_dir(folder).map_err(StoreError::io("cannot read the folder", folder))?;
-    let numbers = entries
-        .flatten()
-        .filter_map(|entry| pack::number(entry.file_name().to_str()?));
-    let numbers: BTreeSet<u32> = numbers.collect();
-    for number in &numbers {
-        let path = pack::path(folder, *number);
-        // Packs are numbered without gaps unless somebody removed some; a number without sense must not cost memory.
-        if *number as usize > numbers.len() + 1024 {
-            log::warn!("{}: no pack of this store", path.display());
-            continue;
-        }
-        match pack::options().open(&path) {
-            Ok(file) => {
-                lengths.insert(*number, file.metadata().map_or(0, |meta| meta.len()));
-                slots.load_pack(*number, Arc::new(file));
-            }
-            Err(error) => log::error!("{}: {error}", path.display()),
-        }
-    }
-    let path = folder.join(INDEX);
-    let mut damaged = 0;
-    let mut sink = |block: u32, ids: &[(u32, ContentId)]| {
-        let damaged_before = damaged;
-        for (at, id) in ids {
-            let slot = block.checked_mul(BLOCK_SLOTS).and_then(|first| first.checked_add(*at));
-            let entered = slot.is_some_and(|slot| {
-                let end = (u64::from(slot % pack_slots) + 1) * PAGE_BYTES;
-                let there = lengths.get(&(slot / pack_slots)).is_some_and(|length| *length >= end);
-                there && slots.load(slot, *id)
-            });
-            damaged += u64::from(!entered);
-        }
-        if damaged > damaged_before {
-            slots.mark_dirty(block);
-        }
-    };
-    let opened = Index::open(&path, &shared.budget, pack_slots, fail, &mut sink);
-    match opened {
-        Ok((index, loaded)) => {
-            shared.budget.charge_existing(slots.charged() * PAGE_BYTES);
-            Ok(Read {
-                slots,
-                index,
-                loaded,
-                damaged,
-            })
-        }
-        Err(IndexError::Io(source)) if !damaged_io(&source) => {
-            Err(StoreError::io("cannot open the index", path)(source))
-        }
-        Err(source) => Err(StoreError::Index { path, source }),
-    }
-}
-
-/// Whether an error tells of the file's contents and not of its surroundings (a full disk, a folder that is read-only).
-fn damaged_io(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
 }

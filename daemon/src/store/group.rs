@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use xenfold::page::{ContentId, ContentKey, PAGE_SIZE, Pfn};
 
-use super::core::{Core, chain};
+use super::core::Core;
 use super::error::StoreError;
 use super::pack;
 use super::slots::Slot;
@@ -129,10 +129,7 @@ impl Group {
             }
         }
         if stored > 0 && self.core.note_new(stored as u64) {
-            // The contents are there; only a crash would lose them now.
-            if let Err(error) = self.flush() {
-                log::warn!("{}", chain(&error, "new contents are not in the index yet"));
-            }
+            self.core.shared.flush_aside(&self.core);
         }
         Ok(stored)
     }

@@ -39,6 +39,9 @@ pub(super) struct Index {
     fail: Arc<AtomicBool>,
 }
 
+/// An image's description and its pages.
+pub(super) type ImageRead = (ImageHead, Vec<(Pfn, ContentId)>);
+
 /// Takes a block's number and ids, by slot in the block.
 pub(super) type BlockSink<'a> = &'a mut dyn FnMut(u32, &[(u32, ContentId)]);
 
@@ -284,7 +287,7 @@ impl Index {
     }
 
     /// An image's pages in ascending order; those of damaged parts are missing. `None`: no such image.
-    pub fn read_image(&mut self, key: &str) -> Result<Option<(ImageHead, Vec<(Pfn, ContentId)>)>, IndexError> {
+    pub fn read_image(&mut self, key: &str) -> Result<Option<ImageRead>, IndexError> {
         let path = self.path.clone();
         self.with(|db| {
             let read = db.begin_read()?;

@@ -12,6 +12,7 @@ mod core;
 mod error;
 mod group;
 mod index;
+mod load;
 mod pack;
 mod record;
 mod slots;
@@ -33,7 +34,8 @@ use xenfold::page::ContentKey;
 pub use self::error::{IndexError, StoreError};
 pub use self::group::{Group, HoldNew, Image, ImageInfo};
 
-use self::core::{Core, PAGE_BYTES, chain, make_folder};
+use self::core::{Core, PAGE_BYTES, chain};
+use self::load::make_folder;
 use self::space::Shared;
 
 /// Slots of a pack: 256 MiB, so that a terabyte needs 4096 open files.
@@ -293,6 +295,12 @@ impl Store {
             return Ok(());
         };
         entry.core.retire()
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.shared.wait_for_flush();
     }
 }
 

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::thread::{self, JoinHandle};
 
 use parking_lot::Mutex;
 
@@ -31,6 +32,7 @@ pub(super) struct Shared {
     space: Mutex<()>,
     /// Contents put since the store was opened.
     clock: AtomicU64,
+    flush: Mutex<Option<JoinHandle<()>>>,
     /// Locked as long as it is open.
     _lock: File,
 }
@@ -43,12 +45,41 @@ impl Shared {
             cores: Mutex::default(),
             space: Mutex::default(),
             clock: AtomicU64::new(0),
+            flush: Mutex::default(),
             _lock: lock,
         }
     }
 
     pub fn add(&self, core: &Arc<Core>) {
         self.cores.lock().push(Arc::downgrade(core));
+    }
+
+    /// Flushes a group on a thread of its own, so that no put waits for the disk. One at a time: while it runs,
+    /// nothing happens, and the next put asks again.
+    pub fn flush_aside(&self, core: &Arc<Core>) {
+        let mut flush = self.flush.lock();
+        if flush.as_ref().is_some_and(|running| !running.is_finished()) {
+            return;
+        }
+        let core = core.clone();
+        let work = move || {
+            core.shared.make_room(0);
+            // The contents are there; only a crash would lose them now.
+            if let Err(error) = core.flush() {
+                log::warn!("{}", chain(&error, "new contents are not in the index yet"));
+            }
+        };
+        match thread::Builder::new().name("store flush".into()).spawn(work) {
+            Ok(running) => *flush = Some(running),
+            Err(error) => log::warn!("no thread to flush the store: {error}"),
+        }
+    }
+
+    pub fn wait_for_flush(&self) {
+        let running = self.flush.lock().take();
+        if running.is_some_and(|running| running.join().is_err()) {
+            log::error!("the thread that flushes the store panicked");
+        }
     }
 
     fn cores(&self) -> Vec<Arc<Core>> {

@@ -111,6 +111,26 @@ fn contents_come_back() {
 }
 
 #[test]
+fn many_contents_are_flushed_aside() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path(), 1 << 30).unwrap();
+    let group = store.group("a", &key(1)).unwrap();
+    let page = page(0);
+    // Ids that are not their pages' own will do: nothing is read back.
+    for first in (0..70_000u32).step_by(1000) {
+        let ids = (first..first + 1000).map(|n| key(2).id(&n.to_le_bytes()));
+        let pages: Vec<(ContentId, &[u8])> = ids.map(|id| (id, &page[..])).collect();
+        assert_eq!(group.put_trusted(&pages).unwrap(), 1000);
+    }
+    store.shared.wait_for_flush();
+    let empty_index_bytes = 100 << 10;
+    assert!(group.core.index_bytes() > empty_index_bytes + 65_536 * 16);
+    drop((group, store));
+    let store = Store::open(folder.path(), 1 << 30).unwrap();
+    assert_eq!(store.stats().groups[0].contents, 70_000);
+}
+
+#[test]
 fn a_wrong_id_is_refused() {
     let (_folder, store) = store(64 * MIB);
     let group = store.group("a", &key(1)).unwrap();
