@@ -182,9 +182,11 @@ impl Daemon {
 
 /// What a failing store is to a caller: one thing less to refer to.
 pub(crate) fn store_failed(error: StoreError) -> Refusal {
-    log::warn!("{}", chain(&error));
-    Refusal {
-        code: ErrorCode::Store,
-        message: chain(&error),
-    }
+    let code = match error {
+        StoreError::WrongId(_) | StoreError::PageSize { .. } | StoreError::Name { .. } => ErrorCode::BadRequest,
+        _ => ErrorCode::Store,
+    };
+    let message = chain(&error);
+    log::warn!("{message}");
+    Refusal { code, message }
 }
