@@ -8,6 +8,7 @@ use xenfold::control::{
     Offered, Refusal, Reply, Request, ids, image_entries, image_payload, keys_payload, pages, read_message,
     read_payload, write_message,
 };
+use xenfold::engine::chain;
 use xenfold::page::{ContentId, ContentKey, Pfn};
 
 use crate::daemon::{Bound, Daemon, store_failed};
@@ -64,11 +65,19 @@ pub fn serve(daemon: &Daemon, connections: &Connections, stream: &UnixStream) ->
                 return Err(error);
             }
         };
-        match connection.answer(message) {
-            Ok(Answer::One(reply, payload)) => write_message(&mut writer, &reply, &payload)?,
-            Ok(Answer::Keys(keys)) => write_parts(&mut writer, &keys, MAX_KEYS, keys_payload)?,
-            Ok(Answer::Image(pages)) => write_parts(&mut writer, &pages, MAX_IMAGE_ENTRIES, image_payload)?,
-            Err(refusal) => write_message(&mut writer, &Reply::Error(refusal), &[])?,
+        let written = match connection.answer(message) {
+            Ok(Answer::One(reply, payload)) => write_message(&mut writer, &reply, &payload),
+            Ok(Answer::Keys(keys)) => write_parts(writer, &keys, MAX_KEYS, keys_payload),
+            Ok(Answer::Image(pages)) => write_parts(writer, &pages, MAX_IMAGE_ENTRIES, image_payload),
+            Err(refusal) => write_message(&mut writer, &Reply::Error(refusal), &[]),
+        };
+        match written {
+            // A list of more than the protocol carries. Nothing of it was sent.
+            Err(ControlError::LongHeader { .. }) => {
+                let refusal = refusal(ErrorCode::Store, "there is too much to list");
+                write_message(&mut writer, &Reply::Error(refusal), &[])?;
+            }
+            written => written?,
         }
     }
 }
@@ -266,11 +275,11 @@ fn malformed(error: MalformedPayload) -> Refusal {
 fn malformed_message(error: &ControlError) -> Option<Refusal> {
     let code = match error {
         ControlError::Version { .. } => ErrorCode::Version,
-        ControlError::BadHeader(_) | ControlError::LongHeader | ControlError::LongPayload { .. } => {
+        ControlError::BadHeader(_) | ControlError::LongHeader { .. } | ControlError::LongPayload { .. } => {
             ErrorCode::BadRequest
         }
         _ => return None,
     };
-    let message = crate::chain(error);
+    let message = chain(error);
     Some(Refusal { code, message })
 }

@@ -6,8 +6,8 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use xenfold::config::Config;
 use xenfold::control::{self, Absent, ErrorCode, Offer, Refusal, StoreStatus};
+use xenfold::engine::chain;
 
-use crate::chain;
 use crate::keys::Keys;
 use crate::membership::{Members, Membership};
 use crate::store::{Group, HoldNew, Store, StoreError};

@@ -13,14 +13,3 @@ pub mod server;
 pub mod socket;
 pub mod store;
 mod templates;
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        line.push_str(&format!(": {error}"));
-        source = error.source();
-    }
-    line
-}

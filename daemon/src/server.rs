@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, poll};
 use xenfold::control::{ErrorCode, Refusal, Reply, write_message};
+use xenfold::engine::chain;
 
 use crate::connection;
 use crate::daemon::Daemon;
@@ -114,7 +115,7 @@ fn start(daemon: &Arc<Daemon>, connections: &Arc<Connections>, number: u64, stre
     let serve = move || {
         match connection::serve(&daemon, &listed.connections, &stream) {
             Ok(()) => {}
-            Err(error) => log::debug!("caller {number}: {}", crate::chain(&error)),
+            Err(error) => log::debug!("caller {number}: {}", chain(&error)),
         }
         drop(stream);
         drop(listed);

@@ -2,7 +2,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use xenfold::control::{
-    Client, ControlError, ErrorCode, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Message, Offer, Opened, Reply, Request,
+    Client, ControlError, ErrorCode, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES, Message, Offer, Opened, Reply, Request,
     StoreStatus, pages_payload, read_message, write_message,
 };
 use xenfold::page::{ContentId, ContentKey, PAGE_SIZE, Pfn};
@@ -47,8 +47,9 @@ impl Host {
         self.path("run/daemon.sock")
     }
 
-    fn spawn(&self) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_xenfoldd"))
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xenfoldd"));
+        command
             .arg("--config")
             .arg(self.path("xenfold.conf"))
             .arg("--state")
@@ -56,9 +57,12 @@ impl Host {
             .arg("--socket")
             .arg(self.socket())
             .env_remove("NOTIFY_SOCKET")
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn spawn(&self) -> Child {
+        self.command().spawn().unwrap()
     }
 
     fn start(&mut self) {
@@ -170,9 +174,8 @@ fn contents_and_images_outlive_the_daemon() {
             client.read(&[absent, ids[7]]).unwrap(),
             [None, Some(contents[7].1.clone().into())]
         );
-        let read = client.read(&ids).unwrap();
-        let same = |(found, (_, page)): (&Option<Box<[u8]>>, &(ContentId, Vec<u8>))| found.as_deref() == Some(page);
-        assert!(read.iter().zip(&contents).all(same));
+        let expected: Vec<Option<Box<[u8]>>> = contents.iter().map(|(_, page)| Some(page.clone().into())).collect();
+        assert!(client.read(&ids).unwrap() == expected);
         assert_eq!(kept_image(client).as_ref(), Some(&image));
         let mut keys = Vec::new();
         client.holdings(|key| keys.push(key)).unwrap();
@@ -399,7 +402,7 @@ fn hostile_callers_are_answered_and_survived() {
         MAX_PAYLOAD_BYTES + 1
     );
     assert_eq!(text(&long), ErrorCode::BadRequest);
-    assert_eq!(text(&" ".repeat(MAX_HEADER_BYTES + 1)), ErrorCode::BadRequest);
+    assert_eq!(text(&" ".repeat(MAX_REQUEST_BYTES + 1)), ErrorCode::BadRequest);
     assert_eq!(text(&("[".repeat(50_000) + "\0")), ErrorCode::BadRequest);
 
     // Requests that are out of order, or malformed inside, leave the connection in use.
@@ -492,4 +495,19 @@ fn a_wrong_configuration_is_an_error_with_its_line() {
     let output = host.spawn().wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("line 2"), "{said}");
+}
+
+#[test]
+fn systemd_hears_when_callers_are_served() {
+    let host = Host::new("");
+    let path = host.path("notify");
+    let notify = UnixDatagram::bind(&path).unwrap();
+    notify.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut daemon = host.command().env("NOTIFY_SOCKET", &path).spawn().unwrap();
+    let mut said = [0; 64];
+    let length = notify.recv(&mut said).unwrap();
+    assert!(said[..length].starts_with(b"READY=1"));
+    host.client().status().unwrap();
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
 }

@@ -7,11 +7,14 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::VERSION;
-use super::message::Refusal;
+use super::message::{Refusal, Reply, Request};
 use super::payload::MalformedPayload;
 
-/// Longest header. Statistics of thousands of groups fit.
-pub const MAX_HEADER_BYTES: usize = 1 << 20;
+/// Longest header of a request.
+pub const MAX_REQUEST_BYTES: usize = 64 << 10;
+
+/// Longest header of an answer: statistics of some 15,000 groups fit, and words of a request repeated in an error.
+pub const MAX_REPLY_BYTES: usize = 4 << 20;
 
 /// Longest payload of one message: more travels in several.
 pub const MAX_PAYLOAD_BYTES: usize = 4 << 20;
@@ -27,8 +30,8 @@ pub enum ControlError {
     Closed,
     #[error("the connection broke off inside a message")]
     Cut,
-    #[error("a header of more than {MAX_HEADER_BYTES} bytes")]
-    LongHeader,
+    #[error("a header of more than {most} bytes")]
+    LongHeader { most: usize },
     #[error("a header that is no message")]
     BadHeader(#[source] serde_json::Error),
     #[error("version {there} of the control protocol; here {VERSION} is spoken: install the same xenfold everywhere")]
@@ -68,11 +71,25 @@ struct Written<'a, T> {
     body: &'a T,
 }
 
+/// What travels in one direction.
+pub trait Body: Serialize + DeserializeOwned {
+    /// Longest header.
+    const MOST_BYTES: usize;
+}
+
+impl Body for Request {
+    const MOST_BYTES: usize = MAX_REQUEST_BYTES;
+}
+
+impl Body for Reply {
+    const MOST_BYTES: usize = MAX_REPLY_BYTES;
+}
+
 /// Reads one message. Room is made as bytes arrive, up to the caps. Errors: [`ControlError::Closed`] when nothing
 /// came; after any error the connection is of no use.
-pub fn read_message<T: DeserializeOwned>(reader: &mut impl BufRead) -> Result<Message<T>, ControlError> {
+pub fn read_message<T: Body>(reader: &mut impl BufRead) -> Result<Message<T>, ControlError> {
     let mut header = Vec::new();
-    let limit = MAX_HEADER_BYTES as u64 + 1;
+    let limit = T::MOST_BYTES as u64 + 1;
     reader.by_ref().take(limit).read_until(0, &mut header)?;
     if header.is_empty() {
         return Err(ControlError::Closed);
@@ -82,7 +99,7 @@ pub fn read_message<T: DeserializeOwned>(reader: &mut impl BufRead) -> Result<Me
         return Err(if cut {
             ControlError::Cut
         } else {
-            ControlError::LongHeader
+            ControlError::LongHeader { most: T::MOST_BYTES }
         });
     }
     // The version first: a newer one may have messages that are unknown here.
@@ -107,7 +124,7 @@ pub fn read_message<T: DeserializeOwned>(reader: &mut impl BufRead) -> Result<Me
 }
 
 /// Writes one message. Errors: those of the socket, and a header or payload above its cap, of which nothing is sent.
-pub fn write_message<T: Serialize>(writer: &mut impl Write, body: &T, payload: &[u8]) -> Result<(), ControlError> {
+pub fn write_message<T: Body>(writer: &mut impl Write, body: &T, payload: &[u8]) -> Result<(), ControlError> {
     let payload_bytes = payload.len() as u64;
     if payload.len() > MAX_PAYLOAD_BYTES {
         return Err(ControlError::LongPayload { bytes: payload_bytes });
@@ -118,8 +135,8 @@ pub fn write_message<T: Serialize>(writer: &mut impl Write, body: &T, payload: &
         body,
     };
     let mut header = serde_json::to_vec(&written).map_err(ControlError::BadHeader)?;
-    if header.len() > MAX_HEADER_BYTES {
-        return Err(ControlError::LongHeader);
+    if header.len() > T::MOST_BYTES {
+        return Err(ControlError::LongHeader { most: T::MOST_BYTES });
     }
     header.push(0);
     writer.write_all(&header)?;
@@ -130,7 +147,6 @@ pub fn write_message<T: Serialize>(writer: &mut impl Write, body: &T, payload: &
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::{Reply, Request};
     use super::*;
 
     fn read(bytes: &[u8]) -> Result<Message<Request>, ControlError> {
@@ -176,14 +192,14 @@ mod tests {
             ControlError::BadHeader(_)
         ));
         assert!(matches!(
-            refused(&[b' '; MAX_HEADER_BYTES + 2]),
-            ControlError::LongHeader
+            refused(&[b' '; MAX_REQUEST_BYTES + 2]),
+            ControlError::LongHeader { .. }
         ));
         assert!(matches!(
-            refused(&[b'['; MAX_HEADER_BYTES]),
-            ControlError::Cut | ControlError::LongHeader
+            refused(&[b'['; MAX_REQUEST_BYTES]),
+            ControlError::Cut | ControlError::LongHeader { .. }
         ));
-        let deep = [&[b'['; 100_000][..], b"\0"].concat();
+        let deep = [&[b'['; 60_000][..], b"\0"].concat();
         assert!(matches!(refused(&deep), ControlError::BadHeader(_)));
     }
 

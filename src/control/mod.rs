@@ -9,7 +9,9 @@ mod message;
 mod payload;
 
 pub use client::{Client, Offer, Opened};
-pub use frame::{ControlError, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Message, read_message, write_message};
+pub use frame::{
+    Body, ControlError, MAX_PAYLOAD_BYTES, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Message, read_message, write_message,
+};
 pub use message::{
     Absent, Collected, ErrorCode, GroupStats, Offered, Refusal, Reply, Request, Status, StoreStats, StoreStatus,
     TemplateInfo, Verified,
