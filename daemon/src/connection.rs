@@ -4,12 +4,12 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xenfold::control::{
-    ControlError, ErrorCode, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_READ_PAGES, MalformedPayload, Message, Offer,
-    Offered, Refusal, Reply, Request, ids, image_entries, image_payload, keys_payload, pages, read_message,
+    ControlError, ErrorCode, KeyHex, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_READ_PAGES, MalformedPayload, Message,
+    Offer, Offered, Refusal, Reply, Request, ids, image_entries, image_payload, keys_payload, pages, read_message,
     read_payload, write_message,
 };
 use xenfold::engine::chain;
-use xenfold::page::{ContentId, ContentKey, Pfn};
+use xenfold::page::{ContentId, Pfn};
 
 use crate::daemon::{Bound, Daemon, store_failed};
 use crate::server::{Connections, MAX_CONNECTIONS};
@@ -144,8 +144,9 @@ impl Connection<'_> {
         }
         let offer = match offered {
             Some(Offered { group, key_hex }) => {
-                let key = ContentKey::from_hex(&key_hex);
-                let key = key.ok_or_else(|| bad_request("the offered key is not 64 hexadecimal digits".into()))?;
+                let key = key_hex
+                    .key()
+                    .ok_or_else(|| bad_request("the offered key is not 64 hexadecimal digits".into()))?;
                 Some(Offer { group, key })
             }
             None => None,
@@ -154,7 +155,7 @@ impl Connection<'_> {
         log::debug!("guest {name} ({uuid}) is in group {}", bound.membership.group);
         let reply = Reply::Opened {
             group: bound.membership.group.clone(),
-            key_hex: bound.membership.key.hex(),
+            key_hex: KeyHex::new(&bound.membership.key),
             store: bound.group.is_some(),
         };
         self.bound = Some(bound);

@@ -36,8 +36,9 @@ impl Keys {
         Keys { folder }
     }
 
-    /// Group names are checked before they come here: they contain no '/' and do not begin with '.'.
-    fn path(&self, group: &str) -> PathBuf {
+    /// Where the group's key is kept. Group names are checked before they come here: they contain no '/' and do not
+    /// begin with '.'.
+    pub fn path(&self, group: &str) -> PathBuf {
         self.folder.join(format!("{group}{SUFFIX}"))
     }
 

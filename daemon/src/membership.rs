@@ -1,5 +1,7 @@
 //! Which group a guest is in, and with which key: the only place where contents of one guest come within another's
 //! reach.
+use std::path::PathBuf;
+
 use parking_lot::Mutex;
 use thiserror::Error;
 use xenfold::config::{ALONE, Groups, TwoGroups};
@@ -24,8 +26,11 @@ pub enum MembershipError {
         offered: String,
         here: String,
     },
-    #[error("group {0} has another key on the other host: copy its key file from one host to the other")]
-    OtherKey(String),
+    #[error(
+        "group {group} has another key on the other host: copy {path} from the host whose contents shall stay to the \
+         other", path = .path.display()
+    )]
+    OtherKey { group: String, path: PathBuf },
     #[error("the key cannot be used")]
     Key(#[from] KeyError),
 }
@@ -36,7 +41,7 @@ impl MembershipError {
             MembershipError::NoUuid(_) => ErrorCode::BadRequest,
             MembershipError::TwoGroups(_) => ErrorCode::TwoGroups,
             MembershipError::OtherGroup { .. } => ErrorCode::OtherGroup,
-            MembershipError::OtherKey(_) => ErrorCode::OtherKey,
+            MembershipError::OtherKey { .. } => ErrorCode::OtherKey,
             MembershipError::Key(_) => ErrorCode::Key,
         }
     }
@@ -92,7 +97,10 @@ impl Members {
         let (key, replaced) = match (kept, offer) {
             (Some(kept), None) => (kept, false),
             (Some(kept), Some(offer)) if kept == offer.key => (kept, false),
-            (Some(_), Some(_)) if !alone => return Err(MembershipError::OtherKey(group)),
+            (Some(_), Some(_)) if !alone => {
+                let path = keys.path(&group);
+                return Err(MembershipError::OtherKey { group, path });
+            }
             (kept, Some(offer)) => {
                 keys.set(&group, &offer.key)?;
                 (offer.key.clone(), kept.is_some() || damaged)

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::frame::{ControlError, Message, read_message, write_message};
-use super::message::{Collected, Offered, Reply, Request, Status, StoreStats, TemplateInfo, Verified};
+use super::message::{Collected, KeyHex, Offered, Reply, Request, Status, StoreStats, TemplateInfo, Verified};
 use super::payload::{
     self, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_PUT_PAGES, MAX_READ_PAGES, MalformedPayload, found_pages, ids_payload,
     image_entries, image_payload, pages_payload,
@@ -61,12 +61,12 @@ impl Client {
             guest_name: guest_name.into(),
             offered: offer.map(|offer| Offered {
                 group: offer.group.clone(),
-                key_hex: offer.key.hex(),
+                key_hex: KeyHex::new(&offer.key),
             }),
         };
         match self.ask(&request, &[])?.body {
             Reply::Opened { group, key_hex, store } => {
-                let key = ContentKey::from_hex(&key_hex).ok_or(ControlError::Unexpected { what: "open" })?;
+                let key = key_hex.key().ok_or(ControlError::Unexpected { what: "open" })?;
                 Ok(Opened { group, key, store })
             }
             _ => Err(ControlError::Unexpected { what: "open" }),
@@ -252,4 +252,80 @@ impl Client {
 
 fn malformed(what: &'static str) -> impl Fn(MalformedPayload) -> ControlError {
     move |source| ControlError::Payload { what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// What a call makes of these answers of a daemon that closes then.
+    fn told<T>(answers: &[u8], call: impl FnOnce(&mut Client) -> Result<T, ControlError>) -> Result<T, ControlError> {
+        let (mut daemon, writer) = UnixStream::pair().unwrap();
+        daemon.write_all(answers).unwrap();
+        daemon.shutdown(std::net::Shutdown::Write).unwrap();
+        let reader = BufReader::new(writer.try_clone().unwrap());
+        call(&mut Client { reader, writer })
+    }
+
+    fn answer(reply: &Reply, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        write_message(&mut bytes, reply, payload).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_daemon_that_lies_is_an_error() {
+        let id = ContentId([1; 16]);
+        let answers = |payload: &[u8]| answer(&Reply::Answers {}, payload);
+        let malformed = [
+            told(&answers(&[]), |client| client.want(&[id]).map(drop)),
+            told(&answers(&[2]), |client| client.want(&[id]).map(drop)),
+            told(&answers(&[1; 9]), |client| client.read(&[id]).map(drop)),
+            told(&answer(&Reply::Part { last: true }, &[0; 7]), |client| {
+                client.holdings(drop)
+            }),
+            told(&answer(&Reply::Part { last: true }, &[0xff; 24]), |client| {
+                client.image(|_, _| {}).map(drop)
+            }),
+        ];
+        for told in malformed {
+            assert!(matches!(told, Err(ControlError::Payload { .. })), "{told:?}");
+        }
+        let no_key = b"{\"version\":1,\"reply\":\"opened\",\"group\":\"g\",\"key_hex\":\"12\",\"store\":true}\0";
+        let unexpected = [
+            told(no_key, |client| client.open("", "", None).map(drop)),
+            told(&answers(&[]), |client| client.status().map(drop)),
+            told(&answer(&Reply::None {}, &[]), |client| {
+                client.put(&[(id, &[0; PAGE_SIZE])]).map(drop)
+            }),
+        ];
+        for told in unexpected {
+            assert!(matches!(told, Err(ControlError::Unexpected { .. })), "{told:?}");
+        }
+        let more = answer(&Reply::Part { last: false }, &[0; 8]);
+        assert!(matches!(
+            told(&more, |client| client.holdings(drop)),
+            Err(ControlError::Closed)
+        ));
+        assert!(matches!(
+            told(&more[..9], |client| client.holdings(drop)),
+            Err(ControlError::Cut)
+        ));
+        let short = told(&[], |client| client.put(&[(id, &[0; 5])]));
+        assert!(matches!(short, Err(ControlError::Payload { .. })));
+    }
+
+    #[test]
+    fn parts_are_put_together() {
+        let parts = [
+            answer(&Reply::Part { last: false }, &1u64.to_le_bytes()),
+            answer(&Reply::Part { last: true }, &2u64.to_le_bytes()),
+        ];
+        let mut keys = Vec::new();
+        told(&parts.concat(), |client| client.holdings(|key| keys.push(key))).unwrap();
+        assert_eq!(keys, [1, 2]);
+        assert!(!told(&answer(&Reply::None {}, &[]), |client| client.image(|_, _| {})).unwrap());
+    }
 }

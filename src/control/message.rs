@@ -3,20 +3,36 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// A group and its key as the migration's other host has them.
+use crate::page::ContentKey;
+
+/// A group's key in 64 hexadecimal digits, as far as the sender keeps to the protocol.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Offered {
-    pub group: String,
-    pub key_hex: String,
+#[serde(transparent)]
+pub struct KeyHex(String);
+
+impl KeyHex {
+    pub fn new(key: &ContentKey) -> KeyHex {
+        KeyHex(key.hex())
+    }
+
+    /// `None`: it is no key.
+    pub fn key(&self) -> Option<ContentKey> {
+        ContentKey::from_hex(&self.0)
+    }
 }
 
-impl fmt::Debug for Offered {
+impl fmt::Debug for KeyHex {
     /// Without the key, which must not get into logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Offered")
-            .field("group", &self.group)
-            .finish_non_exhaustive()
+        f.write_str("KeyHex(..)")
     }
+}
+
+/// A group and its key as the migration's other host has them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offered {
+    pub group: String,
+    pub key_hex: KeyHex,
 }
 
 /// What a caller asks. Variants without members are written as empty structures, so that some can be added.
@@ -63,7 +79,7 @@ pub enum Request {
 pub enum Reply {
     Opened {
         group: String,
-        key_hex: String,
+        key_hex: KeyHex,
         /// False: no contents are kept here, so that nothing need be asked or put.
         store: bool,
     },
