@@ -2,10 +2,12 @@
 //!
 //! `stream` reads and writes Xen's migration stream, `table` knows which page holds which content, `codec` turns pages
 //! into rows and back, `policy` decides, `wire` frames the rows between two hosts, `engine` runs the phases of a
-//! migration in order.
+//! migration in order. Beside them `config` reads the configuration and `control` speaks with the daemon.
 #![forbid(unsafe_code)]
 
 pub mod codec;
+pub mod config;
+pub mod control;
 pub mod engine;
 pub mod page;
 pub mod policy;

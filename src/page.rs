@@ -51,6 +51,24 @@ impl ContentKey {
         &self.0
     }
 
+    /// The key in 64 hexadecimal digits.
+    pub fn hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// `None`: not 64 hexadecimal digits.
+    pub fn from_hex(text: &str) -> Option<ContentKey> {
+        let digits: Option<Vec<u8>> = text
+            .chars()
+            .map(|digit| u8::try_from(digit.to_digit(16)?).ok())
+            .collect();
+        let (pairs, []) = digits.as_deref()?.as_chunks::<2>() else {
+            return None;
+        };
+        let bytes: Vec<u8> = pairs.iter().map(|[high, low]| high << 4 | low).collect();
+        bytes.try_into().ok().map(ContentKey)
+    }
+
     /// The id of one page: BLAKE3 with this key, cut to 128 bits. `page` may have any length; guests' pages have
     /// [`PAGE_SIZE`] bytes.
     pub fn id(&self, page: &[u8]) -> ContentId {

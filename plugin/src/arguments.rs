@@ -3,8 +3,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
-
-use crate::config::Config;
+use xenfold::config::Config;
 
 /// ssh's options that take a value (ssh(1), OpenSSH 9).
 const SSH_OPTIONS_WITH_VALUE: &str = "BbcDEeFIiJLlmOoPpQRSWw";

@@ -1,9 +1,11 @@
 //! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
-//! ([`receive`]), and on the administrator's terminal `xenfold resume` and `xenfold replay`.
+//! ([`receive`]), and on the administrator's terminal `xenfold resume`, `xenfold replay` and what is
+//! asked of the daemon ([`daemon_commands`]).
 #![forbid(unsafe_code)]
 
 pub mod arguments;
-pub mod config;
+pub mod contents;
+pub mod daemon_commands;
 pub mod guest;
 pub mod process;
 pub mod progress;

@@ -108,7 +108,7 @@ pub fn summary(figures: &Figures) -> String {
         .collect();
     let mut text = format!(
         "time elapsed {} ms (setup {} ms, downtime {} ms), {} passes\n\
-         memory processed {:.1} MiB: {} zero, {} references, {} full pages, {} without data\n\
+         memory processed {:.1} MiB: {} zero, {} references, {} known, {} deltas, {} full pages, {} without data\n\
          wire {:.1} MiB instead of {:.1} MiB, {:.1}% saved; blocks: {}",
         figures.time_elapsed_ms,
         figures.setup_time_ms,
@@ -117,6 +117,8 @@ pub fn summary(figures: &Figures) -> String {
         mib(figures.memory_processed_bytes),
         pages.zero,
         pages.reference,
+        pages.known,
+        pages.delta,
         pages.full,
         pages.absent,
         mib(figures.wire_bytes),
@@ -128,6 +130,12 @@ pub fn summary(figures: &Figures) -> String {
             blocks.join(", ")
         },
     );
+    if figures.needed_pages > 0 {
+        text.push_str(&format!(
+            "\n{} pages were not there any more at the destination and were sent after all",
+            figures.needed_pages
+        ));
+    }
     if let Some(verify) = &figures.verify {
         text.push_str(&format!(
             "\nverified {} frames read back equal ({} rewritten by Xen left out) in {} ms; {} changed at the source since",

@@ -2,6 +2,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -13,11 +14,14 @@ use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd, ioctl_fionread};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use xen_sys::{DomId, Libxl, Xenctrl, Xenstore};
+use xenfold::config::Config;
+use xenfold::control::{ControlError, Offer, SOCKET};
 use xenfold::engine::destination::{self, DestinationSetup, Event, XlInput, XlProcess};
-use xenfold::engine::{FrameSource, LinkEnds, WINDOW_ROWS, chain};
+use xenfold::engine::{Contents, FrameSource, LinkEnds, WINDOW_ROWS, chain};
+use xenfold::page::ContentKey;
 use xenfold::wire::Hello;
 
-use crate::config::Config;
+use crate::contents::DaemonContents;
 use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
 use crate::{process, signals, ssh, usage};
 
@@ -66,7 +70,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let setup = DestinationSetup {
         xl,
         frames,
-        contents: None,
+        contents: contents(&negotiated.agreement.peer, &negotiated.key),
         events,
         program: xenfold::VERSION.into(),
         usage: usage::cpu_ms_and_peak_rss_bytes,
@@ -79,6 +83,31 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
                 chain(&error)
             );
             Ok(1)
+        }
+    }
+}
+
+/// What this host holds for the guest that comes.
+fn contents(source: &Hello, key: &ContentKey) -> Option<Arc<dyn Contents>> {
+    if !source.contents || source.group.is_empty() {
+        return None;
+    }
+    let offer = Offer {
+        group: source.group.clone(),
+        key: key.clone(),
+    };
+    match DaemonContents::open(Path::new(SOCKET), &source.guest_uuid, &source.guest_name, Some(&offer)) {
+        Ok((_, contents)) => contents.map(|contents| Arc::new(contents) as Arc<dyn Contents>),
+        Err(error @ ControlError::NotRunning { .. }) => {
+            log::debug!("{}", chain(&error));
+            None
+        }
+        Err(error) => {
+            eprintln!(
+                "xenfold receive: contents that this host holds are not used: {}",
+                chain(&error)
+            );
+            None
         }
     }
 }

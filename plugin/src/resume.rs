@@ -1,8 +1,8 @@
 //! `xenfold resume GUEST`: a source that was left suspended goes on, after the destination was asked.
 use anyhow::{Context, Result, bail};
 use xen_sys::{Xenctrl, Xenstore};
+use xenfold::config::Config;
 
-use crate::config::Config;
 use crate::guest::{self, AWAY, Guest, INCOMING};
 use crate::record::{self, Migration};
 use crate::{repair, ssh};

@@ -2,6 +2,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::process::{CommandExt, parent_id};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
@@ -12,13 +13,15 @@ use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
 use xen_sys::Xenctrl;
+use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Negotiated, SourceSetup};
-use xenfold::engine::{EngineError, FrameSource, chain};
+use xenfold::engine::{Contents, EngineError, FrameSource, chain};
 use xenfold::page::{ContentKey, PAGE_SIZE};
 use xenfold::report::Figures;
 use xenfold::wire::{Hello, WireError};
 
 use crate::arguments::Arguments;
+use crate::contents::DaemonContents;
 use crate::guest::{AWAY, Guest, GuestFrames, KnownDomain};
 use crate::process::{self, Helper};
 use crate::progress::{Progress, summary};
@@ -54,10 +57,12 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         .chain(arguments.command.clone())
         .collect();
     let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
-    match source::negotiate(link, &hello(arguments)?, arguments.timeout()) {
+    let (hello, contents) = hello(arguments, guest.as_ref())?;
+    match source::negotiate(link, &hello, arguments.timeout()) {
         Ok(negotiated) => Agent {
             arguments,
             guest,
+            contents,
             record,
             process,
             xl,
@@ -72,11 +77,9 @@ fn ssh_words(arguments: &Arguments) -> Vec<String> {
     program.chain(arguments.ssh.iter().cloned()).collect()
 }
 
-fn hello(arguments: &Arguments) -> Result<Hello> {
-    let mut key = [0; 32];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut key))
-        .context("no random key")?;
+/// What we say of ourselves, and what this host holds for the guest. Without a daemon the key of content ids is for this
+/// migration only.
+fn hello(arguments: &Arguments, guest: Option<&Guest>) -> Result<(Hello, Option<Arc<dyn Contents>>)> {
     let hello = Hello {
         program: xenfold::VERSION.into(),
         verify: arguments.config.verify,
@@ -84,7 +87,27 @@ fn hello(arguments: &Arguments) -> Result<Hello> {
         timeout_s: arguments.config.timeout,
         ..Hello::default()
     };
-    Ok(hello.with_key(&ContentKey::new(key)))
+    let held = guest.map(|guest| DaemonContents::open(Path::new(SOCKET), &guest.uuid, &guest.name, None));
+    match held {
+        Some(Ok((opened, contents))) => {
+            let hello = Hello {
+                guest_uuid: guest.map(|guest| guest.uuid.clone()).unwrap_or_default(),
+                guest_name: guest.map(|guest| guest.name.clone()).unwrap_or_default(),
+                group: opened.group,
+                ..hello
+            };
+            let contents = contents.map(|contents| Arc::new(contents) as Arc<dyn Contents>);
+            return Ok((hello.with_key(&opened.key), contents));
+        }
+        Some(Err(error @ ControlError::NotRunning { .. })) => log::debug!("{}", chain(&error)),
+        Some(Err(error)) => log::warn!("the daemon is of no use, going on without it: {}", chain(&error)),
+        None => {}
+    }
+    let mut key = [0; 32];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut key))
+        .context("no random key")?;
+    Ok((hello.with_key(&ContentKey::new(key)), None))
 }
 
 /// Becomes ssh with xl's own command: the stream goes as plain xl sends it. Returns only when that fails.
@@ -159,6 +182,8 @@ fn pipes_of_xl() -> Result<(File, File)> {
 struct Agent<'a> {
     arguments: &'a Arguments,
     guest: Option<Guest>,
+    /// What this host holds beside the guest.
+    contents: Option<Arc<dyn Contents>>,
     record: Option<Record>,
     process: Ssh,
     /// Process number of the xl that called us.
@@ -187,7 +212,7 @@ impl Agent<'_> {
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
             frames: self.frames(&seen.domain),
-            contents: None,
+            contents: self.contents.take(),
             figures: figures.clone(),
             events,
         };

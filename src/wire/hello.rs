@@ -58,19 +58,11 @@ impl Hello {
             .content_key
             .as_deref()
             .ok_or(WireError::BadHello("the source sent no content key"))?;
-        let digits: Vec<u32> = text.chars().map_while(|digit| digit.to_digit(16)).collect();
-        let bytes: Vec<u8> = digits
-            .chunks_exact(2)
-            .map(|pair| (pair[0] << 4 | pair[1]) as u8)
-            .collect();
-        match <[u8; 32]>::try_from(bytes) {
-            Ok(key) if text.len() == 64 => Ok(ContentKey::new(key)),
-            _ => Err(WireError::BadHello("the content key is not 64 hexadecimal digits")),
-        }
+        ContentKey::from_hex(text).ok_or(WireError::BadHello("the content key is not 64 hexadecimal digits"))
     }
 
     pub fn with_key(mut self, key: &ContentKey) -> Hello {
-        self.content_key = Some(key.bytes().iter().map(|byte| format!("{byte:02x}")).collect());
+        self.content_key = Some(key.hex());
         self
     }
 

@@ -4,8 +4,9 @@
 use std::path::Path;
 use std::process::exit;
 
+use xenfold::config;
 use xenfold_plugin::arguments::{self, Action, USAGE};
-use xenfold_plugin::{config, source};
+use xenfold_plugin::source;
 
 fn main() {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))

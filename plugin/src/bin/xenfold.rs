@@ -6,8 +6,8 @@ use std::process::exit;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use xenfold_plugin::config::{self, Config};
-use xenfold_plugin::{receive, replay, resume};
+use xenfold::config::{self, Config};
+use xenfold_plugin::{daemon_commands, receive, replay, resume};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
@@ -24,6 +24,12 @@ enum Command {
     Resume(resume::Arguments),
     #[command(hide = true)]
     GuestState(resume::StateArguments),
+    /// How the daemon of this host is.
+    Status(daemon_commands::StatusArguments),
+    /// Contents that the daemon keeps.
+    Store(daemon_commands::StoreArguments),
+    /// Images whose contents stay.
+    Template(daemon_commands::TemplateArguments),
     /// Carry a saved guest through both engines and compare with plain copy, zstd and lz4.
     Replay(replay::Arguments),
     #[command(hide = true)]
@@ -49,6 +55,9 @@ fn run(command: Command) -> Result<i32> {
         Command::Receive(arguments) => receive::run(&arguments, &configuration()?),
         Command::Resume(arguments) => resume::run(&arguments, &configuration()?).map(|()| 0),
         Command::GuestState(arguments) => resume::print_state(&arguments).map(|()| 0),
+        Command::Status(arguments) => daemon_commands::status(&arguments).map(|()| 0),
+        Command::Store(arguments) => daemon_commands::store(&arguments).map(|()| 0),
+        Command::Template(arguments) => daemon_commands::template(&arguments).map(|()| 0),
         Command::Replay(arguments) => replay::run(&arguments).map(i32::from),
         Command::ReplaySide(arguments) => replay::run_side(&arguments).map(|()| 0),
     }

@@ -1,0 +1,195 @@
+//! What this host's daemon holds, as the engine wants it.
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use parking_lot::Mutex;
+use xenfold::control::{Client, ControlError, Offer, Opened};
+use xenfold::engine::{Contents, chain};
+use xenfold::page::{ContentId, PAGE_SIZE, Pfn};
+use xenfold::table::PageIds;
+use xenfold::wire::{Held, have_bodies};
+
+/// How long the daemon may take for one answer. A migration does not wait longer for it.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long putting away the last pages may take when the migration is over.
+const LAST_PAGES: Duration = Duration::from_secs(30);
+
+/// Records that wait for the daemon to keep them. More is not kept.
+const KEEP_DEPTH: usize = 1;
+
+/// The most contents told of: 16 GiB of pages.
+const MAX_TOLD: usize = 4 << 20;
+
+/// The daemon's contents for one guest's sharing group. When the daemon fails it holds nothing any more; the migration
+/// goes on without it.
+pub struct DaemonContents {
+    connect: Box<dyn Fn() -> Result<Client, ControlError> + Send + Sync>,
+    /// Connections that are not in use.
+    idle: Mutex<Vec<Client>>,
+    lost: Arc<AtomicBool>,
+    lookup_keys: Vec<u64>,
+    held: Held,
+    image: PageIds,
+    keep: Sender<Keep>,
+}
+
+/// For the thread that gives pages to the daemon.
+enum Keep {
+    Pages(Vec<u8>, Vec<ContentId>),
+    /// Everything before this has been given.
+    Flush(Sender<()>),
+}
+
+impl DaemonContents {
+    /// Binds to the guest's group. At the destination `offer` is what the source has. `None`: the daemon keeps no
+    /// contents. Errors: there is no daemon, or it refuses the offer.
+    pub fn open(
+        socket: &Path,
+        uuid: &str,
+        name: &str,
+        offer: Option<&Offer>,
+    ) -> Result<(Opened, Option<DaemonContents>), ControlError> {
+        let mut client = Client::connect(socket, Some(PATIENCE))?;
+        let opened = client.open(uuid, name, offer)?;
+        if !opened.store {
+            return Ok((opened, None));
+        }
+        let mut lookup_keys = Vec::new();
+        client.holdings(|key| {
+            if lookup_keys.len() < MAX_TOLD {
+                lookup_keys.push(key);
+            }
+        })?;
+        let mut held = Held::default();
+        for body in have_bodies(lookup_keys.clone()) {
+            // Our own filters are valid; what one of them lacks would be kept twice, which costs nothing.
+            let _ = held.add(body);
+        }
+        let mut image = PageIds::default();
+        client.image(|pfn, id| {
+            // An image that is too sparse is no guest's; what fits of it is as good a hint.
+            let _ = image.set(pfn, id);
+        })?;
+        let again = Offer {
+            group: opened.group.clone(),
+            key: opened.key.clone(),
+        };
+        let (socket, uuid, name) = (socket.to_owned(), uuid.to_owned(), name.to_owned());
+        let connect = move || {
+            let mut client = Client::connect(&socket, Some(PATIENCE))?;
+            client.open(&uuid, &name, Some(&again)).map(|_| client)
+        };
+        let (keep, kept) = bounded(KEEP_DEPTH);
+        let lost = Arc::new(AtomicBool::new(false));
+        let (keeper, failed) = (connect()?, lost.clone());
+        let give = move || give_pages(keeper, &kept, &failed);
+        thread::Builder::new().name("xenfold-keep".into()).spawn(give)?;
+        let contents = DaemonContents {
+            connect: Box::new(connect),
+            idle: Mutex::new(vec![client]),
+            lost,
+            lookup_keys,
+            held,
+            image,
+            keep,
+        };
+        Ok((opened, Some(contents)))
+    }
+
+    /// Asks the daemon on a connection that is free. `None`: it has failed.
+    fn ask<T>(&self, question: impl FnOnce(&mut Client) -> Result<T, ControlError>) -> Option<T> {
+        if self.lost.load(Ordering::Relaxed) {
+            return None;
+        }
+        let idle = self.idle.lock().pop();
+        let answer = idle.map_or_else(&self.connect, Ok).and_then(|mut client| {
+            let answer = question(&mut client)?;
+            self.idle.lock().push(client);
+            Ok(answer)
+        });
+        answer.map_err(|error| give_up(&self.lost, &error)).ok()
+    }
+}
+
+fn give_up(lost: &AtomicBool, error: &ControlError) {
+    if !lost.swap(true, Ordering::Relaxed) {
+        log::warn!(
+            "the daemon does not answer any more, going on without it: {}",
+            chain(error)
+        );
+    }
+}
+
+fn give_pages(mut client: Client, pages: &Receiver<Keep>, lost: &AtomicBool) {
+    for keep in pages {
+        match keep {
+            Keep::Pages(bytes, ids) if !lost.load(Ordering::Relaxed) => {
+                let given = client.want(&ids).and_then(|wanted| {
+                    let pages = ids.iter().copied().zip(bytes.chunks_exact(PAGE_SIZE)).zip(wanted);
+                    let pages: Vec<_> = pages.filter(|(_, wanted)| *wanted).map(|(page, _)| page).collect();
+                    if pages.is_empty() { Ok(0) } else { client.put(&pages) }
+                });
+                if let Err(error) = given {
+                    give_up(lost, &error);
+                }
+            }
+            Keep::Pages(..) => {}
+            // Nobody waits any more when it took too long.
+            Keep::Flush(done) => drop(done.send(())),
+        }
+    }
+}
+
+impl Contents for DaemonContents {
+    fn lookup_keys(&self) -> Vec<u64> {
+        self.lookup_keys.clone()
+    }
+
+    fn read(&self, ids: &[ContentId], pages: &mut [u8]) -> Vec<bool> {
+        let found = self.ask(|client| client.read(ids)).unwrap_or_default();
+        let mut there = vec![false; ids.len()];
+        let places = pages.chunks_exact_mut(PAGE_SIZE).zip(&mut there);
+        for (page, (place, there)) in found.iter().zip(places) {
+            if let Some(page) = page.as_ref().filter(|page| page.len() == PAGE_SIZE) {
+                place.copy_from_slice(page);
+                *there = true;
+            }
+        }
+        there
+    }
+
+    fn last_seen(&self, pfn: Pfn) -> Option<ContentId> {
+        self.image.get(pfn)
+    }
+
+    fn keep(&self, pages: &[(ContentId, &[u8])]) {
+        if self.lost.load(Ordering::Relaxed) || self.keep.is_full() {
+            return;
+        }
+        let new = pages.iter().filter(|(id, _)| !self.held.contains(id));
+        let (mut bytes, mut ids) = (Vec::new(), Vec::new());
+        for (id, page) in new {
+            ids.push(*id);
+            bytes.extend_from_slice(page);
+        }
+        if !ids.is_empty()
+            && let Err(TrySendError::Disconnected(_)) = self.keep.try_send(Keep::Pages(bytes, ids))
+        {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn save_image(&self, ids: &PageIds) {
+        let (done, given) = bounded(1);
+        let flushed = self.keep.send_timeout(Keep::Flush(done), LAST_PAGES).is_ok();
+        if flushed && given.recv_timeout(LAST_PAGES).is_ok() {
+            self.ask(|client| client.save_image(ids.iter()));
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! What an administrator asks the daemon: `xenfold status`, `xenfold store`, `xenfold template`.
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use xenfold::config::Size;
+use xenfold::control::{self, Client, ErrorCode, StoreStatus, TemplateInfo};
+
+use crate::guest;
+
+/// How long the daemon may take to answer what needs no reading of the store.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Options of all commands that ask the daemon.
+#[derive(Debug, Args)]
+pub struct Asking {
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Where the daemon listens.
+    #[arg(long, global = true, value_name = "PATH", default_value = control::SOCKET, hide = true)]
+    socket: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArguments {
+    #[command(flatten)]
+    asking: Asking,
+}
+
+#[derive(Debug, Args)]
+pub struct StoreArguments {
+    #[command(subcommand)]
+    command: StoreCommand,
+    #[command(flatten)]
+    asking: Asking,
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// What is kept, group by group, and what it takes.
+    Stats,
+    /// Read and hash all contents, drop those that are damaged.
+    Verify,
+    /// Drop contents that no image and no template names.
+    Gc,
+}
+
+#[derive(Debug, Args)]
+pub struct TemplateArguments {
+    #[command(subcommand)]
+    command: TemplateCommand,
+    #[command(flatten)]
+    asking: Asking,
+}
+
+#[derive(Debug, Subcommand)]
+enum TemplateCommand {
+    /// Keep the contents of a guest that has migrated until the template is removed.
+    Add {
+        /// The guest's name, its domid, or its uuid; of a guest that is not here any more its uuid.
+        guest: String,
+        /// The template's name, when it shall not be the guest's.
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List the templates of all groups.
+    List,
+    /// Remove a template; its contents stay until their room is needed.
+    Remove {
+        name: String,
+        /// Its group, where several have a template of that name.
+        #[arg(long)]
+        group: Option<String>,
+    },
+}
+
+impl Asking {
+    /// A connection that waits at most so long for each answer.
+    fn connect(&self, patience: Option<Duration>) -> Result<Client> {
+        Ok(Client::connect(&self.socket, patience)?)
+    }
+
+    fn print<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
+        let line = match self.json {
+            true => serde_json::to_string_pretty(value)?,
+            false => text(value),
+        };
+        println!("{}", line.trim_end());
+        Ok(())
+    }
+}
+
+pub fn status(arguments: &StatusArguments) -> Result<()> {
+    let asking = &arguments.asking;
+    asking.print(&asking.connect(Some(PATIENCE))?.status()?, status_text)
+}
+
+pub fn store(arguments: &StoreArguments) -> Result<()> {
+    let asking = &arguments.asking;
+    match arguments.command {
+        StoreCommand::Stats => asking.print(&asking.connect(Some(PATIENCE))?.store_stats()?, stats_text),
+        // Both take as long as the disk takes.
+        StoreCommand::Verify => asking.print(&asking.connect(None)?.store_verify()?, |verified| {
+            let mut text = format!("{} contents read, {} damaged", verified.contents, verified.damaged);
+            if verified.damaged > 0 {
+                text += " and dropped: look after the disk";
+            }
+            if verified.groups_skipped > 0 {
+                text += &format!(
+                    "\n{} groups have no key here and were not read",
+                    verified.groups_skipped
+                );
+            }
+            text
+        }),
+        StoreCommand::Gc => asking.print(&asking.connect(None)?.store_gc()?, |collected| {
+            format!(
+                "{} contents dropped, {} given back",
+                collected.contents,
+                mib(collected.bytes)
+            )
+        }),
+    }
+}
+
+pub fn template(arguments: &TemplateArguments) -> Result<()> {
+    let asking = &arguments.asking;
+    let mut client = asking.connect(Some(PATIENCE))?;
+    match &arguments.command {
+        TemplateCommand::Add { guest, name } => {
+            let (uuid, own) = uuid_of(guest)?;
+            let name = name.as_deref().unwrap_or(&own);
+            client.template_add(name, &uuid)?;
+            let added = client.template_list()?;
+            let added: Vec<TemplateInfo> = added.into_iter().filter(|template| template.name == name).collect();
+            asking.print(&added, |added| templates_text(added))
+        }
+        TemplateCommand::List => asking.print(&client.template_list()?, |templates| templates_text(templates)),
+        TemplateCommand::Remove { name, group } => {
+            #[derive(Serialize)]
+            struct Removed<'a> {
+                removed: &'a str,
+            }
+            let removed = client.template_remove(name, group.as_deref());
+            match removed {
+                Err(control::ControlError::Refused(refusal)) if refusal.code == ErrorCode::Ambiguous => {
+                    anyhow::bail!("{refusal}: `xenfold template remove {name} --group GROUP`")
+                }
+                removed => removed?,
+            }
+            asking.print(&Removed { removed: name }, |removed| {
+                format!("{} removed", removed.removed)
+            })
+        }
+    }
+}
+
+/// The uuid and the name of the guest that is meant. A uuid needs no Xen.
+fn uuid_of(guest: &str) -> Result<(String, String)> {
+    let is_uuid = guest.len() == 36 && guest.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit());
+    match guest::find(guest) {
+        Ok(Some(found)) => Ok((found.uuid, found.name)),
+        _ if is_uuid => Ok((guest.into(), guest.into())),
+        Ok(None) => anyhow::bail!("there is no guest {guest} on this host; name one that has left by its uuid"),
+        Err(error) => Err(error).with_context(|| format!("guest {guest} cannot be looked up; name it by its uuid")),
+    }
+}
+
+fn status_text(status: &control::Status) -> String {
+    let store = match &status.store {
+        StoreStatus::Open {
+            limit_bytes,
+            used_bytes,
+            contents,
+            images,
+            templates,
+        } => format!(
+            "{} of {} used: {contents} contents, {images} images, {templates} templates",
+            mib(*used_bytes),
+            Size::new(*limit_bytes)
+        ),
+        StoreStatus::Absent(absent) if absent.failed => format!("FAILED, none is kept: {}", absent.reason),
+        StoreStatus::Absent(absent) => format!("none is kept: {}", absent.reason),
+    };
+    let groups = match status.groups.as_slice() {
+        [] => "none configured: every guest is alone".to_owned(),
+        groups => groups.join(", "),
+    };
+    format!(
+        "xenfoldd     {}, process {}, up {}\n\
+         Xen          {}\n\
+         connections  {} of {}\n\
+         groups       {groups}\n\
+         contents     {store}",
+        status.program,
+        status.pid,
+        duration(status.uptime_s),
+        status.xen.as_deref().unwrap_or("none on this machine"),
+        status.connections,
+        status.connections_max,
+    )
+}
+
+fn stats_text(stats: &control::StoreStats) -> String {
+    let mut text = format!(
+        "{} of {} used, {} of memory\n",
+        mib(stats.used_bytes),
+        Size::new(stats.limit_bytes),
+        mib(stats.table_bytes)
+    );
+    let width = stats
+        .groups
+        .iter()
+        .map(|group| group.name.len())
+        .max()
+        .unwrap_or(0)
+        .max(5);
+    if !stats.groups.is_empty() {
+        text += &format!(
+            "{:width$} {:>12} {:>12} {:>7} {:>9} {:>8}\n",
+            "group", "contents", "disk", "images", "templates", "damaged"
+        );
+    }
+    for group in &stats.groups {
+        text += &format!(
+            "{:width$} {:>12} {:>12} {:>7} {:>9} {:>8}\n",
+            group.name,
+            group.contents,
+            mib(group.bytes),
+            group.images,
+            group.templates,
+            group.damaged
+        );
+    }
+    text
+}
+
+fn templates_text(templates: &[TemplateInfo]) -> String {
+    if templates.is_empty() {
+        return "no templates".into();
+    }
+    let name = templates.iter().map(|one| one.name.len()).max().unwrap_or(0).max(8);
+    let group = templates.iter().map(|one| one.group.len()).max().unwrap_or(0).max(5);
+    let mut text = format!("{:name$} {:group$} {:>10}\n", "template", "group", "pages");
+    for template in templates {
+        text += &format!(
+            "{:name$} {:group$} {:>10}\n",
+            template.name, template.group, template.pages
+        );
+    }
+    text
+}
+
+fn mib(bytes: u64) -> String {
+    let tenths = u128::from(bytes) * 10 / (1 << 20);
+    format!("{}.{} MiB", tenths / 10, tenths % 10)
+}
+
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_say_what_there_is() {
+        let mut status = control::Status {
+            program: "1.0".into(),
+            uptime_s: 7300,
+            ..Default::default()
+        };
+        status.store = StoreStatus::Open {
+            limit_bytes: 4 << 30,
+            used_bytes: 3 << 19,
+            contents: 7,
+            images: 1,
+            templates: 0,
+        };
+        let text = status_text(&status);
+        assert!(
+            text.contains("up 2 h") && text.contains("1.5 MiB of 4GiB used: 7 contents"),
+            "{text}"
+        );
+        assert!(
+            text.contains("none on this machine") && text.contains("every guest is alone"),
+            "{text}"
+        );
+        status.store = StoreStatus::Absent(control::Absent {
+            failed: true,
+            reason: "no disk".into(),
+        });
+        assert!(status_text(&status).contains("FAILED, none is kept: no disk"));
+
+        let stats = control::StoreStats {
+            groups: vec![control::GroupStats {
+                name: "web".into(),
+                contents: 12,
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let text = stats_text(&stats);
+        let widths: Vec<usize> = text.lines().skip(1).map(str::len).collect();
+        assert!(widths.len() == 2 && widths[0] == widths[1], "{text}");
+        assert_eq!(templates_text(&[]), "no templates");
+    }
+
+    #[test]
+    fn without_a_daemon_the_next_step_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let arguments = StatusArguments {
+            asking: Asking {
+                json: false,
+                socket: folder.path().join("none"),
+            },
+        };
+        let error = status(&arguments).unwrap_err().to_string();
+        assert!(error.contains("systemctl start xenfoldd"), "{error}");
+    }
+}

@@ -1,0 +1,349 @@
+//! `/etc/xen/xenfold.conf`: TOML, one table only; booleans may be 0 or 1, as in xl.conf. Agents and daemon read the
+//! same file.
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+use thiserror::Error;
+
+/// Where the configuration is read from.
+pub const PATH: &str = "/etc/xen/xenfold.conf";
+
+/// Names of groups that a guest forms alone begin with this; its UUID follows.
+pub const ALONE: &str = "guest-";
+
+/// Longest name of a group: the daemon's store names folders after groups.
+const GROUP_NAME_BYTES: usize = 64;
+
+/// Settings of the migration agents, which command-line options override, and of the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Read every frame of the rebuilt guest back before it may start.
+    #[serde(deserialize_with = "boolean")]
+    pub verify: bool,
+    /// Send as plain xl does when the other host has no xenfold.
+    #[serde(deserialize_with = "boolean")]
+    pub fallback: bool,
+    /// Where to write the figures of each migration.
+    pub stats: Option<PathBuf>,
+    /// Seconds of silence after which the other host is given up.
+    #[serde(deserialize_with = "timeout")]
+    pub timeout: u32,
+    /// No lines of progress, no summary.
+    #[serde(deserialize_with = "boolean")]
+    pub quiet: bool,
+    /// The ssh to run.
+    pub ssh: String,
+    /// Daemon: the folder of its contents and keys.
+    pub store: PathBuf,
+    /// Daemon: what contents may take on the disk; 0 means none are kept.
+    pub store_size: Size,
+    /// Which guests share contents.
+    pub group: Groups,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            verify: false,
+            fallback: true,
+            stats: None,
+            timeout: 15,
+            quiet: false,
+            ssh: "ssh".into(),
+            store: "/var/lib/xenfold".into(),
+            store_size: Size(4 << 30),
+            group: Groups::default(),
+        }
+    }
+}
+
+fn boolean<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Boolean {
+        Bool(bool),
+        Number(u8),
+    }
+    match Boolean::deserialize(deserializer) {
+        Ok(Boolean::Bool(value)) => Ok(value),
+        Ok(Boolean::Number(value @ (0 | 1))) => Ok(value == 1),
+        _ => Err(D::Error::custom("expected true, false, 0 or 1")),
+    }
+}
+
+fn timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let seconds = i64::deserialize(deserializer)?;
+    u32::try_from(seconds)
+        .ok()
+        .filter(|seconds| (1..=3600).contains(seconds))
+        .ok_or_else(|| D::Error::custom(format!("timeout is {seconds} seconds, and must be 1 to 3600")))
+}
+
+/// A size in bytes, written like `"8GiB"`; 0 needs no unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size(u64);
+
+impl Size {
+    pub const fn new(bytes: u64) -> Size {
+        Size(bytes)
+    }
+
+    pub const fn bytes(self) -> u64 {
+        self.0
+    }
+
+    /// `None`: no whole number followed by KiB, MiB, GiB or TiB, or too large.
+    fn parse(text: &str) -> Option<Size> {
+        let text = text.trim();
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let number: u64 = digits.parse().ok()?;
+        let shift = match text.strip_prefix(digits)?.trim_start() {
+            "" if number == 0 => 0,
+            "KiB" => 10,
+            "MiB" => 20,
+            "GiB" => 30,
+            "TiB" => 40,
+            _ => return None,
+        };
+        number.checked_mul(1 << shift).map(Size)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Text(String),
+            Number(i64),
+        }
+        let size = match Written::deserialize(deserializer) {
+            Ok(Written::Text(text)) => Size::parse(&text),
+            // A bare number does not say of what.
+            Ok(Written::Number(0)) => Some(Size(0)),
+            _ => None,
+        };
+        size.ok_or_else(|| D::Error::custom("expected a size like \"8GiB\" (KiB, MiB, GiB, TiB), or 0"))
+    }
+}
+
+impl fmt::Display for Size {
+    /// In the largest unit that leaves a whole number.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+        match units
+            .iter()
+            .find(|(shift, _)| self.0 != 0 && self.0.trailing_zeros() >= *shift)
+        {
+            Some((shift, unit)) => write!(f, "{}{unit}", self.0 >> shift),
+            None => write!(f, "{} bytes", self.0),
+        }
+    }
+}
+
+/// Sharing groups: the names of the guests in each, with `*` and `?` as in a shell.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Groups(BTreeMap<GroupName, Vec<String>>);
+
+/// Letters, digits, '.', '_', '-'; not like the name of a guest's own group.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct GroupName(String);
+
+impl<'de> Deserialize<'de> for GroupName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<GroupName, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+        let length = 1..=GROUP_NAME_BYTES;
+        if !length.contains(&name.len()) || !name.bytes().all(allowed) || name.starts_with('.') {
+            return Err(D::Error::custom(format!(
+                "{name:?} is no name for a group: letters, digits, '.', '_', '-', at most {GROUP_NAME_BYTES} of them, \
+                 the first not '.'"
+            )));
+        }
+        if name.starts_with(ALONE) {
+            return Err(D::Error::custom(format!(
+                "no group may be called {name:?}: {ALONE}UUID is the group of a guest alone"
+            )));
+        }
+        Ok(GroupName(name))
+    }
+}
+
+/// A guest cannot share with two groups.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("guest {guest} matches two groups in the configuration, {first} and {second}; it can be in one only")]
+pub struct TwoGroups {
+    pub guest: String,
+    pub first: String,
+    pub second: String,
+}
+
+impl Groups {
+    /// The group of the guest with this name (its own, without xl's suffixes); `None`: it shares with nobody.
+    pub fn of(&self, guest: &str) -> Result<Option<&str>, TwoGroups> {
+        let member = |patterns: &Vec<String>| patterns.iter().any(|pattern| matches(pattern, guest));
+        let mut found = self.0.iter().filter(|(_, patterns)| member(patterns));
+        match (found.next(), found.next()) {
+            (Some((first, _)), Some((second, _))) => Err(TwoGroups {
+                guest: guest.into(),
+                first: first.0.clone(),
+                second: second.0.clone(),
+            }),
+            (found, _) => Ok(found.map(|(name, _)| name.0.as_str())),
+        }
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(|name| name.0.as_str())
+    }
+}
+
+/// Whether a shell would take `name` for `pattern`: `*` is any text, `?` any one character. No backtracking beyond the
+/// last `*`, so the time is at most the product of the lengths.
+fn matches(pattern: &str, name: &str) -> bool {
+    let (mut pattern, mut name) = (pattern.chars(), name.chars());
+    let mut retry = None;
+    loop {
+        let at_name = name.clone();
+        match (pattern.next(), name.next()) {
+            (None, None) => return true,
+            (Some('*'), _) => {
+                // The name is tried again from each later character when what follows the `*` does not match.
+                name = at_name.clone();
+                retry = Some((pattern.clone(), at_name));
+            }
+            (Some(wanted), Some(found)) if wanted == '?' || wanted == found => {}
+            _ => {
+                let Some((from, mut rest)) = retry.take() else {
+                    return false;
+                };
+                if rest.next().is_none() {
+                    return false;
+                }
+                pattern = from.clone();
+                name = rest.clone();
+                retry = Some((from, rest));
+            }
+        }
+    }
+}
+
+/// Why the configuration cannot be used. Nothing is started with half of one.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    #[error("{path} cannot be read")]
+    Unreadable { path: PathBuf, source: std::io::Error },
+    #[error("{path} is not valid: {message}")]
+    Invalid { path: PathBuf, message: String },
+}
+
+/// Reads the configuration; an absent file means the defaults.
+pub fn read(path: &Path) -> Result<Config, ConfigError> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Config::default()),
+        Err(source) => {
+            return Err(ConfigError::Unreadable {
+                path: path.into(),
+                source,
+            });
+        }
+    };
+    toml::from_str(&text).map_err(|error| ConfigError::Invalid {
+        path: path.into(),
+        message: error.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Config, ConfigError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        read(file.path())
+    }
+
+    #[test]
+    fn settings_are_read() {
+        let config = parsed("verify = 1\nfallback = false\ntimeout = 30\n").unwrap();
+        assert_eq!(
+            config,
+            Config {
+                verify: true,
+                fallback: false,
+                timeout: 30,
+                ..Config::default()
+            }
+        );
+        assert_eq!(read(Path::new("/nonexistent/xenfold.conf")).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        let error = parsed("verify = 1\nverfy = 1\n").unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("verfy"), "{error}");
+        assert!(parsed("verify = 2").unwrap_err().to_string().contains("line 1"));
+        assert!(parsed("timeout = 0").unwrap_err().to_string().contains("1 to 3600"));
+        for (text, says) in [
+            ("\nstore_size = 8", "8GiB"),
+            ("\nstore_size = \"8GB\"", "8GiB"),
+            ("\nstore_size = \"99999999TiB\"", "8GiB"),
+            ("\ntimeout = 4000", "1 to 3600"),
+            ("[group]\n\"a/b\" = [\"web\"]", "no name for a group"),
+            ("[group]\nguest-1 = [\"web\"]", "a guest alone"),
+            ("[group]\nweb = \"web-*\"", "sequence"),
+        ] {
+            let error = parsed(text).unwrap_err().to_string();
+            assert!(error.contains("line 2") && error.contains(says), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        let size = |text: &str| parsed(&format!("store_size = {text}")).unwrap().store_size;
+        assert_eq!(size("\"8GiB\"").bytes(), 8 << 30);
+        assert_eq!(size("\"512 MiB\"").bytes(), 512 << 20);
+        assert_eq!((size("0").bytes(), size("\"0\"").bytes()), (0, 0));
+        assert_eq!(Size(4 << 30).to_string(), "4GiB");
+        assert_eq!(Size(1).to_string(), "1 bytes");
+    }
+
+    #[test]
+    fn a_guest_is_in_one_group() {
+        let config = parsed("[group]\nweb = [\"web-*\", \"www\"]\nall-2 = [\"*2\"]\n").unwrap();
+        assert_eq!(config.group.of("web-1").unwrap(), Some("web"));
+        assert_eq!(config.group.of("www").unwrap(), Some("web"));
+        assert_eq!(config.group.of("database").unwrap(), None);
+        let error = config.group.of("web-2").unwrap_err().to_string();
+        assert!(error.contains("web") && error.contains("all-2"), "{error}");
+    }
+
+    #[test]
+    fn patterns_are_a_shells() {
+        for (pattern, name, expected) in [
+            ("", "", true),
+            ("", "a", false),
+            ("*", "", true),
+            ("a*", "abc", true),
+            ("*c", "abc", true),
+            ("*c", "abcd", false),
+            ("a?c", "abc", true),
+            ("a?c", "ac", false),
+            ("*ab*b", "aabab", true),
+            ("*ab*c", "aabab", false),
+            ("?", "ü", true),
+            ("[a]", "a", false),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+        let (pattern, name) = ("a*".repeat(200) + "b", "a".repeat(2000));
+        assert!(!matches(&pattern, &name));
+    }
+}

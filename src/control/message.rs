@@ -1,0 +1,251 @@
+//! What is asked and answered.
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::page::ContentKey;
+
+/// A group's key in 64 hexadecimal digits, as far as the sender keeps to the protocol.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct KeyHex(String);
+
+impl KeyHex {
+    pub fn new(key: &ContentKey) -> KeyHex {
+        KeyHex(key.hex())
+    }
+
+    /// `None`: it is no key.
+    pub fn key(&self) -> Option<ContentKey> {
+        ContentKey::from_hex(&self.0)
+    }
+}
+
+impl fmt::Debug for KeyHex {
+    /// Without the key, which must not get into logs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyHex(..)")
+    }
+}
+
+/// A group and its key as the migration's other host has them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offered {
+    pub group: String,
+    pub key_hex: KeyHex,
+}
+
+/// What a caller asks. Variants without members are written as empty structures, so that some can be added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum Request {
+    /// Binds the connection to the guest's group. `offered`: at the destination, what the source has.
+    Open {
+        guest_uuid: String,
+        /// Its own name, without xl's suffixes: the configuration decides by it.
+        guest_name: String,
+        #[serde(default)]
+        offered: Option<Offered>,
+    },
+    Want {},
+    Put {},
+    Read {},
+    Holdings {},
+    Image {},
+    SaveImage {
+        last: bool,
+    },
+    Status {},
+    StoreStats {},
+    StoreVerify {},
+    StoreGc {},
+    /// Makes a template of the guest's image, wherever a group has it.
+    TemplateAdd {
+        name: String,
+        guest_uuid: String,
+    },
+    TemplateList {},
+    /// `group` is needed where several groups have a template of that name.
+    TemplateRemove {
+        name: String,
+        #[serde(default)]
+        group: Option<String>,
+    },
+}
+
+/// What the daemon answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    Opened {
+        group: String,
+        key_hex: KeyHex,
+        /// False: no contents are kept here, so that nothing need be asked or put.
+        store: bool,
+    },
+    /// One byte for each id, and for `read` the pages found.
+    Answers {},
+    Done {
+        #[serde(default)]
+        new: u64,
+    },
+    /// A part of holdings or of an image.
+    Part {
+        last: bool,
+    },
+    /// There is no such thing.
+    None {},
+    Status(Status),
+    StoreStats(StoreStats),
+    Verified(Verified),
+    Collected(Collected),
+    Templates {
+        templates: Vec<TemplateInfo>,
+    },
+    Error(Refusal),
+}
+
+/// Why the daemon does not do what was asked. The connection stays usable unless the request itself was malformed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    pub code: ErrorCode,
+    pub message: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorCode {
+    /// The request is malformed.
+    BadRequest,
+    /// Another version of the protocol is spoken.
+    Version,
+    /// The request is not allowed at this point of the connection.
+    Order,
+    /// As many connections as are allowed are open.
+    Busy,
+    /// The configuration puts the guest into another group than offered.
+    OtherGroup,
+    /// The group has another key here than offered.
+    OtherKey,
+    /// The guest matches two groups in the configuration.
+    TwoGroups,
+    /// The group's key cannot be read or written.
+    Key,
+    /// No contents are kept on this host.
+    NoStore,
+    /// The store failed.
+    Store,
+    /// There is no such guest image or template.
+    NotFound,
+    /// The name fits several templates.
+    Ambiguous,
+    /// One that only a newer daemon knows.
+    #[serde(other)]
+    Unknown,
+}
+
+/// How the daemon is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// Program version.
+    pub program: String,
+    pub pid: u32,
+    pub uptime_s: u64,
+    /// Connections now, this one included, and how many may be.
+    pub connections: u64,
+    pub connections_max: u64,
+    /// Release of the hypervisor, none where there is no Xen.
+    pub xen: Option<String>,
+    /// Sharing groups in the configuration.
+    pub groups: Vec<String>,
+    pub store: StoreStatus,
+}
+
+/// Whether contents are kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum StoreStatus {
+    Open {
+        limit_bytes: u64,
+        used_bytes: u64,
+        contents: u64,
+        images: u64,
+        templates: u64,
+    },
+    Absent(Absent),
+}
+
+/// Why no contents are kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Absent {
+    /// False: the configuration wants none.
+    pub failed: bool,
+    pub reason: String,
+}
+
+impl Default for StoreStatus {
+    fn default() -> Self {
+        StoreStatus::Absent(Absent::default())
+    }
+}
+
+/// What the store holds, and what it takes on the disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StoreStats {
+    pub limit_bytes: u64,
+    pub used_bytes: u64,
+    /// Memory of the daemon for the tables of contents.
+    pub table_bytes: u64,
+    pub groups: Vec<GroupStats>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GroupStats {
+    pub name: String,
+    /// Whether it was opened with its key since the daemon started.
+    pub open: bool,
+    pub contents: u64,
+    pub images: u64,
+    pub templates: u64,
+    pub bytes: u64,
+    /// Contents found damaged, and dropped, since the daemon started.
+    pub damaged: u64,
+    /// Indexes that could not be used since the daemon started.
+    pub indexes_set_aside: u64,
+}
+
+/// What a verification found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Verified {
+    pub contents: u64,
+    pub damaged: u64,
+    /// Groups whose key is missing, so that nothing can be said of them.
+    pub groups_skipped: u64,
+}
+
+/// What was dropped because nothing names it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Collected {
+    pub contents: u64,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TemplateInfo {
+    pub name: String,
+    pub group: String,
+    pub saved_unix_s: u64,
+    pub pages: u64,
+}
