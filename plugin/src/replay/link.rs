@@ -116,7 +116,12 @@ pub fn between(from: &mut Child, to: &mut Child, rate: Rate, record: Option<&Fil
     let back = thread::spawn(move || carry(back_out, back_in, Rate(None)));
     let bytes = match record {
         None => carry(wire_out, wire_in, rate)?,
-        Some(record) => carry_recorded(&wire_out, &wire_in, record, rate)?,
+        Some(record) => {
+            let bytes = carry_recorded(&wire_out, &wire_in, record, rate)?;
+            // The receiver of a copy ends when its input does.
+            drop(wire_in);
+            bytes
+        }
     };
     back.join().ok().context("the link between the sides ended early")??;
     Ok(bytes)
@@ -154,8 +159,8 @@ pub fn to_nowhere(from: &mut Child, rate: Rate) -> Result<u64> {
     carry(wire_out, nowhere, rate)
 }
 
-/// A receiver alone, fed from a recording.
-pub fn from_recording(mut recorded: &File, to: &mut Child, rate: Rate) -> Result<()> {
+/// A receiver alone, fed from a recording. One that `answers` takes an end of the wire for a broken connection.
+pub fn from_recording(mut recorded: &File, to: &mut Child, rate: Rate, answers: bool) -> Result<()> {
     use std::io::Seek;
     recorded.rewind()?;
     let wire_in = pipe(to.stdin.take())?;
@@ -163,8 +168,10 @@ pub fn from_recording(mut recorded: &File, to: &mut Child, rate: Rate) -> Result
     let nowhere = File::options().write(true).open("/dev/null")?;
     let back = thread::spawn(move || carry(back_out, nowhere, Rate(None)));
     carry(recorded, &wire_in, rate)?;
-    drop(wire_in);
+    // Dropped at once where it does not answer.
+    let open = answers.then_some(wire_in);
     back.join().ok().context("the link ended early")??;
+    drop(open);
     Ok(())
 }
 

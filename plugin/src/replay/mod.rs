@@ -289,7 +289,7 @@ fn one_run(
             rustix::fs::ftruncate(&output, 0)?;
             start = Instant::now();
             let mut to = Side::start(arguments, mode, Role::Receive, Some(&output))?;
-            link::from_recording(&recorded, &mut to.child, rate)?;
+            link::from_recording(&recorded, &mut to.child, rate, mode == Mode::Xenfold)?;
             receiver = to.finish()?;
             elapsed = start.elapsed();
         }
