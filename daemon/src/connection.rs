@@ -4,9 +4,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xenfold::control::{
-    ControlError, ErrorCode, KeyHex, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_READ_PAGES, MalformedPayload, Message,
-    Offer, Offered, Refusal, Reply, Request, ids, image_entries, image_payload, keys_payload, pages, read_message,
-    read_payload, write_message,
+    ControlError, ErrorCode, HoldingsFrom, KeyHex, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_READ_PAGES,
+    MalformedPayload, Message, Offer, Offered, Refusal, Reply, Request, ids, image_entries, image_payload,
+    keys_payload, pages, read_message, read_payload, write_message,
 };
 use xenfold::engine::chain;
 use xenfold::page::{ContentId, Pfn};
@@ -108,10 +108,7 @@ impl Connection<'_> {
             Request::Want {} => return self.want(&payload),
             Request::Put {} => self.put(&payload)?,
             Request::Read {} => return self.read(&payload),
-            Request::Holdings {} => {
-                let group = self.group()?;
-                return Ok(Answer::Keys(group.map_or_else(Vec::new, Group::lookup_keys)));
-            }
+            Request::Holdings { from } => return self.holdings(from),
             Request::Image {} => return self.image(),
             Request::SaveImage { last } => self.save_image(&payload, last)?,
             Request::Status {} => {
@@ -120,6 +117,7 @@ impl Connection<'_> {
                 status.connections_max = MAX_CONNECTIONS as u64;
                 Reply::Status(status)
             }
+            Request::Index {} => Reply::Index(self.daemon.index_status()),
             Request::StoreStats {} => Reply::StoreStats(self.daemon.stats()?),
             Request::StoreVerify {} => Reply::Verified(self.daemon.verify()?),
             Request::StoreGc {} => Reply::Collected(self.daemon.collect()?),
@@ -157,6 +155,7 @@ impl Connection<'_> {
             group: bound.membership.group.clone(),
             key_hex: KeyHex::new(&bound.membership.key),
             store: bound.group.is_some(),
+            index: self.daemon.index().is_some(),
         };
         self.bound = Some(bound);
         Ok(reply)
@@ -193,10 +192,31 @@ impl Connection<'_> {
     }
 
     fn read(&self, payload: &[u8]) -> Result<Answer, Refusal> {
-        let group = self.group()?;
+        let bound = self.bound()?;
         let ids = ids(payload, MAX_READ_PAGES).map_err(malformed)?;
-        let found = group.map_or_else(|| vec![None; ids.len()], |group| group.read(&ids));
+        let mut found = match &bound.group {
+            Some(group) => group.read(&ids),
+            None => vec![None; ids.len()],
+        };
+        if let Some(index) = self.daemon.index() {
+            let missing = found.iter_mut().zip(&ids).filter(|(found, _)| found.is_none());
+            let (places, ids): (Vec<_>, Vec<ContentId>) = missing.unzip();
+            let there = index.read(&bound.membership, &ids);
+            places.into_iter().zip(there).for_each(|(place, page)| *place = page);
+        }
         Ok(Answer::One(Reply::Answers {}, read_payload(&found)))
+    }
+
+    fn holdings(&self, from: HoldingsFrom) -> Result<Answer, Refusal> {
+        let bound = self.bound()?;
+        let mut keys = match &bound.group {
+            Some(group) if from != HoldingsFrom::Guests => group.lookup_keys(),
+            _ => Vec::new(),
+        };
+        if let Some(index) = self.daemon.index().filter(|_| from != HoldingsFrom::Store) {
+            keys.extend(index.lookup_keys(&bound.membership));
+        }
+        Ok(Answer::Keys(keys))
     }
 
     fn image(&self) -> Result<Answer, Refusal> {
