@@ -133,7 +133,7 @@ impl Index {
                 continue;
             };
             for places in places.chunks(BATCH_PAGES) {
-                let pfns: Vec<Pfn> = places.iter().filter_map(|(_, place)| place.pfn()).collect();
+                let pfns: Vec<Pfn> = places.iter().map(|(_, place)| place.pfn()).collect();
                 let mut pages: Vec<Page> = vec![[0; PAGE_SIZE]; pfns.len()];
                 let read = read_of(self.host.lock().as_mut(), &guest, &pfns, &mut pages);
                 // Gone, suspended or renamed: the next look at all guests takes it off the list.

@@ -25,8 +25,9 @@ impl Place {
         Some(Place { slot, pfn })
     }
 
-    pub fn pfn(self) -> Option<Pfn> {
-        Pfn::new(u64::from(self.pfn))
+    pub fn pfn(self) -> Pfn {
+        // 32 bits are always a page number.
+        Pfn::new(u64::from(self.pfn)).unwrap_or_default()
     }
 }
 
