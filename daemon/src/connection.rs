@@ -115,7 +115,7 @@ impl Connection<'_> {
                 let mut status = self.daemon.status();
                 status.connections = self.connections.count() as u64;
                 status.connections_max = MAX_CONNECTIONS as u64;
-                Reply::Status(status)
+                Reply::Status(Box::new(status))
             }
             Request::Index {} => Reply::Index(self.daemon.index_status()),
             Request::StoreStats {} => Reply::StoreStats(self.daemon.stats()?),
@@ -303,4 +303,72 @@ fn malformed_message(error: &ControlError) -> Option<Refusal> {
     };
     let message = chain(error);
     Some(Refusal { code, message })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::thread::sleep;
+    use std::time::Instant;
+
+    use xenfold::config;
+    use xenfold::control::{Client, HoldingsFrom, IndexStatus};
+    use xenfold::page::PAGE_SIZE;
+
+    use super::*;
+    use crate::index::sim::{Sim, guest, page, uuid};
+    use crate::server;
+    use crate::socket::Socket;
+
+    /// What the store lacks a running guest of the group has; what neither has is not found.
+    #[test]
+    fn running_guests_are_asked_after_the_store() {
+        for store in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = |name: &str| folder.path().join(name);
+            let size = if store { "1GiB" } else { "0" };
+            let text = format!("store_size = \"{size}\"\nindex_rate = 1000000\n[group]\nweb = [\"web-*\"]");
+            std::fs::write(path("xenfold.conf"), text).unwrap();
+            let config = config::read(&path("xenfold.conf")).unwrap();
+            let sim = Sim::default();
+            sim.0.lock().guests = vec![guest(3, 1, "web-1", [page(1), page(2)])];
+            let daemon = Arc::new(Daemon::open_on(&config, &path("state"), || Ok(Box::new(sim.clone()))));
+            let socket = Socket::listen(&path("daemon.sock")).unwrap();
+            let (stop, stopped) = UnixStream::pair().unwrap();
+            std::thread::scope(|scope| {
+                let serving = scope.spawn(|| server::serve(&daemon, &socket, &stopped));
+                let mut client = Client::connect(&path("daemon.sock"), Some(MESSAGE_PATIENCE)).unwrap();
+                let opened = client.open(&uuid(9), "web-9", None).unwrap();
+                assert_eq!((opened.store, opened.index), (store, true));
+                let deadline = Instant::now() + Duration::from_secs(60);
+                while !matches!(client.index().unwrap(), IndexStatus::Running(stats) if stats.pages == 2) {
+                    assert!(Instant::now() < deadline);
+                    sleep(Duration::from_millis(20));
+                }
+                let pages = [page(0), page(1), page(2), page(3)];
+                let ids = pages.map(|page| opened.key.id(&page));
+                let put: Vec<(ContentId, &[u8])> = vec![(ids[0], &pages[0]), (ids[1], &pages[1])];
+                assert_eq!(client.put(&put).unwrap(), if store { 2 } else { 0 });
+                // What a guest has is wanted by the store all the same.
+                assert_eq!(client.want(&ids).unwrap(), [false, false, store, store]);
+                let found = client.read(&ids).unwrap();
+                let expected = [(store, 0), (true, 1), (true, 2), (false, 3)];
+                for ((found, (there, n)), page) in found.iter().zip(expected).zip(&pages) {
+                    let page: Option<&[u8; PAGE_SIZE]> = there.then_some(page);
+                    assert_eq!(found.as_deref(), page.map(|page| &page[..]), "{n}");
+                }
+                let mut count = |from| {
+                    let mut keys = Vec::new();
+                    client.holdings_from(from, |key| keys.push(key)).unwrap();
+                    keys.len()
+                };
+                let kept = if store { 2 } else { 0 };
+                let counted = [HoldingsFrom::Store, HoldingsFrom::Guests, HoldingsFrom::All].map(&mut count);
+                assert_eq!(counted, [kept, 2, kept + 2]);
+                drop(client);
+                drop(stop);
+                serving.join().unwrap().unwrap();
+            });
+        }
+    }
 }

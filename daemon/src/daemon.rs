@@ -8,7 +8,7 @@ use xenfold::config::Config;
 use xenfold::control::{self, Absent, ErrorCode, Offer, Refusal, StoreStatus};
 use xenfold::engine::chain;
 
-use crate::index::{self, Index};
+use crate::index::{self, Host, Index};
 use crate::keys::Keys;
 use crate::membership::{Members, Membership};
 use crate::store::{Group, HoldNew, Store, StoreError};
@@ -40,6 +40,14 @@ pub(crate) struct Bound {
 impl Daemon {
     /// Opens the store and the index. One that cannot be opened is logged and done without: migrations need none.
     pub fn open(config: &Config, state: &Path) -> Daemon {
+        Daemon::open_on(config, state, index::this_host)
+    }
+
+    pub(crate) fn open_on(
+        config: &Config,
+        state: &Path,
+        host: impl FnOnce() -> Result<Box<dyn Host>, Absent>,
+    ) -> Daemon {
         let store = match config.store_size.bytes() {
             0 => Err(Absent {
                 failed: false,
@@ -56,13 +64,7 @@ impl Daemon {
             Err(Absent { reason, .. }) => log::error!("no contents are kept: the store cannot be opened: {reason}"),
         }
         let members = Arc::new(Members::new(config.group.clone(), Keys::new(state.join(KEYS))));
-        let index = Index::open(config, &members).and_then(|index| {
-            let started = index.start();
-            started.map(|()| index).map_err(|error| Absent {
-                failed: true,
-                reason: format!("no thread can be made: {error}"),
-            })
-        });
+        let index = Index::open(config, &members, host);
         index::announce(&index);
         Daemon {
             members,

@@ -163,7 +163,7 @@ impl Client {
 
     pub fn status(&mut self) -> Result<Status, ControlError> {
         match self.ask(&Request::Status {}, &[])?.body {
-            Reply::Status(status) => Ok(status),
+            Reply::Status(status) => Ok(*status),
             _ => Err(ControlError::Unexpected { what: "status" }),
         }
     }

@@ -114,7 +114,7 @@ pub enum Reply {
     },
     /// There is no such thing.
     None {},
-    Status(Status),
+    Status(Box<Status>),
     Index(IndexStatus),
     StoreStats(StoreStats),
     Verified(Verified),

@@ -11,6 +11,8 @@
 mod host;
 mod pace;
 mod scanner;
+#[cfg(test)]
+pub(crate) mod sim;
 mod state;
 mod table;
 #[cfg(test)]
@@ -28,7 +30,8 @@ use xenfold::control::{Absent, IndexStats, IndexStatus};
 use xenfold::engine::chain;
 use xenfold::page::{ContentId, PAGE_SIZE, Pfn};
 
-use self::host::{Host, Page, read_of};
+pub(crate) use self::host::Host;
+use self::host::{Page, read_of};
 use self::scanner::Scanner;
 use self::state::State;
 use self::xen::XenHost;
@@ -62,25 +65,27 @@ pub struct Index {
 }
 
 impl Index {
-    /// Why there is none: the configuration wants none, there is no Xen, or its libraries fail.
-    pub(crate) fn open(config: &Config, members: &Arc<Members>) -> Result<Arc<Index>, Absent> {
-        let absent = |failed: bool, reason: String| Absent { failed, reason };
+    /// An index of the guests of `host`, with a thread that goes round them. Errors: why there is none.
+    pub(crate) fn open(
+        config: &Config,
+        members: &Arc<Members>,
+        host: impl FnOnce() -> Result<Box<dyn Host>, Absent>,
+    ) -> Result<Arc<Index>, Absent> {
         if !config.index {
             return Err(absent(false, "index is false".into()));
         }
         if config.index_size.bytes() == 0 {
             return Err(absent(false, "index_size is 0".into()));
         }
-        if xen_sys::running_version().is_none() {
-            return Err(absent(false, "there is no Xen on this machine".into()));
-        }
-        let host = XenHost::open().map_err(|error| absent(true, chain(&error)))?;
         let settings = Settings {
             limit_bytes: config.index_size.bytes(),
             rate_pages_per_s: config.index_rate,
             off: config.index_off.clone(),
         };
-        Ok(Index::new(Box::new(host), members.clone(), settings))
+        let index = Index::new(host()?, members.clone(), settings);
+        let started = index.start();
+        started.map_err(|error| absent(true, format!("no thread can be made: {error}")))?;
+        Ok(index)
     }
 
     fn new(host: Box<dyn Host>, members: Arc<Members>, settings: Settings) -> Arc<Index> {
@@ -95,7 +100,7 @@ impl Index {
     }
 
     /// Starts the thread that goes round the guests, until [`Index::end`].
-    pub(crate) fn start(self: &Arc<Self>) -> std::io::Result<()> {
+    fn start(self: &Arc<Self>) -> std::io::Result<()> {
         let index = self.clone();
         let scan = move || {
             // On Linux this is for the calling thread alone.
@@ -163,6 +168,21 @@ impl Index {
             rate_limit_pages_per_s: u64::from(self.settings.rate_pages_per_s),
             ..self.state.lock().stats(now)
         }
+    }
+}
+
+fn absent(failed: bool, reason: String) -> Absent {
+    Absent { failed, reason }
+}
+
+/// This host. Errors: there is no Xen, or its libraries fail.
+pub(crate) fn this_host() -> Result<Box<dyn Host>, Absent> {
+    if xen_sys::running_version().is_none() {
+        return Err(absent(false, "there is no Xen on this machine".into()));
+    }
+    match XenHost::open() {
+        Ok(host) => Ok(Box::new(host)),
+        Err(error) => Err(absent(true, chain(&error))),
     }
 }
 
