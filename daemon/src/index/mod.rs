@@ -133,10 +133,7 @@ impl Index {
         let mut found = Vec::new();
         found.resize_with(ids.len(), || None);
         let by_guest = self.state.lock().places(asking, ids);
-        for (slot, places) in by_guest {
-            let Some(guest) = self.state.lock().identity(slot) else {
-                continue;
-            };
+        for (guest, places) in by_guest {
             for places in places.chunks(BATCH_PAGES) {
                 let pfns: Vec<Pfn> = places.iter().map(|(_, place)| place.pfn()).collect();
                 let mut pages: Vec<Page> = vec![[0; PAGE_SIZE]; pfns.len()];

@@ -16,6 +16,8 @@ pub struct SimGuest {
     pub end: u64,
 }
 
+type Meanwhile = Box<dyn FnOnce(&mut Vec<SimGuest>) + Send>;
+
 #[derive(Default)]
 pub struct World {
     pub guests: Vec<SimGuest>,
@@ -24,7 +26,7 @@ pub struct World {
     pub most_at_once: usize,
     pub failing: bool,
     /// Happens when frames are next read, after the first look at the guest.
-    pub meanwhile: Option<Box<dyn FnOnce(&mut Vec<SimGuest>) + Send>>,
+    pub meanwhile: Option<Meanwhile>,
 }
 
 #[derive(Clone, Default)]

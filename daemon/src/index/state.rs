@@ -75,10 +75,6 @@ impl State {
         self.guests.iter().map(|(slot, guest)| (*slot, guest))
     }
 
-    pub fn identity(&self, slot: Slot) -> Option<Identity> {
-        self.guests.get(&slot).map(|guest| guest.identity.clone())
-    }
-
     /// Takes a guest up. `None`: there are 65,536 already.
     pub fn enter(&mut self, identity: Identity, membership: Membership) -> Option<Slot> {
         // What was found with another key is of no use. The scanner has taken the group's guests off before.
@@ -194,20 +190,25 @@ impl State {
         entries.map(|(key, _)| key).collect()
     }
 
-    /// Where to look for contents, guest by guest: the place in `ids`, and where its page was.
-    pub fn places(&self, asking: &Membership, ids: &[ContentId]) -> BTreeMap<Slot, Vec<(usize, Place)>> {
-        let mut by_guest: BTreeMap<Slot, Vec<(usize, Place)>> = BTreeMap::new();
+    /// Where to look for contents, guest by guest: the place in `ids`, and where its page was. With the guests' identities,
+    /// since a slot may be another guest's a moment later.
+    pub fn places(&self, asking: &Membership, ids: &[ContentId]) -> Vec<(Identity, Vec<(usize, Place)>)> {
         let Some(table) = self.table_of(asking) else {
-            return by_guest;
+            return Vec::new();
         };
+        let mut by_slot: BTreeMap<Slot, Vec<(usize, Place)>> = BTreeMap::new();
         for (at, id) in ids.iter().enumerate() {
             if let Some(place) = table.find(id.lookup_key())
                 && self.answers(place.slot, asking)
             {
-                by_guest.entry(place.slot).or_default().push((at, place));
+                by_slot.entry(place.slot).or_default().push((at, place));
             }
         }
-        by_guest
+        let by_guest = by_slot.into_iter().filter_map(|(slot, places)| {
+            let guest = self.guests.get(&slot)?;
+            Some((guest.identity.clone(), places))
+        });
+        by_guest.collect()
     }
 
     /// A page was asked for: it was still the same, or is forgotten.
