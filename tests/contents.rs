@@ -5,17 +5,22 @@ mod held;
 mod hosts;
 mod support;
 
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use held::TestContents;
-use hosts::{DestinationXl, Outcome, Plan, SourceXl, migrate};
+use hosts::{DestinationXl, Fate, Hook, OnTheWay, Outcome, Plan, SourceXl, frame_bytes, kind, migrate};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use support::{Batch, Guest, Mix, Start, StreamSpec, build_stream, rebuild};
+use support::{Batch, Guest, Mix, Rng, Start, StreamSpec, build_stream, rebuild};
+use xenfold::codec::{Decompressor, Row, delta, rows};
 use xenfold::engine::Contents;
 use xenfold::engine::source::Ending;
 use xenfold::page::{ContentKey, is_zero};
+use xenfold::wire::{self, FrameReader, Held, Need, Rows, u64_body};
 
 fn completed(outcome: &Outcome, stream: &[u8]) -> Result<(), String> {
     if !matches!(outcome.ending, Ending::Completed { status: 0 }) {
@@ -229,4 +234,200 @@ fn generated_guests_arrive_whatever_is_held() {
             },
         )
         .unwrap();
+}
+
+/// Frame kinds of FORMAT.md.
+const CONTENTS: u16 = 7;
+const HAVE: u16 = 20;
+const NEED: u16 = 21;
+const SETTLED: u16 = 22;
+
+/// A migration in which half of what the destination holds is gone, watched by two hooks.
+fn watched(spec: &StreamSpec, hooks: (Hook, Hook)) -> (Outcome, Vec<u8>) {
+    let key = hosts::key();
+    let stream = build_stream(spec);
+    let there = TestContents {
+        gone_percent: 30,
+        ..earlier(spec, &key)
+    };
+    let plan = Plan {
+        speak_contents: [true; 2],
+        contents: [shared(&Arc::new(earlier(spec, &key))), shared(&Arc::new(there))],
+        timeout: Duration::from_secs(2),
+        ..Plan::new(stream.clone())
+    };
+    (migrate(plan.hooks(|_| hooks)), stream)
+}
+
+/// Damages the `nth` frame of a kind and makes its CRC right again.
+fn lie(of: u16, nth: usize, seed: u64) -> Hook {
+    Box::new(move |way: &mut OnTheWay| {
+        if way.kind != of || way.nth != nth || way.body.is_empty() {
+            return Fate::Pass;
+        }
+        let mut rng = Rng::new(seed);
+        // Most of what these frames say stands at their start.
+        let at = rng.below((way.body.len() as u64).min(120)) as usize;
+        match seed % 5 {
+            0 => way.body.truncate(at),
+            1 => way.body.extend_from_slice(&[0; 16]),
+            2 => way.body[at] = 0xff,
+            _ => way.body[at] ^= 1 << rng.below(8),
+        }
+        Fate::Pass
+    })
+}
+
+#[test]
+fn lies_about_contents_start_no_wrong_guest() {
+    let spec = StreamSpec { pages: 200, ..guest() };
+    let one = &|seed: u64| {
+        let nth = (seed / 25) as usize % 4;
+        let honest = hosts::pass;
+        let hooks = match [kind::ROWS, CONTENTS, HAVE, NEED, SETTLED][(seed / 5) as usize % 5] {
+            to_source @ (HAVE | NEED | SETTLED) => (honest(), lie(to_source, nth, seed)),
+            to_destination => (lie(to_destination, nth, seed), honest()),
+        };
+        let (outcome, stream) = watched(&spec, hooks);
+        let running = outcome.destination_xl == DestinationXl::Running;
+        let source_runs = matches!(outcome.source_xl, SourceXl::Untouched | SourceXl::Resumed);
+        assert!(
+            running != source_runs,
+            "{seed}: {:?} {:?}",
+            outcome.ending,
+            outcome.destination
+        );
+        assert!(!running || outcome.received == stream, "{seed}: what came out differs");
+        u32::from(!running)
+    };
+    // Side by side: some end only when an answer does not come.
+    let refused: u32 = thread::scope(|scope| {
+        let each: Vec<_> = (0..200).map(|seed| scope.spawn(move || one(seed))).collect();
+        each.into_iter().map(|one| one.join().unwrap()).sum()
+    });
+    assert!((60..200).contains(&refused), "{refused}");
+}
+
+fn recorded(to: &Arc<Mutex<Vec<u8>>>) -> Hook {
+    let (to, mut sequence) = (to.clone(), 0);
+    Box::new(move |way: &mut OnTheWay| {
+        // Signs of life come when they please.
+        if way.kind != kind::PING && way.kind != kind::PONG {
+            to.lock().unwrap().extend(frame_bytes(sequence, way.kind, &way.body));
+            sequence += 1;
+        }
+        Fate::Pass
+    })
+}
+
+/// Frames of a migration with contents, as they were written once. `XENFOLD_BLESS=1` writes them anew.
+fn golden() -> [Vec<u8>; 2] {
+    let path = |name| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures")).join(name);
+    let paths = ["wire-v1-contents-source.bin", "wire-v1-contents-destination.bin"].map(path);
+    if std::env::var("XENFOLD_BLESS").is_ok_and(|value| value == "1") {
+        let spec = StreamSpec {
+            pages: 60,
+            dirty_percent: 60,
+            mix: Mix {
+                similar: 20,
+                ..Mix::ALL
+            },
+            ..guest()
+        };
+        let logs = [Arc::default(), Arc::default()];
+        let (outcome, stream) = watched(&spec, (recorded(&logs[0]), recorded(&logs[1])));
+        completed(&outcome, &stream).unwrap();
+        for (path, log) in paths.iter().zip(logs) {
+            std::fs::write(path, &*log.lock().unwrap()).unwrap();
+        }
+    }
+    paths.map(|path| std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+}
+
+#[test]
+fn the_golden_frames_are_read_and_written_in_the_same_bytes() {
+    let (mut kinds, mut row_kinds, mut codecs) = ([0; 35], [0; 3], [0; 2]);
+    for wire in golden() {
+        let mut reader = FrameReader::new(&wire[..]);
+        while let Ok(frame) = reader.read() {
+            kinds[frame.kind as usize] += 1;
+            let again = match frame.kind as u16 {
+                kind::ROWS => {
+                    let parsed = Rows::parse(&frame.body).unwrap();
+                    let (entries, list) = rows::decode(parsed.rows, parsed.count).unwrap();
+                    for row in &list {
+                        match row {
+                            Row::Known(_) => row_kinds[0] += 1,
+                            Row::Delta(base) => row_kinds[1 + usize::from(*base == xenfold::codec::Base::Page)] += 1,
+                            _ => {}
+                        }
+                    }
+                    let needs_bases = |block: &&wire::Block<'_>| delta::needs_bases(block.codec);
+                    for block in parsed.blocks.iter().filter(needs_bases) {
+                        codecs[usize::from(block.codec) - 3] += 1;
+                    }
+                    let mut encoded = Vec::new();
+                    rows::encode(&entries, &list, &mut encoded);
+                    assert_eq!(encoded, parsed.rows);
+                    parsed.parts(|parts| parts.concat())
+                }
+                CONTENTS => {
+                    let contents = wire::Contents::parse(&frame.body).unwrap();
+                    let pages = contents.rows.len();
+                    Decompressor::default()
+                        .decompress(contents.codec, contents.block, pages)
+                        .unwrap();
+                    contents.parts(|parts| parts.concat())
+                }
+                HAVE => {
+                    Held::default().add(frame.body.clone()).unwrap();
+                    continue;
+                }
+                NEED => Need::parse(&frame.body).unwrap().to_bytes(),
+                SETTLED => u64_body(frame.kind, &frame.body).unwrap().to_le_bytes().to_vec(),
+                _ => continue,
+            };
+            assert_eq!(again, frame.body);
+        }
+    }
+    for kind in [kind::ROWS, CONTENTS, HAVE, NEED, SETTLED] {
+        assert!(kinds[usize::from(kind)] > 1, "no frame of kind {kind}");
+    }
+    assert!(row_kinds.iter().all(|count| *count > 2), "{row_kinds:?}");
+    assert!(codecs.iter().sum::<u32>() > 2, "{codecs:?}");
+}
+
+#[test]
+fn every_bit_and_every_cut_of_the_golden_frames_is_noticed() {
+    for wire in golden() {
+        let mut at = 0;
+        let mut sequence = 0;
+        while at < wire.len() {
+            let length = 20 + u32::from_le_bytes(wire[at..at + 4].try_into().unwrap()) as usize;
+            let mut frame = wire[at..at + length].to_vec();
+            let mut before: Vec<u8> = (0..sequence).flat_map(|n| frame_bytes(n, kind::PING, &[])).collect();
+            let start = before.len();
+            before.extend_from_slice(&frame);
+            let read = |wire: &[u8]| {
+                let mut reader = FrameReader::new(wire);
+                (0..sequence).for_each(|_| drop(reader.read().unwrap()));
+                reader.read().is_ok()
+            };
+            assert!(read(&before));
+            // Long frames are blocks; a bit in 97 of theirs will do.
+            let step = if frame.len() > 3000 { 97 } else { 1 };
+            for bit in (0..frame.len() * 8).step_by(step) {
+                frame[bit / 8] ^= 1 << (bit % 8);
+                before[start..].copy_from_slice(&frame);
+                assert!(!read(&before), "frame {sequence}, bit {bit}");
+                frame[bit / 8] ^= 1 << (bit % 8);
+            }
+            before[start..].copy_from_slice(&frame);
+            for end in (start..before.len()).step_by(step) {
+                assert!(!read(&before[..end]), "frame {sequence}, cut at {end}");
+            }
+            at += length;
+            sequence += 1;
+        }
+    }
 }

@@ -123,6 +123,32 @@ source_is_left_suspended() { [[ $(copies "$1" "$2") == "$2--migratedaway "*s* ]]
 
 destination_has_settled() { [[ $(copies "$1" "$2") != *--incoming* ]]; }
 
+# Both hosts keep what the guest's pages held: its way back is nearly free, also when the daemon is killed on the way.
+lab_return_trip() {
+  local from to
+  have_guest ci
+  from=$(lab guest where ci)
+  to=$(other "$from")
+  lab daemon forget
+  lab daemon start
+  migrate "$from" ci
+  figures "$from" "$COMPLETED" 'f["pages"]["known"] == 0'
+  must_be_well_on "$to" ci
+  migrate "$to" ci --verify
+  said "$to"
+  figures "$to" "$COMPLETED" "$VERIFIED" 'f["pages"]["known"] > 1000' 'f["wire_bytes"] < f["stream_bytes"] / 20'
+  must_be_well_on "$from" ci
+  start_migration "$from" ci
+  in_the_stream "$from"
+  on "$to" 'systemctl kill -s KILL xenfoldd'
+  wait "$migration" || { said "$from"; die 'the migration failed with its daemon'; }
+  lab rate none
+  figures "$from" "$COMPLETED"
+  must_be_well_on "$to" ci
+  on "$to" 'systemctl is-active xenfoldd && xenfold store verify'
+  lab daemon forget
+}
+
 lab_hvm_guest() { other_kind hvm; }
 
 # Needs shadow paging, which Debian's hypervisor lacks.

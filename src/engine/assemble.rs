@@ -86,6 +86,18 @@ impl Applied {
     }
 }
 
+/// What an assembler is made from.
+pub(super) struct Assembling {
+    pub frames: Frames,
+    pub applied: Arc<Applied>,
+    pub pool: Pool,
+    pub key: ContentKey,
+    pub answers: Answers,
+    pub patience: Duration,
+    pub link: Option<Link>,
+    pub figures: Arc<Mutex<DestinationFigures>>,
+}
+
 pub(super) struct Assembler {
     recent: Recent,
     frames: Frames,
@@ -97,6 +109,8 @@ pub(super) struct Assembler {
     key: ContentKey,
     decompressor: Decompressor,
     answers: Answers,
+    /// How long the source may take to send what is needed.
+    patience: Duration,
     link: Option<Link>,
     figures: Arc<Mutex<DestinationFigures>>,
 }
@@ -110,15 +124,17 @@ enum Source {
 }
 
 impl Assembler {
-    pub fn new(
-        frames: Frames,
-        applied: Arc<Applied>,
-        pool: Pool,
-        key: ContentKey,
-        answers: Answers,
-        link: Option<Link>,
-        figures: Arc<Mutex<DestinationFigures>>,
-    ) -> Assembler {
+    pub fn new(parts: Assembling) -> Assembler {
+        let Assembling {
+            frames,
+            applied,
+            pool,
+            key,
+            answers,
+            patience,
+            link,
+            figures,
+        } = parts;
         Assembler {
             recent: Recent::default(),
             frames,
@@ -129,6 +145,7 @@ impl Assembler {
             key,
             decompressor: Decompressor::default(),
             answers,
+            patience,
             link,
             figures,
         }
@@ -255,6 +272,7 @@ impl Assembler {
             let answer: Answer = select! {
                 recv(stopped) -> _ => return Err(EngineError::WorkerLost),
                 recv(answers) -> answer => answer.map_err(|_| EngineError::WorkerLost)?,
+                default(self.patience) => return Err(EngineError::Protocol("pages that were asked for do not come")),
             };
             let pages = self
                 .decompressor

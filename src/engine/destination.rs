@@ -22,6 +22,9 @@ use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError, have_
 /// How often the pipe to xl is looked at while it takes the last bytes before END.
 const POLL: Duration = Duration::from_millis(1);
 
+/// Timeouts of the connection that a page which was asked for may take: what is under way comes before it.
+const PATIENCE: u32 = 4;
+
 /// How long the cause of xl's end, or its last words, may take to show.
 const CAUSE: Duration = Duration::from_secs(2);
 
@@ -53,6 +56,7 @@ pub struct Negotiated {
     watch: Watch,
     pub agreement: Agreement,
     pub key: ContentKey,
+    timeout: Duration,
 }
 
 /// Exchanges hellos. Errors: no xenfold of a common version at the other end.
@@ -73,6 +77,7 @@ pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Neg
         watch,
         agreement,
         key,
+        timeout,
     })
 }
 
@@ -103,6 +108,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         watch,
         agreement,
         key,
+        timeout,
     } = negotiated;
     let DestinationSetup {
         xl,
@@ -126,6 +132,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         speaks_contents: agreement.contents,
         contents: contents.clone(),
         link: Some(link.clone()),
+        patience: timeout * PATIENCE,
         figures: figures.clone(),
     })?;
     let stopper = receiving.stopper();
@@ -200,6 +207,7 @@ pub fn rebuild(
         watch,
         agreement,
         key,
+        timeout,
     } = negotiated;
     let figures = Arc::new(Mutex::new(DestinationFigures::default()));
     tell_contents(&link, &agreement, contents.as_deref())?;
@@ -210,6 +218,7 @@ pub fn rebuild(
         speaks_contents: agreement.contents,
         contents,
         link: Some(link.clone()),
+        patience: timeout * PATIENCE,
         figures: figures.clone(),
     })?;
     let (sender, events) = events();

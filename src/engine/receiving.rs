@@ -7,11 +7,12 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::assemble::{Applied, Assembler};
+use super::assemble::{Applied, Assembler, Assembling};
 use super::decode::{Answer, Answers, Backlog, Decoder, Intake};
 use super::link::Link;
 use super::outlet::Outlet;
@@ -50,6 +51,8 @@ pub struct Rebuilding {
     pub contents: Option<Arc<dyn Contents>>,
     /// Where to say what is needed and what has been taken up.
     pub link: Option<Link>,
+    /// How long the source may take to send what is needed.
+    pub patience: Duration,
     pub figures: Arc<Mutex<DestinationFigures>>,
 }
 
@@ -162,6 +165,7 @@ impl Receiving {
             speaks_contents,
             contents,
             link,
+            patience,
             figures,
         } = parts;
         let pool = Pool::start()?;
@@ -180,15 +184,16 @@ impl Receiving {
             answers: answers.clone(),
             records: 0,
         };
-        let assembler = Assembler::new(
+        let assembler = Assembler::new(Assembling {
             frames,
-            applied.clone(),
+            applied: applied.clone(),
             pool,
-            key.clone(),
-            answers.clone(),
+            key: key.clone(),
+            answers: answers.clone(),
+            patience,
             link,
             figures,
-        );
+        });
         let outlet = Outlet::new(xl, applied, key, contents);
         let queue = backlog.clone();
         let decoder = spawn("xenfold-decode", move || {

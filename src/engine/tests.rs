@@ -63,6 +63,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         speaks_contents: false,
         contents: None,
         link: None,
+        patience: std::time::Duration::from_secs(60),
         figures: Arc::default(),
     })
     .unwrap();

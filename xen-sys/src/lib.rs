@@ -18,6 +18,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("xen-sys knows Xen's ABI on x86-64 Linux only");
 
+mod allocator;
 mod bitmap;
 mod domain;
 mod error;
@@ -29,6 +30,7 @@ mod names;
 mod processors;
 mod store;
 
+pub use allocator::keep_freed_memory;
 pub use bitmap::Bitmap;
 pub use domain::{DOM0, DomId, DomainInfo, DomainState, ShutdownReason, Xenctrl, hvm_param};
 pub use error::{XenError, XenVersion};

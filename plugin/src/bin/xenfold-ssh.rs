@@ -9,6 +9,7 @@ use xenfold_plugin::arguments::{self, Action, USAGE};
 use xenfold_plugin::source;
 
 fn main() {
+    xen_sys::keep_freed_memory();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp_millis()
         .init();

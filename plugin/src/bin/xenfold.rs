@@ -39,6 +39,7 @@ enum Command {
 }
 
 fn main() {
+    xen_sys::keep_freed_memory();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp_millis()
         .init();

@@ -33,6 +33,9 @@ impl Tick {
     }
 }
 
+/// How long a guest may be silent after what was listened to has ended.
+const LAST_TICK: Duration = Duration::from_secs(60);
+
 #[derive(Args)]
 pub struct Ticks {
     /// The guest to listen to
@@ -77,6 +80,18 @@ impl Tally {
     }
 }
 
+impl Tally {
+    /// Nothing has come since the newest tick: that is a gap, too.
+    fn end(&mut self, at: Duration) {
+        if let Some((_, newest_at)) = self.newest
+            && at.saturating_sub(newest_at) > self.longest_gap
+        {
+            self.longest_gap = at.saturating_sub(newest_at);
+            self.longest_gap_began = newest_at;
+        }
+    }
+}
+
 fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 10_000.0).round() / 10.0
 }
@@ -97,7 +112,15 @@ impl Ticks {
         let begin_at = net::now();
         let limit = Duration::from_secs(self.seconds.unwrap_or(u64::MAX));
         let mut tally = Tally::default();
-        while !ended.load(Ordering::Relaxed) && begin.elapsed() < limit {
+        // A migration ends before its guest is heard again: the gap ends with the first tick behind it.
+        let mut last_wait: Option<(u64, Instant)> = None;
+        while begin.elapsed() < limit {
+            if ended.load(Ordering::Relaxed) {
+                let (before, since) = *last_wait.get_or_insert((tally.received, Instant::now()));
+                if tally.received > before || since.elapsed() > LAST_TICK {
+                    break;
+                }
+            }
             let Some(received) = listener.receive()? else {
                 continue;
             };
@@ -109,6 +132,7 @@ impl Ticks {
                 tally.add(sequence, received.at);
             }
         }
+        tally.end(net::now());
         let silence = tally
             .newest
             .map_or(begin.elapsed(), |(_, at)| net::now().saturating_sub(at));
@@ -140,5 +164,9 @@ mod tests {
         assert_eq!((tally.received, tally.lost, tally.backward), (5, 2, 1));
         assert_eq!(tally.longest_gap, Duration::from_millis(290));
         assert_eq!(tally.longest_gap_began, Duration::from_millis(1010));
+        tally.end(Duration::from_millis(1600));
+        assert_eq!(tally.longest_gap, Duration::from_millis(290));
+        tally.end(Duration::from_millis(1610));
+        assert_eq!(tally.longest_gap, Duration::from_millis(300));
     }
 }
