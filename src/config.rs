@@ -42,6 +42,16 @@ pub struct Config {
     pub store: PathBuf,
     /// Daemon: what contents may take on the disk; 0 means none are kept.
     pub store_size: Size,
+    /// Daemon: whether contents of running guests are looked up.
+    #[serde(deserialize_with = "boolean")]
+    pub index: bool,
+    /// Daemon: what the index may take of memory; 0 means there is none.
+    pub index_size: Size,
+    /// Daemon: the most pages a second that are hashed for the index.
+    #[serde(deserialize_with = "index_rate")]
+    pub index_rate: u32,
+    /// Daemon: guests whose contents are not looked up.
+    pub index_off: Patterns,
     /// Which guests share contents.
     pub group: Groups,
 }
@@ -57,6 +67,10 @@ impl Default for Config {
             ssh: "ssh".into(),
             store: "/var/lib/xenfold".into(),
             store_size: Size(4 << 30),
+            index: true,
+            index_size: Size(256 << 20),
+            index_rate: 20_000,
+            index_off: Patterns::default(),
             group: Groups::default(),
         }
     }
@@ -82,6 +96,33 @@ fn timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> 
         .ok()
         .filter(|seconds| (1..=3600).contains(seconds))
         .ok_or_else(|| D::Error::custom(format!("timeout is {seconds} seconds, and must be 1 to 3600")))
+}
+
+/// A rate at which no host hashes; more is a mistake.
+const MAX_INDEX_RATE: u32 = 100_000_000;
+
+fn index_rate<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let rate = i64::deserialize(deserializer)?;
+    u32::try_from(rate)
+        .ok()
+        .filter(|rate| (1..=MAX_INDEX_RATE).contains(rate))
+        .ok_or_else(|| {
+            D::Error::custom(format!(
+                "index_rate is {rate} pages a second, and must be 1 to {MAX_INDEX_RATE}; index = false turns it off"
+            ))
+        })
+}
+
+/// Names of guests, with `*` and `?` as in a shell.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Patterns(Vec<String>);
+
+impl Patterns {
+    /// Whether one of them is the guest's name (its own, without xl's suffixes).
+    pub fn fit(&self, guest: &str) -> bool {
+        self.0.iter().any(|pattern| matches(pattern, guest))
+    }
 }
 
 /// A size in bytes, written like `"8GiB"`; 0 needs no unit.
@@ -148,7 +189,7 @@ impl fmt::Display for Size {
 
 /// Sharing groups: the names of the guests in each, with `*` and `?` as in a shell.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-pub struct Groups(BTreeMap<GroupName, Vec<String>>);
+pub struct Groups(BTreeMap<GroupName, Patterns>);
 
 /// Letters, digits, '.', '_', '-'; not like the name of a guest's own group.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -186,8 +227,7 @@ pub struct TwoGroups {
 impl Groups {
     /// The group of the guest with this name (its own, without xl's suffixes); `None`: it shares with nobody.
     pub fn of(&self, guest: &str) -> Result<Option<&str>, TwoGroups> {
-        let member = |patterns: &Vec<String>| patterns.iter().any(|pattern| matches(pattern, guest));
-        let mut found = self.0.iter().filter(|(_, patterns)| member(patterns));
+        let mut found = self.0.iter().filter(|(_, patterns)| patterns.fit(guest));
         match (found.next(), found.next()) {
             (Some((first, _)), Some((second, _))) => Err(TwoGroups {
                 guest: guest.into(),
@@ -296,6 +336,10 @@ mod tests {
             ("\nstore_size = \"8GB\"", "8GiB"),
             ("\nstore_size = \"99999999TiB\"", "8GiB"),
             ("\ntimeout = 4000", "1 to 3600"),
+            ("\nindex_rate = 0", "index = false"),
+            ("\nindex_size = 8", "8GiB"),
+            ("\nindex_off = \"web\"", "sequence"),
+            ("\nindex_of = []", "index_off"),
             ("[group]\n\"a/b\" = [\"web\"]", "no name for a group"),
             ("[group]\nguest-1 = [\"web\"]", "a guest alone"),
             ("[group]\nweb = \"web-*\"", "sequence"),
@@ -313,6 +357,15 @@ mod tests {
         assert_eq!((size("0").bytes(), size("\"0\"").bytes()), (0, 0));
         assert_eq!(Size(4 << 30).to_string(), "4GiB");
         assert_eq!(Size(1).to_string(), "1 bytes");
+    }
+
+    #[test]
+    fn guests_are_left_out_of_the_index() {
+        let config = parsed("index = 0\nindex_rate = 500\nindex_size = \"1GiB\"\nindex_off = [\"db-*\"]").unwrap();
+        assert_eq!((config.index, config.index_rate), (false, 500));
+        assert_eq!(config.index_size, Size::new(1 << 30));
+        assert!(config.index_off.fit("db-1") && !config.index_off.fit("web-1"));
+        assert!(!Config::default().index_off.fit(""));
     }
 
     #[test]

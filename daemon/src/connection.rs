@@ -4,9 +4,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xenfold::control::{
-    ControlError, ErrorCode, KeyHex, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_READ_PAGES, MalformedPayload, Message,
-    Offer, Offered, Refusal, Reply, Request, ids, image_entries, image_payload, keys_payload, pages, read_message,
-    read_payload, write_message,
+    ControlError, ErrorCode, HoldingsFrom, KeyHex, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_READ_PAGES,
+    MalformedPayload, Message, Offer, Offered, Refusal, Reply, Request, ids, image_entries, image_payload,
+    keys_payload, pages, read_message, read_payload, write_message,
 };
 use xenfold::engine::chain;
 use xenfold::page::{ContentId, Pfn};
@@ -108,18 +108,16 @@ impl Connection<'_> {
             Request::Want {} => return self.want(&payload),
             Request::Put {} => self.put(&payload)?,
             Request::Read {} => return self.read(&payload),
-            Request::Holdings {} => {
-                let group = self.group()?;
-                return Ok(Answer::Keys(group.map_or_else(Vec::new, Group::lookup_keys)));
-            }
+            Request::Holdings { from } => return self.holdings(from),
             Request::Image {} => return self.image(),
             Request::SaveImage { last } => self.save_image(&payload, last)?,
             Request::Status {} => {
                 let mut status = self.daemon.status();
                 status.connections = self.connections.count() as u64;
                 status.connections_max = MAX_CONNECTIONS as u64;
-                Reply::Status(status)
+                Reply::Status(Box::new(status))
             }
+            Request::Index {} => Reply::Index(self.daemon.index_status()),
             Request::StoreStats {} => Reply::StoreStats(self.daemon.stats()?),
             Request::StoreVerify {} => Reply::Verified(self.daemon.verify()?),
             Request::StoreGc {} => Reply::Collected(self.daemon.collect()?),
@@ -157,6 +155,7 @@ impl Connection<'_> {
             group: bound.membership.group.clone(),
             key_hex: KeyHex::new(&bound.membership.key),
             store: bound.group.is_some(),
+            index: self.daemon.index().is_some(),
         };
         self.bound = Some(bound);
         Ok(reply)
@@ -193,10 +192,31 @@ impl Connection<'_> {
     }
 
     fn read(&self, payload: &[u8]) -> Result<Answer, Refusal> {
-        let group = self.group()?;
+        let bound = self.bound()?;
         let ids = ids(payload, MAX_READ_PAGES).map_err(malformed)?;
-        let found = group.map_or_else(|| vec![None; ids.len()], |group| group.read(&ids));
+        let mut found = match &bound.group {
+            Some(group) => group.read(&ids),
+            None => vec![None; ids.len()],
+        };
+        if let Some(index) = self.daemon.index() {
+            let missing = found.iter_mut().zip(&ids).filter(|(found, _)| found.is_none());
+            let (places, ids): (Vec<_>, Vec<ContentId>) = missing.unzip();
+            let there = index.read(&bound.membership, &ids);
+            places.into_iter().zip(there).for_each(|(place, page)| *place = page);
+        }
         Ok(Answer::One(Reply::Answers {}, read_payload(&found)))
+    }
+
+    fn holdings(&self, from: HoldingsFrom) -> Result<Answer, Refusal> {
+        let bound = self.bound()?;
+        let mut keys = match &bound.group {
+            Some(group) if from != HoldingsFrom::Guests => group.lookup_keys(),
+            _ => Vec::new(),
+        };
+        if let Some(index) = self.daemon.index().filter(|_| from != HoldingsFrom::Store) {
+            keys.extend(index.lookup_keys(&bound.membership));
+        }
+        Ok(Answer::Keys(keys))
     }
 
     fn image(&self) -> Result<Answer, Refusal> {
@@ -283,4 +303,72 @@ fn malformed_message(error: &ControlError) -> Option<Refusal> {
     };
     let message = chain(error);
     Some(Refusal { code, message })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::thread::sleep;
+    use std::time::Instant;
+
+    use xenfold::config;
+    use xenfold::control::{Client, HoldingsFrom, IndexStatus};
+    use xenfold::page::PAGE_SIZE;
+
+    use super::*;
+    use crate::index::sim::{Sim, guest, page, uuid};
+    use crate::server;
+    use crate::socket::Socket;
+
+    /// What the store lacks a running guest of the group has; what neither has is not found.
+    #[test]
+    fn running_guests_are_asked_after_the_store() {
+        for store in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = |name: &str| folder.path().join(name);
+            let size = if store { "1GiB" } else { "0" };
+            let text = format!("store_size = \"{size}\"\nindex_rate = 1000000\n[group]\nweb = [\"web-*\"]");
+            std::fs::write(path("xenfold.conf"), text).unwrap();
+            let config = config::read(&path("xenfold.conf")).unwrap();
+            let sim = Sim::default();
+            sim.0.lock().guests = vec![guest(3, 1, "web-1", [page(1), page(2)])];
+            let daemon = Arc::new(Daemon::open_on(&config, &path("state"), || Ok(Box::new(sim.clone()))));
+            let socket = Socket::listen(&path("daemon.sock")).unwrap();
+            let (stop, stopped) = UnixStream::pair().unwrap();
+            std::thread::scope(|scope| {
+                let serving = scope.spawn(|| server::serve(&daemon, &socket, &stopped));
+                let mut client = Client::connect(&path("daemon.sock"), Some(MESSAGE_PATIENCE)).unwrap();
+                let opened = client.open(&uuid(9), "web-9", None).unwrap();
+                assert_eq!((opened.store, opened.index), (store, true));
+                let deadline = Instant::now() + Duration::from_secs(60);
+                while !matches!(client.index().unwrap(), IndexStatus::Running(stats) if stats.pages == 2) {
+                    assert!(Instant::now() < deadline);
+                    sleep(Duration::from_millis(20));
+                }
+                let pages = [page(0), page(1), page(2), page(3)];
+                let ids = pages.map(|page| opened.key.id(&page));
+                let put: Vec<(ContentId, &[u8])> = vec![(ids[0], &pages[0]), (ids[1], &pages[1])];
+                assert_eq!(client.put(&put).unwrap(), if store { 2 } else { 0 });
+                // What a guest has is wanted by the store all the same.
+                assert_eq!(client.want(&ids).unwrap(), [false, false, store, store]);
+                let found = client.read(&ids).unwrap();
+                let expected = [(store, 0), (true, 1), (true, 2), (false, 3)];
+                for ((found, (there, n)), page) in found.iter().zip(expected).zip(&pages) {
+                    let page: Option<&[u8; PAGE_SIZE]> = there.then_some(page);
+                    assert_eq!(found.as_deref(), page.map(|page| &page[..]), "{n}");
+                }
+                let mut count = |from| {
+                    let mut keys = Vec::new();
+                    client.holdings_from(from, |key| keys.push(key)).unwrap();
+                    keys.len()
+                };
+                let kept = if store { 2 } else { 0 };
+                let counted = [HoldingsFrom::Store, HoldingsFrom::Guests, HoldingsFrom::All].map(&mut count);
+                assert_eq!(counted, [kept, 2, kept + 2]);
+                drop(client);
+                drop(stop);
+                serving.join().unwrap().unwrap();
+            });
+        }
+    }
 }

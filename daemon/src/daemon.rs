@@ -8,6 +8,7 @@ use xenfold::config::Config;
 use xenfold::control::{self, Absent, ErrorCode, Offer, Refusal, StoreStatus};
 use xenfold::engine::chain;
 
+use crate::index::{self, Host, Index};
 use crate::keys::Keys;
 use crate::membership::{Members, Membership};
 use crate::store::{Group, HoldNew, Store, StoreError};
@@ -18,8 +19,9 @@ const KEYS: &str = "keys";
 
 /// One for the process.
 pub struct Daemon {
-    pub(crate) members: Members,
+    members: Arc<Members>,
     store: Result<Store, Absent>,
+    index: Result<Arc<Index>, Absent>,
     /// Held from finding a group's key to opening the group with it: the store drops what was kept under another key,
     /// so an older key must not come after a newer one.
     binding: Mutex<()>,
@@ -36,8 +38,16 @@ pub(crate) struct Bound {
 }
 
 impl Daemon {
-    /// Opens the store. One that cannot be opened is logged and done without: migrations need none.
+    /// Opens the store and the index. One that cannot be opened is logged and done without: migrations need none.
     pub fn open(config: &Config, state: &Path) -> Daemon {
+        Daemon::open_on(config, state, index::this_host)
+    }
+
+    pub(crate) fn open_on(
+        config: &Config,
+        state: &Path,
+        host: impl FnOnce() -> Result<Box<dyn Host>, Absent>,
+    ) -> Daemon {
         let store = match config.store_size.bytes() {
             0 => Err(Absent {
                 failed: false,
@@ -53,9 +63,13 @@ impl Daemon {
             Err(Absent { failed: false, reason }) => log::info!("no contents are kept: {reason}"),
             Err(Absent { reason, .. }) => log::error!("no contents are kept: the store cannot be opened: {reason}"),
         }
+        let members = Arc::new(Members::new(config.group.clone(), Keys::new(state.join(KEYS))));
+        let index = Index::open(config, &members, host);
+        index::announce(&index);
         Daemon {
-            members: Members::new(config.group.clone(), Keys::new(state.join(KEYS))),
+            members,
             store,
+            index,
             binding: Mutex::default(),
             started: Instant::now(),
         }
@@ -166,7 +180,23 @@ impl Daemon {
             xen: xen_sys::running_version().map(|version| version.to_string()),
             groups: self.members.configured().map(str::to_owned).collect(),
             store,
+            index: self.index_status(),
             ..control::Status::default()
+        }
+    }
+
+    pub(crate) fn index(&self) -> Option<&Index> {
+        self.index.as_deref().ok()
+    }
+
+    pub(crate) fn index_status(&self) -> control::IndexStatus {
+        index::status(&self.index)
+    }
+
+    /// Lets guests alone from now on.
+    pub fn end_index(&self) {
+        if let Some(index) = self.index() {
+            index.end();
         }
     }
 

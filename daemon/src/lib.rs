@@ -1,12 +1,15 @@
-//! xenfoldd, the dom0 service: it keeps contents across migrations and answers for them, inside sharing groups only.
+//! xenfoldd, the dom0 service: it keeps contents across migrations, knows those of running guests, and answers for
+//! both, inside sharing groups only.
 //!
 //! [`daemon::Daemon`] is what the service knows, [`server::serve`] its loop; `connection` follows one caller,
-//! `membership` decides which group and key a guest has, `keys` keeps the keys, `store` the contents. The protocol is
+//! `membership` decides which group and key a guest has, `keys` keeps the keys, `store` the contents; `index` knows those
+//! of running guests. The protocol is
 //! the library's ([`xenfold::control`]).
 #![forbid(unsafe_code)]
 
 mod connection;
 pub mod daemon;
+mod index;
 mod keys;
 mod membership;
 pub mod server;

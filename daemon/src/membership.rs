@@ -58,6 +58,16 @@ pub struct Membership {
     pub replaced: bool,
 }
 
+/// A guest's place as far as it is settled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// In no configured group.
+    Alone,
+    /// In a group that has no key here yet.
+    NoKey,
+    Member(Membership),
+}
+
 /// The configuration's groups and the keys.
 pub struct Members {
     groups: Groups,
@@ -112,6 +122,24 @@ impl Members {
             group,
             key,
             replaced,
+        })
+    }
+
+    /// The guest's configured group and its key. Makes no key: one that was made here before the group's first migration
+    /// came with another host's would have that migration refused.
+    pub fn known(&self, uuid: &str, name: &str) -> Result<Known, MembershipError> {
+        let uuid = canonical(uuid).ok_or_else(|| MembershipError::NoUuid(uuid.into()))?;
+        let Some(group) = self.groups.of(name)? else {
+            return Ok(Known::Alone);
+        };
+        Ok(match self.keys.lock().get(group)? {
+            Some(key) => Known::Member(Membership {
+                uuid,
+                group: group.into(),
+                key,
+                replaced: false,
+            }),
+            None => Known::NoKey,
         })
     }
 
@@ -193,6 +221,18 @@ mod tests {
 
         std::fs::write(folder.path().join("keys/web.key"), "?").unwrap();
         assert_eq!(code("web-1", offer("web", 1)), ErrorCode::Key);
+    }
+
+    #[test]
+    fn looking_up_makes_no_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let members = members(folder.path(), "[group]\nweb = [\"web-*\"]");
+        assert_eq!(members.known(UUID, "web-1").unwrap(), Known::NoKey);
+        assert_eq!(members.known(UUID, "database").unwrap(), Known::Alone);
+        assert_eq!(members.keys.lock().groups().len(), 0);
+        let found = members.find(UUID, "web-1", Some(&offer("web", 1))).unwrap();
+        assert_eq!(members.known(UUID, "web-1").unwrap(), Known::Member(found));
+        assert!(members.known("web-1", "web-1").is_err());
     }
 
     #[test]

@@ -88,6 +88,7 @@ pub fn serve(daemon: &Arc<Daemon>, socket: &Socket, stop: impl AsFd) -> io::Resu
     };
     // Nobody finds the daemon any more; then its callers lose it.
     socket.hide();
+    daemon.end_index();
     end(&connections);
     daemon.flush();
     served

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use xenfold::control::{
-    Client, ControlError, ErrorCode, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES, Message, Offer, Opened, Reply, Request,
-    StoreStatus, pages_payload, read_message, write_message,
+    Client, ControlError, ErrorCode, HoldingsFrom, IndexStatus, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES, Message, Offer,
+    Opened, Reply, Request, StoreStatus, pages_payload, read_message, write_message,
 };
 use xenfold::page::{ContentId, ContentKey, PAGE_SIZE, Pfn};
 
@@ -304,6 +304,45 @@ fn groups_and_keys_decide_who_shares() {
     assert_eq!(replaced.read(&[own.key.id(&page)]).unwrap(), [None]);
     assert!(code(alone.put(&[(own.key.id(&page), &page)])) == ErrorCode::Store);
     assert_eq!(code(host.client().open("web-1", "web-1", None)), ErrorCode::BadRequest);
+}
+
+#[test]
+fn without_an_index_the_daemon_runs_on() {
+    let no_xen = xen_sys::running_version().is_none();
+    for (config, reason) in [
+        ("", "no Xen"),
+        ("index = false", "index is false"),
+        ("index_size = 0", "index_size"),
+    ] {
+        if config.is_empty() && !no_xen {
+            eprintln!("SKIPPED: this machine runs Xen");
+            continue;
+        }
+        let mut host = Host::started(config);
+        let (mut client, opened) = host.opened(GUEST, "guest", None);
+        assert!(!opened.index && opened.store);
+        let page = vec![3; PAGE_SIZE];
+        client.put(&[(opened.key.id(&page), &page)]).unwrap();
+        for (from, expected) in [
+            (HoldingsFrom::All, 1),
+            (HoldingsFrom::Store, 1),
+            (HoldingsFrom::Guests, 0),
+        ] {
+            let mut count = 0;
+            client.holdings_from(from, |_| count += 1).unwrap();
+            assert_eq!(count, expected, "{from:?}");
+        }
+        let index = client.index().unwrap();
+        assert_eq!(index, client.status().unwrap().index);
+        assert!(
+            matches!(&index, IndexStatus::Absent(absent) if !absent.failed && absent.reason.contains(reason)),
+            "{index:?}"
+        );
+        let (_, said) = host.end(Signal::TERM);
+        assert!(said.contains("are not looked up"), "{said}");
+    }
+    let status = Host::new("index_rate = 0").spawn().wait().unwrap();
+    assert!(!status.success());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use parking_lot::Mutex;
-use xenfold::control::{Client, ControlError, Offer, Opened};
+use xenfold::control::{Client, ControlError, HoldingsFrom, Offer, Opened};
 use xenfold::engine::{Contents, chain};
 use xenfold::page::{ContentId, PAGE_SIZE, Pfn};
 use xenfold::table::PageIds;
@@ -47,8 +47,8 @@ enum Keep {
 }
 
 impl DaemonContents {
-    /// Binds to the guest's group. At the destination `offer` is what the source has. `None`: the daemon keeps no
-    /// contents. Errors: there is no daemon, or it refuses the offer.
+    /// Binds to the guest's group. At the destination `offer` is what the source has. `None`: the daemon knows of
+    /// no contents. Errors: there is no daemon, or it refuses the offer.
     pub fn open(
         socket: &Path,
         uuid: &str,
@@ -57,11 +57,11 @@ impl DaemonContents {
     ) -> Result<(Opened, Option<DaemonContents>), ControlError> {
         let mut client = Client::connect(socket, Some(PATIENCE))?;
         let opened = client.open(uuid, name, offer)?;
-        if !opened.store {
+        if !opened.store && !opened.index {
             return Ok((opened, None));
         }
         let mut lookup_keys = Vec::new();
-        client.holdings(|key| {
+        client.holdings_from(HoldingsFrom::Store, |key| {
             if lookup_keys.len() < MAX_TOLD {
                 lookup_keys.push(key);
             }
@@ -71,6 +71,12 @@ impl DaemonContents {
             // Our own filters are valid; what one of them lacks would be kept twice, which costs nothing.
             let _ = held.add(body);
         }
+        // Not in `held`: what only a running guest has may be gone tomorrow, and is kept all the same.
+        client.holdings_from(HoldingsFrom::Guests, |key| {
+            if lookup_keys.len() < MAX_TOLD {
+                lookup_keys.push(key);
+            }
+        })?;
         let mut image = PageIds::default();
         client.image(|pfn, id| {
             // An image that is too sparse is no guest's; what fits of it is as good a hint.

@@ -1,4 +1,4 @@
-//! What an administrator asks the daemon: `xenfold status`, `xenfold store`, `xenfold template`.
+//! What an administrator asks the daemon: `xenfold status`, `xenfold index`, `xenfold store`, `xenfold template`.
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use xenfold::config::Size;
-use xenfold::control::{self, Client, ErrorCode, StoreStatus, TemplateInfo};
+use xenfold::control::{self, Client, ErrorCode, IndexStats, IndexStatus, StoreStatus, TemplateInfo};
 
 use crate::guest;
 
@@ -26,6 +26,12 @@ pub struct Asking {
 
 #[derive(Debug, Args)]
 pub struct StatusArguments {
+    #[command(flatten)]
+    asking: Asking,
+}
+
+#[derive(Debug, Args)]
+pub struct IndexArguments {
     #[command(flatten)]
     asking: Asking,
 }
@@ -96,6 +102,11 @@ impl Asking {
 pub fn status(arguments: &StatusArguments) -> Result<()> {
     let asking = &arguments.asking;
     asking.print(&asking.connect(Some(PATIENCE))?.status()?, status_text)
+}
+
+pub fn index(arguments: &IndexArguments) -> Result<()> {
+    let asking = &arguments.asking;
+    asking.print(&asking.connect(Some(PATIENCE))?.index()?, index_text)
 }
 
 pub fn store(arguments: &StoreArguments) -> Result<()> {
@@ -194,14 +205,82 @@ fn status_text(status: &control::Status) -> String {
          Xen          {}\n\
          connections  {} of {}\n\
          groups       {groups}\n\
-         contents     {store}",
+         contents     {store}\n\
+         index        {}",
         status.program,
         status.pid,
         duration(status.uptime_s),
         status.xen.as_deref().unwrap_or("none on this machine"),
         status.connections,
         status.connections_max,
+        index_line(&status.index),
     )
+}
+
+fn index_line(index: &IndexStatus) -> String {
+    match index {
+        IndexStatus::Running(stats) => {
+            let guests = stats.guests.iter().filter(|guest| guest.left_out.is_none()).count();
+            let full = if stats.full { ", FULL" } else { "" };
+            format!(
+                "{} of {} used{full}: {} contents of {guests} running guests",
+                mib(stats.memory_bytes),
+                Size::new(stats.limit_bytes),
+                stats.pages
+            )
+        }
+        IndexStatus::Absent(absent) if absent.failed => format!("FAILED, there is none: {}", absent.reason),
+        IndexStatus::Absent(absent) => format!("none: {}", absent.reason),
+    }
+}
+
+fn index_text(index: &IndexStatus) -> String {
+    match index {
+        IndexStatus::Running(stats) => format!("{}\n{}", index_line(index), index_figures(stats)),
+        IndexStatus::Absent(_) => format!("index: {}", index_line(index)),
+    }
+}
+
+fn index_figures(stats: &IndexStats) -> String {
+    let round = match (stats.last_round_age_s, stats.last_round_s) {
+        (Some(age), Some(took)) => format!("ended {} ago, took {}", duration(age), duration(took)),
+        _ => "none yet".to_owned(),
+    };
+    let idle = stats
+        .idle_percent
+        .map_or("not known".to_owned(), |percent| format!("{percent} %"));
+    let mut text = format!(
+        "last round  {round}\n\
+         pace        {} pages/s of {}, processors idle: {idle}\n\
+         answers     {} pages, {} stale\n",
+        stats.pages_per_s, stats.rate_limit_pages_per_s, stats.answered, stats.stale
+    );
+    if stats.full {
+        text += "FULL: further contents are not found; index_size in /etc/xen/xenfold.conf bounds it\n";
+    }
+    if !stats.guests.is_empty() {
+        let name = stats
+            .guests
+            .iter()
+            .map(|guest| guest.name.len())
+            .max()
+            .unwrap_or(0)
+            .max(5);
+        let groups = stats.guests.iter().filter_map(|guest| guest.group.as_ref());
+        let group = groups.map(String::len).max().unwrap_or(0).max(5);
+        text += &format!("{:>5} {:name$} {:group$} {:>10}\n", "domid", "guest", "group", "pages");
+        for guest in &stats.guests {
+            let in_group = guest.group.as_deref().unwrap_or("-");
+            text += &match &guest.left_out {
+                None => format!(
+                    "{:>5} {:name$} {in_group:group$} {:>10}\n",
+                    guest.domid, guest.name, guest.pages
+                ),
+                Some(reason) => format!("{:>5} {:name$} left out: {reason}\n", guest.domid, guest.name),
+            };
+        }
+    }
+    text
 }
 
 fn stats_text(stats: &control::StoreStats) -> String {
@@ -313,6 +392,52 @@ mod tests {
         let widths: Vec<usize> = text.lines().skip(1).map(str::len).collect();
         assert!(widths.len() == 2 && widths[0] == widths[1], "{text}");
         assert_eq!(templates_text(&[]), "no templates");
+    }
+
+    #[test]
+    fn the_index_says_what_it_knows() {
+        let absent = |failed| {
+            IndexStatus::Absent(control::Absent {
+                failed,
+                reason: "no Xen".into(),
+            })
+        };
+        assert_eq!(index_text(&absent(false)), "index: none: no Xen");
+        assert!(index_text(&absent(true)).contains("FAILED"));
+        let guest = |domid, name: &str, left_out: Option<&str>| control::IndexedGuest {
+            domid,
+            name: name.into(),
+            group: left_out.is_none().then(|| "web".into()),
+            pages: 7,
+            left_out: left_out.map(Into::into),
+        };
+        let stats = IndexStats {
+            pages: 7,
+            memory_bytes: 3 << 19,
+            limit_bytes: 256 << 20,
+            full: true,
+            last_round_age_s: Some(30),
+            last_round_s: Some(130),
+            pages_per_s: 1234,
+            rate_limit_pages_per_s: 20_000,
+            idle_percent: Some(50),
+            answered: 3,
+            stale: 2,
+            guests: vec![guest(3, "web-1", None), guest(12, "database", Some("PV"))],
+            ..Default::default()
+        };
+        let text = index_text(&IndexStatus::Running(stats));
+        for says in [
+            "1.5 MiB of 256MiB used, FULL: 7 contents of 1 running guests",
+            "ended 30 s ago, took 2 min",
+            "1234 pages/s of 20000, processors idle: 50 %",
+            "3 pages, 2 stale",
+            "FULL: further",
+            "    3 web-1    web            7",
+            "   12 database left out: PV",
+        ] {
+            assert!(text.contains(says), "{says}: {text}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use parking_lot::Mutex;
+pub use xen_sys::{AWAY, INCOMING, uuid_text};
 use xen_sys::{Access, DomId, DomainInfo, ForeignMemory, ShutdownReason, XenError, Xenctrl, Xenstore, hvm_param};
 use xenfold::engine::{FrameError, FrameSource};
 use xenfold::page::{PAGE_SIZE, Pfn};
@@ -14,23 +15,12 @@ const MAP_FRAMES: usize = 1024;
 /// How long the guest under construction may take to show, once a page of it is asked for.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The suffixes that xl gives to the two ends of a migration (tools/xl/xl_migrate.c, xl_vmcontrol.c).
-pub const AWAY: &str = "--migratedaway";
-pub const INCOMING: &str = "--incoming";
-
 /// A guest on this host.
 #[derive(Clone, Debug)]
 pub struct Guest {
     pub domid: DomId,
     pub name: String,
     pub uuid: String,
-}
-
-/// The uuid as xl prints it.
-pub fn uuid_text(uuid: &[u8; 16]) -> String {
-    let hex: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
-    let part = |range| hex.get(range).unwrap_or_default();
-    [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
 }
 
 /// A domain's name in xenstore.
@@ -150,16 +140,5 @@ pub fn of_xl(xl: u32) -> Result<Option<Guest>> {
     match crate::process::guest_of_xl(&crate::process::arguments(xl)) {
         Some(name) => find(&name).with_context(|| format!("guest {name} cannot be looked up")),
         None => Ok(None),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn uuids_read_as_xl_prints_them() {
-        let uuid = std::array::from_fn(|i| i as u8 * 0x11);
-        assert_eq!(uuid_text(&uuid), "00112233-4455-6677-8899-aabbccddeeff");
     }
 }

@@ -42,7 +42,10 @@ fn the_shipped_configuration_shows_every_key_and_its_default() {
         .collect();
     let (_, named) = USAGE.rsplit_once("for every migration: ").unwrap();
     let agents = named.trim_end_matches('.');
-    assert_eq!(keys.join(", "), format!("{agents}, store, store_size"));
+    assert_eq!(
+        keys.join(", "),
+        format!("{agents}, store, store_size, index, index_size, index_rate, index_off")
+    );
 }
 
 #[test]

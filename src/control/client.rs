@@ -5,7 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::frame::{ControlError, Message, read_message, write_message};
-use super::message::{Collected, KeyHex, Offered, Reply, Request, Status, StoreStats, TemplateInfo, Verified};
+use super::message::{
+    Collected, HoldingsFrom, IndexStatus, KeyHex, Offered, Reply, Request, Status, StoreStats, TemplateInfo, Verified,
+};
 use super::payload::{
     self, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_PUT_PAGES, MAX_READ_PAGES, MalformedPayload, found_pages, ids_payload,
     image_entries, image_payload, pages_payload,
@@ -30,8 +32,10 @@ pub struct Offer {
 pub struct Opened {
     pub group: String,
     pub key: ContentKey,
-    /// False: this host keeps no contents, so that asking and putting is of no use.
+    /// False: this host keeps no contents, so that putting is of no use.
     pub store: bool,
+    /// Contents of running guests are looked up. When neither this nor `store`, asking is of no use either.
+    pub index: bool,
 }
 
 impl Client {
@@ -65,9 +69,19 @@ impl Client {
             }),
         };
         match self.ask(&request, &[])?.body {
-            Reply::Opened { group, key_hex, store } => {
+            Reply::Opened {
+                group,
+                key_hex,
+                store,
+                index,
+            } => {
                 let key = key_hex.key().ok_or(ControlError::Unexpected { what: "open" })?;
-                Ok(Opened { group, key, store })
+                Ok(Opened {
+                    group,
+                    key,
+                    store,
+                    index,
+                })
             }
             _ => Err(ControlError::Unexpected { what: "open" }),
         }
@@ -101,7 +115,7 @@ impl Client {
         Ok(all)
     }
 
-    /// The contents that the group holds. The store has hashed them; the caller does so again before it uses them.
+    /// The contents that the group holds. The daemon has hashed them; the caller does so again before it uses them.
     pub fn read(&mut self, ids: &[ContentId]) -> Result<Vec<Option<Box<[u8]>>>, ControlError> {
         let mut found = Vec::with_capacity(ids.len());
         for ids in ids.chunks(MAX_READ_PAGES) {
@@ -113,8 +127,13 @@ impl Client {
     }
 
     /// The lookup keys of all contents that the group holds on this host, in no order, to `each`.
-    pub fn holdings(&mut self, mut each: impl FnMut(u64)) -> Result<(), ControlError> {
-        self.parts("holdings", &Request::Holdings {}, |payload| {
+    pub fn holdings(&mut self, each: impl FnMut(u64)) -> Result<(), ControlError> {
+        self.holdings_from(HoldingsFrom::All, each)
+    }
+
+    /// As [`Client::holdings`], of one kind. Contents of running guests may be others by the time they are read.
+    pub fn holdings_from(&mut self, from: HoldingsFrom, mut each: impl FnMut(u64)) -> Result<(), ControlError> {
+        self.parts("holdings", &Request::Holdings { from }, |payload| {
             payload::keys(payload)?.for_each(&mut each);
             Ok(())
         })?;
@@ -144,8 +163,16 @@ impl Client {
 
     pub fn status(&mut self) -> Result<Status, ControlError> {
         match self.ask(&Request::Status {}, &[])?.body {
-            Reply::Status(status) => Ok(status),
+            Reply::Status(status) => Ok(*status),
             _ => Err(ControlError::Unexpected { what: "status" }),
+        }
+    }
+
+    /// What the index of running guests knows, and why it leaves which guests out.
+    pub fn index(&mut self) -> Result<IndexStatus, ControlError> {
+        match self.ask(&Request::Index {}, &[])?.body {
+            Reply::Index(index) => Ok(index),
+            _ => Err(ControlError::Unexpected { what: "index" }),
         }
     }
 

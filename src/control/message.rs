@@ -50,12 +50,16 @@ pub enum Request {
     Want {},
     Put {},
     Read {},
-    Holdings {},
+    Holdings {
+        #[serde(default)]
+        from: HoldingsFrom,
+    },
     Image {},
     SaveImage {
         last: bool,
     },
     Status {},
+    Index {},
     StoreStats {},
     StoreVerify {},
     StoreGc {},
@@ -73,6 +77,18 @@ pub enum Request {
     },
 }
 
+/// Whose contents are asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HoldingsFrom {
+    #[default]
+    All,
+    /// What is kept: these stay.
+    Store,
+    /// What other running guests of the group had when they were last looked at.
+    Guests,
+}
+
 /// What the daemon answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
@@ -80,8 +96,11 @@ pub enum Reply {
     Opened {
         group: String,
         key_hex: KeyHex,
-        /// False: no contents are kept here, so that nothing need be asked or put.
+        /// False: no contents are kept here, so that nothing need be put.
         store: bool,
+        /// Contents of running guests are looked up. When neither this nor `store`: nothing need be asked.
+        #[serde(default)]
+        index: bool,
     },
     /// One byte for each id, and for `read` the pages found.
     Answers {},
@@ -95,7 +114,8 @@ pub enum Reply {
     },
     /// There is no such thing.
     None {},
-    Status(Status),
+    Status(Box<Status>),
+    Index(IndexStatus),
     StoreStats(StoreStats),
     Verified(Verified),
     Collected(Collected),
@@ -166,6 +186,7 @@ pub struct Status {
     /// Sharing groups in the configuration.
     pub groups: Vec<String>,
     pub store: StoreStatus,
+    pub index: IndexStatus,
 }
 
 /// Whether contents are kept.
@@ -194,6 +215,62 @@ impl Default for StoreStatus {
     fn default() -> Self {
         StoreStatus::Absent(Absent::default())
     }
+}
+
+/// Whether contents of running guests are looked up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum IndexStatus {
+    Running(IndexStats),
+    Absent(Absent),
+}
+
+impl Default for IndexStatus {
+    fn default() -> Self {
+        IndexStatus::Absent(Absent::default())
+    }
+}
+
+/// What the index knows of the running guests, and what it takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct IndexStats {
+    /// Different contents, group by group.
+    pub pages: u64,
+    pub memory_bytes: u64,
+    pub limit_bytes: u64,
+    /// There was no room for some contents in this round or the one before.
+    pub full: bool,
+    /// How often all guests were gone through.
+    pub rounds: u64,
+    /// Since the last round ended; none before the first one has.
+    pub last_round_age_s: Option<u64>,
+    /// How long the last round took.
+    pub last_round_s: Option<u64>,
+    /// Pages read and hashed in the last second.
+    pub pages_per_s: u64,
+    /// The most that the configuration allows.
+    pub rate_limit_pages_per_s: u64,
+    /// Of the processors in the last second; none when Xen does not tell.
+    pub idle_percent: Option<u8>,
+    /// Pages given to callers, since the daemon started.
+    pub answered: u64,
+    /// Pages asked for that were something else by then, since the daemon started.
+    pub stale: u64,
+    pub guests: Vec<IndexedGuest>,
+}
+
+/// A guest of this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct IndexedGuest {
+    pub domid: u32,
+    pub name: String,
+    pub group: Option<String>,
+    /// Contents that are found at this guest; one that several have is found at one.
+    pub pages: u64,
+    /// Why its contents are not looked up, if they are not.
+    pub left_out: Option<String>,
 }
 
 /// What the store holds, and what it takes on the disk.

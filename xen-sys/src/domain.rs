@@ -220,7 +220,7 @@ unsafe impl Send for Handle {}
 ///
 /// Dropping it closes it. Opening costs a few system calls.
 pub struct Xenctrl {
-    handle: Handle,
+    pub(crate) handle: Handle,
     /// The running version, once known.
     running: Cell<Option<XenVersion>>,
     /// Not `Sync`, also should `Handle` ever become so.
@@ -353,6 +353,17 @@ impl Xenctrl {
         let status = unsafe { get(self.handle.as_ptr(), domid.get(), index, &mut value) };
         check("xc_hvm_param_get", domid, status)?;
         Ok(value)
+    }
+
+    /// Frames of the domain that are populated on demand and have not been yet. **Mapping such a frame populates it, and
+    /// Xen crashes the domain when there is no memory set aside for it any more** (`xen/arch/x86/mm/p2m-pod.c`).
+    pub fn populate_on_demand_entries(&self, domid: DomId) -> Result<u64, XenError> {
+        let get = symbol!(self.handle.library, xc_domain_get_pod_target);
+        let (mut total, mut cache, mut entries) = (0, 0, 0);
+        // SAFETY: the handle is open; the pointers are where the answers go.
+        let status = unsafe { get(self.handle.as_ptr(), domid.get(), &mut total, &mut cache, &mut entries) };
+        check("xc_domain_get_pod_target", domid, status)?;
+        Ok(entries)
     }
 
     /// Access to the domain's dirty bitmap over its frames 0 to `pages - 1`; changes nothing yet. The handle is

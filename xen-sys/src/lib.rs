@@ -1,6 +1,6 @@
 //! Safe handles over Xen's libraries.
 //!
-//! - [`Xenctrl`] (libxenctrl): domains, pause and unpause, HVM parameters, and from it [`LogDirty`];
+//! - [`Xenctrl`] (libxenctrl): domains, pause and unpause, HVM parameters, idle times, and from it [`LogDirty`];
 //! - [`ForeignMemory`] (libxenforeignmemory): a domain's frames, mapped in batches with an error per frame;
 //! - [`Xenstore`] (libxenstore): read, write, watch;
 //! - [`Libxl`] (libxenlight): what repairs a guest that xl left behind: resume, rename, unpause, destroy.
@@ -26,6 +26,8 @@ mod ffi;
 mod foreign;
 mod libxl;
 mod logdirty;
+mod names;
+mod processors;
 mod store;
 
 pub use allocator::keep_freed_memory;
@@ -35,6 +37,7 @@ pub use error::{XenError, XenVersion};
 pub use foreign::{Access, ForeignMemory, Mapping, PAGE_BYTES};
 pub use libxl::Libxl;
 pub use logdirty::{LogDirty, Peek};
+pub use names::{AWAY, INCOMING, uuid_text};
 pub use store::{WatchEvent, Xenstore};
 
 /// The Xen release whose headers the bindings were made from, the only one whose libxenctrl and libxenlight are opened.

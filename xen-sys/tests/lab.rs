@@ -143,6 +143,32 @@ fn domains_are_listed() {
 #[test]
 #[ignore = "needs a Xen dom0"]
 #[serial]
+fn processors_are_idle_at_times() {
+    let xc = Xenctrl::open().unwrap();
+    let (start, before) = (Instant::now(), xc.idle_times().unwrap());
+    std::thread::sleep(Duration::from_secs(1));
+    let after = xc.idle_times().unwrap();
+    // The two clocks are not read at the same moment.
+    let passed = start.elapsed() + Duration::from_millis(500);
+    assert_eq!(before.len(), after.len());
+    assert!(after.iter().any(|idle| !idle.is_zero()));
+    for (before, after) in before.iter().zip(&after) {
+        assert!(after >= before && *after - *before <= passed, "{before:?} {after:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs a Xen dom0"]
+#[serial]
+fn the_guest_has_all_its_memory() {
+    let xc = Xenctrl::open().unwrap();
+    assert_eq!(xc.populate_on_demand_entries(guest()).unwrap(), 0);
+    assert!(xc.populate_on_demand_entries(nobody()).is_err());
+}
+
+#[test]
+#[ignore = "needs a Xen dom0"]
+#[serial]
 fn calls_on_nobody_say_so() {
     let xc = Xenctrl::open().unwrap();
     assert!(matches!(xc.pause(nobody()), Err(XenError::NoSuchDomain(_))));

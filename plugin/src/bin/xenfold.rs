@@ -26,6 +26,8 @@ enum Command {
     GuestState(resume::StateArguments),
     /// How the daemon of this host is.
     Status(daemon_commands::StatusArguments),
+    /// Contents of running guests that the daemon knows.
+    Index(daemon_commands::IndexArguments),
     /// Contents that the daemon keeps.
     Store(daemon_commands::StoreArguments),
     /// Images whose contents stay.
@@ -57,6 +59,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Resume(arguments) => resume::run(&arguments, &configuration()?).map(|()| 0),
         Command::GuestState(arguments) => resume::print_state(&arguments).map(|()| 0),
         Command::Status(arguments) => daemon_commands::status(&arguments).map(|()| 0),
+        Command::Index(arguments) => daemon_commands::index(&arguments).map(|()| 0),
         Command::Store(arguments) => daemon_commands::store(&arguments).map(|()| 0),
         Command::Template(arguments) => daemon_commands::template(&arguments).map(|()| 0),
         Command::Replay(arguments) => replay::run(&arguments).map(i32::from),

@@ -302,6 +302,21 @@ const _: () = {
         "Offset of field: xen_domctl_shadow_op_stats::dirty_count",
     ][::std::mem::offset_of!(xen_domctl_shadow_op_stats, dirty_count) - 4usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct xen_sysctl_cpuinfo {
+    pub idletime: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of xen_sysctl_cpuinfo"][::std::mem::size_of::<xen_sysctl_cpuinfo>() - 8usize];
+    [
+        "Alignment of xen_sysctl_cpuinfo",
+    ][::std::mem::align_of::<xen_sysctl_cpuinfo>() - 8usize];
+    [
+        "Offset of field: xen_sysctl_cpuinfo::idletime",
+    ][::std::mem::offset_of!(xen_sysctl_cpuinfo, idletime) - 0usize];
+};
 pub const XTL_NONE: xentoollog_level = 0;
 pub const XTL_DEBUG: xentoollog_level = 1;
 pub const XTL_VERBOSE: xentoollog_level = 2;
@@ -356,6 +371,7 @@ const _: () = {
 pub type xc_hypercall_buffer_t = xc_hypercall_buffer;
 pub type xc_domaininfo_t = xen_domctl_getdomaininfo_t;
 pub type xc_shadow_op_stats_t = xen_domctl_shadow_op_stats;
+pub type xc_cpuinfo_t = xen_sysctl_cpuinfo;
 pub struct CtrlLib {
     __library: ::libloading::Library,
     pub xc_interface_open: Result<
@@ -384,6 +400,10 @@ pub struct CtrlLib {
             b: *mut xc_hypercall_buffer_t,
             nr_pages: ::std::os::raw::c_int,
         ),
+        ::libloading::Error,
+    >,
+    pub xc_get_max_cpus: Result<
+        unsafe extern "C" fn(xch: *mut xc_interface) -> ::std::os::raw::c_int,
         ::libloading::Error,
     >,
     pub xc_domain_pause: Result<
@@ -421,11 +441,30 @@ pub struct CtrlLib {
         ) -> ::std::os::raw::c_longlong,
         ::libloading::Error,
     >,
+    pub xc_getcpuinfo: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            max_cpus: ::std::os::raw::c_int,
+            info: *mut xc_cpuinfo_t,
+            nr_cpus: *mut ::std::os::raw::c_int,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
     pub xc_domain_maximum_gpfn: Result<
         unsafe extern "C" fn(
             xch: *mut xc_interface,
             domid: u32,
             gpfns: *mut xen_pfn_t,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_domain_get_pod_target: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+            tot_pages: *mut u64,
+            pod_cache_pages: *mut u64,
+            pod_entries: *mut u64,
         ) -> ::std::os::raw::c_int,
         ::libloading::Error,
     >,
@@ -473,6 +512,8 @@ impl CtrlLib {
             __library.get(b"xc__hypercall_buffer_free_pages\0")
         }
             .map(|sym| *sym);
+        let xc_get_max_cpus = unsafe { __library.get(b"xc_get_max_cpus\0") }
+            .map(|sym| *sym);
         let xc_domain_pause = unsafe { __library.get(b"xc_domain_pause\0") }
             .map(|sym| *sym);
         let xc_domain_unpause = unsafe { __library.get(b"xc_domain_unpause\0") }
@@ -481,8 +522,13 @@ impl CtrlLib {
             .map(|sym| *sym);
         let xc_logdirty_control = unsafe { __library.get(b"xc_logdirty_control\0") }
             .map(|sym| *sym);
+        let xc_getcpuinfo = unsafe { __library.get(b"xc_getcpuinfo\0") }.map(|sym| *sym);
         let xc_domain_maximum_gpfn = unsafe {
             __library.get(b"xc_domain_maximum_gpfn\0")
+        }
+            .map(|sym| *sym);
+        let xc_domain_get_pod_target = unsafe {
+            __library.get(b"xc_domain_get_pod_target\0")
         }
             .map(|sym| *sym);
         let xc_version = unsafe { __library.get(b"xc_version\0") }.map(|sym| *sym);
@@ -494,11 +540,14 @@ impl CtrlLib {
             xc_interface_close,
             xc__hypercall_buffer_alloc_pages,
             xc__hypercall_buffer_free_pages,
+            xc_get_max_cpus,
             xc_domain_pause,
             xc_domain_unpause,
             xc_domain_getinfolist,
             xc_logdirty_control,
+            xc_getcpuinfo,
             xc_domain_maximum_gpfn,
+            xc_domain_get_pod_target,
             xc_version,
             xc_hvm_param_get,
         })
@@ -553,6 +602,14 @@ impl CtrlLib {
                 .xc__hypercall_buffer_free_pages
                 .as_ref()
                 .expect("Expected function, got error."))(xch, b, nr_pages)
+        }
+    }
+    pub unsafe fn xc_get_max_cpus(
+        &self,
+        xch: *mut xc_interface,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self.xc_get_max_cpus.as_ref().expect("Expected function, got error."))(xch)
         }
     }
     pub unsafe fn xc_domain_pause(
@@ -614,6 +671,20 @@ impl CtrlLib {
                 ))(xch, domid, sop, dirty_bitmap, pages, mode, stats)
         }
     }
+    pub unsafe fn xc_getcpuinfo(
+        &self,
+        xch: *mut xc_interface,
+        max_cpus: ::std::os::raw::c_int,
+        info: *mut xc_cpuinfo_t,
+        nr_cpus: *mut ::std::os::raw::c_int,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_getcpuinfo
+                .as_ref()
+                .expect("Expected function, got error."))(xch, max_cpus, info, nr_cpus)
+        }
+    }
     pub unsafe fn xc_domain_maximum_gpfn(
         &self,
         xch: *mut xc_interface,
@@ -625,6 +696,23 @@ impl CtrlLib {
                 .xc_domain_maximum_gpfn
                 .as_ref()
                 .expect("Expected function, got error."))(xch, domid, gpfns)
+        }
+    }
+    pub unsafe fn xc_domain_get_pod_target(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+        tot_pages: *mut u64,
+        pod_cache_pages: *mut u64,
+        pod_entries: *mut u64,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_domain_get_pod_target
+                .as_ref()
+                .expect(
+                    "Expected function, got error.",
+                ))(xch, domid, tot_pages, pod_cache_pages, pod_entries)
         }
     }
     pub unsafe fn xc_version(

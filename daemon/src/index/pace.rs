@@ -1,0 +1,170 @@
+//! How many pages may be hashed: the configured rate, in the share of time that the processors have been idle.
+use std::time::Duration;
+
+/// What is hashed on a host without any idle processor, as a share of the configured rate: the index must not die out.
+const FLOOR: f64 = 0.01;
+
+/// Pages become due in portions of this time, so that neither the thread wakes for each page nor a portion is felt.
+const PORTION: Duration = Duration::from_millis(50);
+
+/// Idle times that were taken closer together than this say nothing.
+const SHORTEST: Duration = Duration::from_millis(100);
+
+/// Time comes in as a value, since any moment.
+pub struct Pace {
+    limit_pages_per_s: f64,
+    /// `None`: not known.
+    idle_share: Option<f64>,
+    /// The idle times last seen, and when.
+    last_idle: Option<(Duration, Vec<Duration>)>,
+    due_pages: f64,
+    counted: Option<Duration>,
+}
+
+impl Pace {
+    pub fn new(limit_pages_per_s: u32) -> Pace {
+        Pace {
+            limit_pages_per_s: f64::from(limit_pages_per_s.max(1)),
+            idle_share: None,
+            last_idle: None,
+            due_pages: 0.0,
+            counted: None,
+        }
+    }
+
+    /// Takes what Xen tells of the processors, once a second or so.
+    pub fn observe(&mut self, now: Duration, idle: Vec<Duration>) {
+        if let Some((then, before)) = &self.last_idle {
+            let passed = now.saturating_sub(*then);
+            if passed < SHORTEST {
+                return;
+            }
+            let shares = before.iter().zip(&idle).filter_map(|(before, idle)| {
+                // Zero: offline. A processor that comes back begins again, which tells nothing.
+                let idle = idle.checked_sub(*before).filter(|_| !idle.is_zero())?;
+                Some((idle.as_secs_f64() / passed.as_secs_f64()).min(1.0))
+            });
+            let (mut sum, mut count) = (0.0, 0.0);
+            for share in shares {
+                sum += share;
+                count += 1.0;
+            }
+            self.idle_share = (count > 0.0).then(|| sum / count);
+        }
+        self.last_idle = Some((now, idle));
+    }
+
+    /// Xen does not tell: as if all processors were busy.
+    pub fn observe_nothing(&mut self) {
+        self.idle_share = None;
+        self.last_idle = None;
+    }
+
+    pub fn idle_share(&self) -> Option<f64> {
+        self.idle_share
+    }
+
+    fn rate(&self) -> f64 {
+        self.limit_pages_per_s * self.idle_share.unwrap_or(0.0).max(FLOOR)
+    }
+
+    fn portion(&self, most: usize) -> f64 {
+        (self.rate() * PORTION.as_secs_f64()).clamp(1.0, most as f64)
+    }
+
+    /// How many pages may be hashed now, at most `most`, or how long to wait until some may.
+    pub fn due(&mut self, now: Duration, most: usize) -> Result<usize, Duration> {
+        let passed = self.counted.map_or(Duration::ZERO, |then| now.saturating_sub(then));
+        self.counted = Some(now);
+        // What could not be used in time is not made up for.
+        let most_due = (self.rate() * PORTION.as_secs_f64() * 2.0).max(1.0);
+        self.due_pages = (self.due_pages + self.rate() * passed.as_secs_f64()).min(most_due);
+        let portion = self.portion(most);
+        if self.due_pages < portion {
+            let missing = (portion - self.due_pages) / self.rate();
+            // Never zero, whatever is rounded.
+            return Err(Duration::from_secs_f64(missing).max(Duration::from_millis(1)));
+        }
+        Ok((self.due_pages as usize).clamp(1, most))
+    }
+
+    /// So many have been hashed.
+    pub fn spend(&mut self, pages: f64) {
+        self.due_pages -= pages;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// Pages hashed in this many seconds, by a caller that waits as it is told.
+    fn hashed(pace: &mut Pace, from: Duration, seconds: u32) -> usize {
+        let (mut now, mut all) = (from, 0);
+        while now < from + SECOND * seconds {
+            match pace.due(now, 1024) {
+                Ok(pages) => {
+                    pace.spend(pages as f64);
+                    all += pages;
+                }
+                Err(wait) => now += wait,
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn busy_processors_slow_it_down() {
+        let mut pace = Pace::new(20_000);
+        let near = |pages: usize, expected: usize| pages.abs_diff(expected) <= expected / 10 + 5;
+        assert!(near(hashed(&mut pace, ms(0), 1), 200), "nothing is known yet");
+        pace.observe(ms(1000), vec![SECOND * 5; 4]);
+        assert_eq!(pace.idle_share(), None, "one look is no difference");
+        for (at, gained, share) in [(2000, 1000, 1.0), (3000, 500, 0.5), (4000, 0, 0.0), (5000, 1500, 1.0)] {
+            let (_, before) = pace.last_idle.clone().unwrap();
+            pace.observe(ms(at), before.iter().map(|idle| *idle + ms(gained)).collect());
+            assert_eq!(pace.idle_share(), Some(share));
+            let pages = hashed(&mut pace, ms(at), 1);
+            let expected = 20_000.0 * f64::max(share, 0.01);
+            assert!(near(pages, expected as usize), "{pages} at {share}");
+        }
+        pace.observe_nothing();
+        assert!(near(hashed(&mut pace, ms(7000), 1), 200));
+    }
+
+    #[test]
+    fn processors_count_alike_and_offline_ones_do_not() {
+        let mut pace = Pace::new(100);
+        pace.observe(ms(0), vec![SECOND, SECOND, Duration::ZERO, SECOND]);
+        pace.observe(ms(50), vec![SECOND * 9; 4]);
+        assert_eq!(pace.idle_share(), None, "too close together");
+        // Idle, busy, offline, back from being offline.
+        pace.observe(ms(1000), vec![SECOND * 2, SECOND, Duration::ZERO, ms(10)]);
+        assert_eq!(pace.idle_share(), Some(0.5));
+        pace.observe(ms(2000), vec![]);
+        assert_eq!(pace.idle_share(), None);
+    }
+
+    #[test]
+    fn lost_time_is_not_made_up_for() {
+        let mut pace = Pace::new(20_000);
+        pace.observe(ms(0), vec![SECOND]);
+        pace.observe(ms(1000), vec![SECOND * 2]);
+        assert!(pace.due(ms(1000), 1024).is_err());
+        assert_eq!(pace.due(SECOND * 3600, 1024), Ok(1024));
+        pace.spend(2000.0);
+        assert!(pace.due(SECOND * 3600, 1024).is_err());
+        // Time that stands still or runs back.
+        assert!(pace.due(ms(5), 1024).is_err());
+
+        let mut slow = Pace::new(1);
+        assert_eq!(slow.due(ms(0), 1024), Err(SECOND * 100));
+        assert_eq!(slow.due(SECOND * 100, 1024), Ok(1));
+    }
+}

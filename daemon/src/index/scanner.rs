@@ -1,0 +1,330 @@
+//! The rounds: all guests again and again, each from its first frame to its last.
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use xenfold::engine::chain;
+use xenfold::page::{PAGE_SIZE, Pfn, is_zero};
+
+use super::host::{Identity, LeftOut, Page, Seen, read_of};
+use super::pace::Pace;
+use super::state::Outside;
+use super::table::{Place, Slot, Table};
+use super::{BATCH_PAGES, Index};
+use crate::membership::{Known, Membership};
+
+/// How often guests and processors are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Rounds begin no closer together: on a host of small guests there is no use in hashing the same all the time.
+const ROUND_AT_LEAST: Duration = Duration::from_secs(30);
+
+/// Frame numbers that the index can keep: 16 TiB.
+const END_OF_PFNS: u64 = 1 << 32;
+
+/// Numbers without a frame that are tried in one guest and round. Below 4 GiB there are at most a million; a guest can
+/// put something at the end of its address space, and shall not keep the round from the others by that.
+const MOST_HOLES: u64 = 4 << 20;
+
+/// What trying to map a frame that is not there takes, measured in pages hashed; a guess. Most of a PVH guest's numbers
+/// have no frame.
+const HOLE_PAGES: f64 = 0.125;
+
+/// A guest that is being gone through.
+struct Cursor {
+    slot: Slot,
+    identity: Identity,
+    membership: Membership,
+    next: u64,
+    end: u64,
+    /// Numbers without a frame so far.
+    holes: u64,
+    /// Its round in the table; `None` before the first frame.
+    round: Option<u16>,
+}
+
+/// Goes round the guests. Time is given as a value.
+pub struct Scanner {
+    index: Arc<Index>,
+    pace: Pace,
+    looked: Option<Duration>,
+    /// Pages hashed since the last look.
+    hashed: u64,
+    /// Guests that are still to come in this round.
+    queue: VecDeque<Slot>,
+    cursor: Option<Cursor>,
+    /// When the round began; `None` between two.
+    pub(super) round_began: Option<Duration>,
+    last_began: Option<Duration>,
+    pages: Vec<Page>,
+    /// What fails is said once.
+    said: bool,
+}
+
+impl Scanner {
+    pub fn new(index: Arc<Index>) -> Scanner {
+        Scanner {
+            pace: Pace::new(index.settings.rate_pages_per_s),
+            index,
+            looked: None,
+            hashed: 0,
+            queue: VecDeque::new(),
+            cursor: None,
+            round_began: None,
+            last_began: None,
+            pages: vec![[0; PAGE_SIZE]; BATCH_PAGES],
+            said: false,
+        }
+    }
+
+    /// Does what is due and tells how long there is nothing to do. One step reads at most one batch.
+    pub fn step(&mut self, now: Duration) -> Duration {
+        if self
+            .looked
+            .is_none_or(|looked| now.saturating_sub(looked) >= LOOK_EVERY)
+        {
+            self.look(now);
+        }
+        let next_look = self
+            .looked
+            .map_or(Duration::ZERO, |looked| (looked + LOOK_EVERY).saturating_sub(now));
+        if self.round_began.is_none() && !self.begin_round(now) {
+            return next_look;
+        }
+        if !self.take_next(now) {
+            return Duration::ZERO;
+        }
+        match self.pace.due(now, BATCH_PAGES) {
+            Ok(pages) => {
+                self.scan(pages);
+                Duration::ZERO
+            }
+            Err(wait) => wait.min(next_look),
+        }
+    }
+
+    /// Which guests there are, and how busy the processors were.
+    fn look(&mut self, now: Duration) {
+        let seconds = self
+            .looked
+            .map_or(0.0, |looked| now.saturating_sub(looked).as_secs_f64());
+        self.looked = Some(now);
+        let (idle, guests) = {
+            let mut host = self.index.host.lock();
+            (host.idle_times(), host.guests())
+        };
+        match idle {
+            Ok(idle) => self.pace.observe(now, idle),
+            Err(error) => {
+                self.say(&format!("how busy the processors are is not known: {}", chain(&error)));
+                self.pace.observe_nothing();
+            }
+        }
+        match guests {
+            Ok(guests) => self.welcome(guests),
+            Err(error) => self.say(&format!("guests cannot be listed: {}", chain(&error))),
+        }
+        let mut state = self.index.state.lock();
+        state.figures.idle_share = self.pace.idle_share();
+        if seconds > 0.0 {
+            state.figures.pages_per_s = (self.hashed as f64 / seconds).round() as u64;
+            self.hashed = 0;
+        }
+    }
+
+    fn say(&mut self, what: &str) {
+        if !self.said {
+            log::warn!("the index: {what}");
+            self.said = true;
+        }
+    }
+
+    /// Takes guests up that have come, and off those that have gone or are others by now.
+    fn welcome(&mut self, guests: Vec<Seen>) {
+        let (mut inside, mut outside) = (Vec::new(), Vec::new());
+        for seen in guests {
+            match self.judge(&seen) {
+                Ok(one) => inside.push(one),
+                Err(reason) => outside.push(Outside {
+                    domid: seen.info.domid.get(),
+                    name: seen.name.unwrap_or_default(),
+                    reason: reason.to_string(),
+                }),
+            }
+        }
+        let gone: Vec<Slot> = {
+            let mut state = self.index.state.lock();
+            state.outside = outside;
+            let there = |identity: &Identity, membership: &Membership| {
+                inside.iter().any(|(i, m)| i == identity && m == membership)
+            };
+            let gone = state
+                .guests()
+                .filter(|(_, guest)| !there(&guest.identity, &guest.membership));
+            gone.map(|(slot, _)| slot).collect()
+        };
+        gone.into_iter().for_each(|slot| self.take_off(slot));
+        let mut state = self.index.state.lock();
+        for (identity, membership) in inside {
+            if state.guests().any(|(_, guest)| guest.identity == identity) {
+                continue;
+            }
+            log::debug!(
+                "guest {} ({}) is indexed in group {}",
+                identity.name,
+                identity.domid,
+                membership.group
+            );
+            // In the round that is under way it comes last.
+            if let Some(slot) = state.enter(identity, membership)
+                && self.round_began.is_some()
+            {
+                self.queue.push_back(slot);
+            }
+        }
+    }
+
+    /// The guest and its group, or why it is left out.
+    fn judge(&self, seen: &Seen) -> Result<(Identity, Membership), LeftOut> {
+        let identity = seen.readable()?;
+        if self.index.settings.off.fit(&identity.name) {
+            return Err(LeftOut::Configured);
+        }
+        match self.index.members.known(&identity.uuid, &identity.name) {
+            Ok(Known::Member(membership)) => Ok((identity, membership)),
+            Ok(Known::Alone) => Err(LeftOut::Alone),
+            Ok(Known::NoKey) => Err(LeftOut::NoKey),
+            Err(error) => Err(LeftOut::NoGroup(chain(&error))),
+        }
+    }
+
+    /// The slot is free for another guest when this returns, with nothing of this one left under it.
+    fn take_off(&mut self, slot: Slot) {
+        self.queue.retain(|queued| *queued != slot);
+        self.cursor.take_if(|cursor| cursor.slot == slot);
+        let Some(group) = self.index.state.lock().leave(slot) else {
+            return;
+        };
+        self.sweep(&group, slot, None);
+        self.index.state.lock().drop_if_empty(&group);
+    }
+
+    /// Part by part, so that a caller waits for none but the one.
+    fn sweep(&self, group: &str, slot: Slot, round: Option<u16>) {
+        for part in Table::parts() {
+            self.index.state.lock().sweep(group, part, slot, round);
+        }
+    }
+
+    fn begin_round(&mut self, now: Duration) -> bool {
+        let early = self
+            .last_began
+            .is_some_and(|began| now.saturating_sub(began) < ROUND_AT_LEAST);
+        if early {
+            return false;
+        }
+        self.queue = self.index.state.lock().guests().map(|(slot, _)| slot).collect();
+        if self.queue.is_empty() {
+            return false;
+        }
+        (self.round_began, self.last_began) = (Some(now), Some(now));
+        true
+    }
+
+    /// Sees to it that there is a guest with frames to read. False: there is none at the moment.
+    fn take_next(&mut self, now: Duration) -> bool {
+        if self.cursor.as_ref().is_some_and(|cursor| cursor.next < cursor.end) {
+            return true;
+        }
+        if let Some(cursor) = self.cursor.take() {
+            // What it did not show this time it does not have any more.
+            if cursor.round.is_some() {
+                self.sweep(&cursor.membership.group, cursor.slot, cursor.round);
+            }
+        }
+        let Some(slot) = self.queue.pop_front() else {
+            let took = self
+                .round_began
+                .take()
+                .map_or(Duration::ZERO, |began| now.saturating_sub(began));
+            self.index.state.lock().end_round(now, took);
+            return false;
+        };
+        let entered = {
+            let mut state = self.index.state.lock();
+            let round = state.begin(slot);
+            let mut guests = state.guests();
+            let guest = guests.find(|(number, _)| *number == slot);
+            guest.map(|(_, guest)| (guest.identity.clone(), guest.membership.clone(), round))
+        };
+        let Some((identity, membership, round)) = entered else {
+            return false;
+        };
+        let end = self.index.host.lock().end_of_frames(identity.domid);
+        match end {
+            Ok(end) => {
+                self.cursor = Some(Cursor {
+                    slot,
+                    identity,
+                    membership,
+                    next: 0,
+                    end: end.min(END_OF_PFNS),
+                    holes: 0,
+                    round,
+                });
+            }
+            Err(error) => log::debug!("guest {} is left out of this round: {}", identity.name, chain(&error)),
+        }
+        self.cursor.as_ref().is_some_and(|cursor| cursor.next < cursor.end)
+    }
+
+    /// Reads and hashes the next frames of the guest.
+    fn scan(&mut self, pages: usize) {
+        let Some(cursor) = &mut self.cursor else {
+            return;
+        };
+        let last = cursor.end.min(cursor.next.saturating_add(pages as u64));
+        let pfns: Vec<Pfn> = (cursor.next..last).filter_map(Pfn::new).collect();
+        let room = self.pages.len().min(pfns.len());
+        let Some(buffer) = self.pages.get_mut(..room) else {
+            return;
+        };
+        cursor.next = last;
+        let read = read_of(self.index.host.lock().as_mut(), &cursor.identity, &pfns, buffer);
+        let read = match read {
+            Ok(Some(read)) => read,
+            Ok(None) => {
+                // The next look says what has become of it.
+                self.cursor = None;
+                return;
+            }
+            Err(error) => {
+                log::debug!("guest {} cannot be read: {}", cursor.identity.name, chain(&error));
+                self.cursor = None;
+                return;
+            }
+        };
+        let (mut seen, mut there) = (Vec::new(), 0);
+        for ((pfn, page), read) in pfns.iter().zip(buffer.iter()).zip(&read) {
+            if !read {
+                continue;
+            }
+            there += 1;
+            // Zero pages travel as a bit.
+            if !is_zero(page)
+                && let Some(place) = Place::new(cursor.slot, *pfn)
+            {
+                seen.push((cursor.membership.key.id(page).lookup_key(), place));
+            }
+        }
+        let holes = (read.len() as u64).saturating_sub(there);
+        cursor.holes = cursor.holes.saturating_add(holes);
+        if cursor.holes > MOST_HOLES {
+            cursor.end = cursor.next;
+        }
+        self.pace.spend(there as f64 + holes as f64 * HOLE_PAGES);
+        self.hashed = self.hashed.saturating_add(there);
+        let slot = cursor.slot;
+        self.index.state.lock().note(slot, &seen);
+    }
+}
