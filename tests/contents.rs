@@ -57,6 +57,7 @@ fn guest() -> StreamSpec {
         pages: 600,
         passes: 4,
         dirty_percent: 30,
+        rewrite_similar: true,
         mix: Mix {
             random: 6,
             similar: 4,

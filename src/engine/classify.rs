@@ -76,11 +76,21 @@ pub(super) enum BlockData {
     Record(Range<usize>),
 }
 
-/// The bytes that a delta is made against.
-enum BaseBytes {
-    Page(Box<[u8]>),
-    Content(ContentId),
+/// A page that may go as a difference.
+struct Candidate {
+    /// Its place in the record's list, and the index of its page.
+    at: usize,
+    index: usize,
+    base: Base,
+    /// What it is made against, once that is known.
+    bytes: Vec<u8>,
 }
+
+/// Bases that a worker reads in one go.
+const READ_PAGES: usize = 128;
+
+/// Words of 8 bytes in a page that must be those of its base, 1 of so many: below that the difference is no smaller.
+const SIMILAR: usize = 8;
 
 /// What a classifier is made from.
 pub(super) struct Classifying {
@@ -184,38 +194,46 @@ impl Classifier {
         let held = held.unwrap_or_default();
         let mut kinds = Vec::with_capacity(record.list.len());
         let mut ids = Vec::with_capacity(record.list.len());
-        let (mut full, mut deltas) = (Vec::new(), Vec::new());
-        let mut pages = Pages::default();
+        let mut candidates = Vec::new();
         let mut again = Vec::new();
         let mut highest = None;
-        for (pfn, page_type, index) in &record.list {
-            let (row, id) = match index {
-                None => (Row::Absent, ABSENT),
-                Some(index) => match contents.get(*index).copied().flatten() {
-                    None => (Row::Zero, self.zero),
-                    Some(id) => {
-                        let held = held.get(*index) == Some(&true);
+        for (at, (pfn, page_type, index)) in record.list.iter().enumerate() {
+            let content = index.and_then(|index| contents.get(index).copied().flatten().map(|id| (index, id)));
+            let (row, id) = match (index, content) {
+                (None, _) => (Row::Absent, ABSENT),
+                (_, None) => (Row::Zero, self.zero),
+                (_, Some((index, id))) => {
+                    let row = self.classify(*page_type, id, held.get(index) == Some(&true));
+                    if row == Row::Full && *page_type == PageType::NoTab {
                         // Xen's records ascend. A page that stands in the record already has no base before it.
-                        let first = Some(*pfn) > highest;
-                        let (row, base) = self.classify(*pfn, *page_type, id, held, first);
-                        match base {
-                            Some(base) => deltas.push((*index, base)),
-                            None if row == Row::Full => full.push(*index),
-                            None => {}
-                        }
-                        if self.table.id(*pfn).is_some_and(|old| old != id) {
-                            again.push((*pfn, id, *index));
-                        }
-                        (row, id)
+                        candidates.extend(self.candidate(*pfn, at, index, Some(*pfn) > highest));
                     }
-                },
+                    if self.table.id(*pfn).is_some_and(|old| old != id) {
+                        again.push((*pfn, id, index));
+                    }
+                    (row, id)
+                }
             };
-            pages.add(&row);
             highest = highest.max(Some(*pfn));
             self.enter(*pfn, *page_type, row, id)?;
             kinds.push(row);
             ids.push(id);
         }
+        let deltas = self.similar(&record, candidates)?;
+        for delta in &deltas {
+            if let Some(kind) = kinds.get_mut(delta.at) {
+                *kind = Row::Delta(delta.base);
+            }
+        }
+        let mut pages = Pages::default();
+        kinds.iter().for_each(|row| pages.add(row));
+        let full: Vec<usize> = record
+            .list
+            .iter()
+            .zip(&kinds)
+            .filter(|(_, row)| **row == Row::Full)
+            .filter_map(|(entry, _)| entry.2)
+            .collect();
         if self.holdings.is_some() && !self.frozen {
             for (pfn, id, index) in again {
                 self.rewritten.insert(pfn, id, record.pages(index..index + 1));
@@ -248,35 +266,64 @@ impl Classifier {
         }))
     }
 
-    /// What a page that is not zero is; for a delta also the bytes that it is made against.
-    fn classify(
-        &self,
-        pfn: Pfn,
-        page_type: PageType,
-        id: ContentId,
-        held: bool,
-        first: bool,
-    ) -> (Row, Option<BaseBytes>) {
+    /// What a page that is not zero is, as long as nothing is known of differences.
+    fn classify(&self, page_type: PageType, id: ContentId, held: bool) -> Row {
         if page_type != PageType::NoTab {
-            return (Row::Full, None);
+            return Row::Full;
         }
         match self.table.holder(&id) {
-            Some(holder) if self.has(holder) => return (Row::Reference(holder), None),
-            _ if held => return (Row::Known(id), None),
-            _ => {}
+            Some(holder) if self.has(holder) => Row::Reference(holder),
+            _ if held => Row::Known(id),
+            _ => Row::Full,
         }
-        let Some(holdings) = &self.holdings else {
-            return (Row::Full, None);
-        };
+    }
+
+    /// What both ends have that the page may be close to. `first`: it is the page's first row in its record.
+    fn candidate(&self, pfn: Pfn, at: usize, index: usize, first: bool) -> Option<Candidate> {
+        let holdings = self.holdings.as_ref()?;
         let before = self.table.id(pfn).filter(|_| first && self.has(pfn));
         if let Some(page) = before.and_then(|before| self.rewritten.get(pfn, before)) {
-            return (Row::Delta(Base::Page), Some(BaseBytes::Page(page.into())));
+            return Some(Candidate {
+                at,
+                index,
+                base: Base::Page,
+                bytes: page.to_vec(),
+            });
         }
-        let last_seen = self.contents.as_ref().and_then(|contents| contents.last_seen(pfn));
-        match last_seen.filter(|base| holdings.contain(&[Some(*base)]) == [true]) {
-            Some(base) => (Row::Delta(Base::Content(base)), Some(BaseBytes::Content(base))),
-            None => (Row::Full, None),
+        let base = self.contents.as_ref()?.last_seen(pfn)?;
+        (holdings.contain(&[Some(base)]) == [true]).then(|| Candidate {
+            at,
+            index,
+            base: Base::Content(base),
+            bytes: Vec::new(),
+        })
+    }
+
+    /// Reads the bases that are not here yet, and keeps the pages that are close enough to theirs.
+    fn similar(&self, record: &Arc<PageRecord>, mut candidates: Vec<Candidate>) -> Result<Vec<Candidate>, EngineError> {
+        let mut reads = Vec::new();
+        if let Some(contents) = &self.contents {
+            let wanted: Vec<ContentId> = candidates.iter().filter_map(Candidate::content).collect();
+            for ids in wanted.chunks(READ_PAGES) {
+                let (contents, key, ids) = (contents.clone(), self.key.clone(), ids.to_vec());
+                reads.push(self.pool.run(move |_| read_checked(contents.as_ref(), &key, &ids)));
+            }
         }
+        let mut unread = candidates.iter_mut().filter(|candidate| candidate.bytes.is_empty());
+        for read in reads {
+            let (pages, right) = read.wait()?;
+            for (page, right) in pages.chunks_exact(PAGE_SIZE).zip(right) {
+                if let (Some(candidate), true) = (unread.next(), right) {
+                    candidate.bytes = page.to_vec();
+                }
+            }
+        }
+        candidates.retain(|candidate| {
+            let page = record.pages(candidate.index..candidate.index + 1);
+            let words = page.chunks_exact(8).zip(candidate.bytes.chunks_exact(8));
+            words.filter(|(new, old)| new == old).count() * SIMILAR >= PAGE_SIZE / 8
+        });
+        Ok(candidates)
     }
 
     /// Whether the destination can find what a page holds that has a row.
@@ -330,34 +377,28 @@ impl Classifier {
             .collect()
     }
 
-    /// The same for pages that are sent as deltas. A block whose bases cannot be read is sent in full.
-    fn compress_deltas(
-        &mut self,
-        record: &Arc<PageRecord>,
-        deltas: Vec<(usize, BaseBytes)>,
-    ) -> Vec<Pending<ReadyBlock>> {
+    /// The same for pages that are sent as differences.
+    fn compress_deltas(&mut self, record: &Arc<PageRecord>, deltas: Vec<Candidate>) -> Vec<Pending<ReadyBlock>> {
         let each = block_pages(deltas.len());
         let mut deltas = deltas.into_iter();
         let mut blocks = Vec::new();
         loop {
-            let (indices, bases): (Vec<usize>, Vec<BaseBytes>) = deltas.by_ref().take(each).unzip();
-            if indices.is_empty() {
+            let part: Vec<Candidate> = deltas.by_ref().take(each).collect();
+            if part.is_empty() {
                 return blocks;
             }
             let level = self.policy.lock().choose();
             let (record, policy) = (record.clone(), self.policy.clone());
-            let (contents, key) = (self.contents.clone(), self.key.clone());
             blocks.push(self.pool.run(move |tools| {
-                let delta = gather_bases(bases, contents.as_deref(), &key).and_then(|bases| {
-                    let pages = record.gather(indices.iter().copied());
-                    let level = if let Level::Zstd(level) = level {
-                        level
-                    } else {
-                        DELTA_LEVEL
-                    };
-                    tools.compressor.delta(&pages, &bases, level)
-                });
-                match delta {
+                let indices: Vec<usize> = part.iter().map(|delta| delta.index).collect();
+                let pages = record.gather(indices.iter().copied());
+                let bases: Vec<u8> = part.into_iter().flat_map(|delta| delta.bytes).collect();
+                let strength = if let Level::Zstd(level) = level {
+                    level
+                } else {
+                    DELTA_LEVEL
+                };
+                match tools.compressor.delta(&pages, &bases, strength) {
                     Some((codec, block)) => ReadyBlock {
                         codec,
                         name: "delta".into(),
@@ -371,36 +412,18 @@ impl Classifier {
     }
 }
 
+impl Candidate {
+    fn content(&self) -> Option<ContentId> {
+        match self.base {
+            Base::Content(id) => Some(id),
+            Base::Page => None,
+        }
+    }
+}
+
 /// Pages of each block when `count` are split evenly.
 fn block_pages(count: usize) -> usize {
     count.div_ceil(count.div_ceil(BLOCK_PAGES).max(1)).max(1)
-}
-
-/// Bases one behind the other. `None`: one of them is not there any more.
-fn gather_bases(bases: Vec<BaseBytes>, contents: Option<&dyn Contents>, key: &ContentKey) -> Option<Vec<u8>> {
-    let ids: Vec<ContentId> = bases
-        .iter()
-        .filter_map(|base| match base {
-            BaseBytes::Content(id) => Some(*id),
-            BaseBytes::Page(_) => None,
-        })
-        .collect();
-    let read = match contents {
-        Some(contents) if !ids.is_empty() => {
-            let (pages, right) = read_checked(contents, key, &ids);
-            right.iter().all(|right| *right).then_some(pages)?
-        }
-        _ => Vec::new(),
-    };
-    let mut read = read.chunks_exact(PAGE_SIZE);
-    let mut gathered = Vec::with_capacity(bases.len() * PAGE_SIZE);
-    for base in &bases {
-        match base {
-            BaseBytes::Page(page) => gathered.extend_from_slice(page),
-            BaseBytes::Content(_) => gathered.extend_from_slice(read.next()?),
-        }
-    }
-    Some(gathered)
 }
 
 fn compress_block(

@@ -74,8 +74,11 @@ const WEIGHT: f64 = 0.15;
 /// Every so many blocks one is compressed although raw looks best, to notice when that changes.
 const PROBE_EVERY: u32 = 16;
 
+/// What a link is taken for until it has been measured: 1 Gbit/s.
+const FIRST_LINK_NS: f64 = 8.0;
+
 /// A level must promise to be this much better than the one in use.
-const HYSTERESIS: f64 = 0.95;
+const HYSTERESIS: f64 = 0.97;
 
 /// Chooses the level of each block.
 #[derive(Debug)]
@@ -110,7 +113,7 @@ impl LevelPolicy {
             fixed_ns: 0.6,
             slowness: 1.0,
             ratio: ORDINARY_RATIO,
-            link_ns: 1.0,
+            link_ns: FIRST_LINK_NS,
             current: 2,
             blocks: 0,
             usable,

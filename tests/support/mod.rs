@@ -108,6 +108,8 @@ pub struct StreamSpec {
     pub passes: usize,
     /// Part of the pages that each pass after the first repeats; half of them with their content unchanged.
     pub dirty_percent: u32,
+    /// Pages that are written again change a little where they can.
+    pub rewrite_similar: bool,
     pub mix: Mix,
     /// Pages of types D and F (PV: also E), that come without data. They may have had data in an earlier pass.
     pub no_data_percent: u32,
@@ -146,6 +148,7 @@ impl Default for StreamSpec {
             hole_percent: 5,
             passes: 3,
             dirty_percent: 20,
+            rewrite_similar: false,
             mix: Mix::ALL,
             no_data_percent: 3,
             page_table_percent: 10,
@@ -379,7 +382,13 @@ impl<'a, W: Write> Builder<'a, W> {
             if self.rng.percent(self.spec.dirty_percent) {
                 dirty.push(index);
                 if self.rng.percent(50) {
-                    let page = self.new_page(index);
+                    let page = match self.memory[index] {
+                        (0, Content::Random(base) | Content::Similar { base, .. }) if self.spec.rewrite_similar => {
+                            let change = self.rng.next();
+                            (0, Content::Similar { base, change })
+                        }
+                        _ => self.new_page(index),
+                    };
                     self.memory[index] = page;
                     self.sent.push(page.1);
                 }

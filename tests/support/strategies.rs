@@ -45,6 +45,7 @@ pub fn small_spec() -> impl Strategy<Value = StreamSpec> {
         batch: pages.1,
         hole_percent: pages.2,
         dirty_percent: pages.3,
+        rewrite_similar: shape.0 % 3 == 0,
         no_data_percent: pages.4,
         page_table_percent: pages.5,
         repeat_in_record: flags[0],
