@@ -17,7 +17,7 @@ use crate::wire::{self, Block, End, Frame, Kind, Need, Rows, u32_body};
 
 /// Bytes of frames that may wait. A source that may have to answer keeps less under way (pacing.rs), so that whoever
 /// reads the connection is not blocked while an answer comes.
-const BACKLOG_BYTES: usize = 20 << 20;
+const BACKLOG_BYTES: usize = 13 << 20;
 
 /// Contents that a worker looks up in one go.
 const LOOKUP_PAGES: usize = 128;

@@ -21,7 +21,7 @@ const LEAST_BYTES: u64 = 8 << 20;
 const WEIGHT: f64 = 0.25;
 
 /// Guest bytes that may be under way where the destination may ask for pages: it has to hold what comes meanwhile.
-pub const BOUND_BYTES: u64 = 16 << 20;
+pub const BOUND_BYTES: u64 = 12 << 20;
 
 /// Rows under way.
 pub struct Pacing {
