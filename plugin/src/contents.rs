@@ -3,10 +3,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 use xenfold::control::{Client, ControlError, HoldingsFrom, Offer, Opened};
 use xenfold::engine::{Contents, chain};
@@ -20,8 +20,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How long putting away the last pages may take when the migration is over.
 const LAST_PAGES: Duration = Duration::from_secs(30);
 
-/// Records that wait for the daemon to keep them. More is not kept.
+/// Records that wait for the daemon to keep them.
 const KEEP_DEPTH: usize = 1;
+
+/// A migration waits for the daemon to keep a record for 1 part in so many of its time. What cannot be given then is not
+/// kept.
+const KEEP_SHARE: u32 = 20;
 
 /// The most contents told of: 16 GiB of pages.
 const MAX_TOLD: usize = 4 << 20;
@@ -37,6 +41,9 @@ pub struct DaemonContents {
     held: Held,
     image: PageIds,
     keep: Sender<Keep>,
+    start: Instant,
+    /// Time spent waiting until records were taken, and pages that were not.
+    waited: Mutex<(Duration, u64)>,
 }
 
 /// For the thread that gives pages to the daemon.
@@ -104,6 +111,8 @@ impl DaemonContents {
             held,
             image,
             keep,
+            start: Instant::now(),
+            waited: Mutex::default(),
         };
         Ok((opened, Some(contents)))
     }
@@ -175,7 +184,13 @@ impl Contents for DaemonContents {
     }
 
     fn keep(&self, pages: &[(ContentId, &[u8])]) {
-        if self.lost.load(Ordering::Relaxed) || self.keep.is_full() {
+        if self.lost.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut waited = self.waited.lock();
+        let patience = (self.start.elapsed() / KEEP_SHARE).saturating_sub(waited.0);
+        if patience.is_zero() && self.keep.is_full() {
+            waited.1 += pages.len() as u64;
             return;
         }
         let new = pages.iter().filter(|(id, _)| !self.held.contains(id));
@@ -184,16 +199,25 @@ impl Contents for DaemonContents {
             ids.push(*id);
             bytes.extend_from_slice(page);
         }
-        if !ids.is_empty()
-            && let Err(TrySendError::Disconnected(_)) = self.keep.try_send(Keep::Pages(bytes, ids))
-        {
-            self.lost.store(true, Ordering::Relaxed);
+        if ids.is_empty() {
+            return;
         }
+        let (count, begin) = (ids.len() as u64, Instant::now());
+        match self.keep.send_timeout(Keep::Pages(bytes, ids), patience) {
+            Ok(()) => {}
+            Err(SendTimeoutError::Timeout(_)) => waited.1 += count,
+            Err(SendTimeoutError::Disconnected(_)) => self.lost.store(true, Ordering::Relaxed),
+        }
+        waited.0 += begin.elapsed();
     }
 
     fn save_image(&self, ids: &PageIds) {
         let (done, given) = bounded(1);
         let flushed = self.keep.send_timeout(Keep::Flush(done), LAST_PAGES).is_ok();
+        let (_, left_out) = *self.waited.lock();
+        if left_out > 0 {
+            log::info!("{left_out} pages were not kept: the daemon was too slow for them");
+        }
         if flushed && given.recv_timeout(LAST_PAGES).is_ok() {
             self.ask(|client| client.save_image(ids.iter()));
         }

@@ -22,7 +22,8 @@ pub trait Contents: Send + Sync {
     /// What a page of this guest held when the guest was last here.
     fn last_seen(&self, pfn: Pfn) -> Option<ContentId>;
 
-    /// Offers pages for keeping. Never waits: what cannot be taken at once is not kept.
+    /// Offers pages for keeping. Waits for a small share of the migration's time at most: what cannot be taken then is not
+    /// kept.
     fn keep(&self, pages: &[(ContentId, &[u8])]);
 
     /// What the guest's pages hold as it leaves or arrives. Called when nobody waits for the guest any more.
