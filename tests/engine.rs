@@ -964,6 +964,7 @@ fn memory_side() {
         let setup = SourceSetup {
             to_xl: Box::new(xl.try_clone().unwrap()),
             frames: None,
+            verify: false,
             contents: None,
             figures: Arc::default(),
             events: source::events(),

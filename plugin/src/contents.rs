@@ -211,6 +211,14 @@ impl Contents for DaemonContents {
         waited.0 += begin.elapsed();
     }
 
+    fn wants(&self, ids: &[ContentId]) -> Vec<bool> {
+        self.ask(|client| client.want(ids)).unwrap_or_default()
+    }
+
+    fn keep_all(&self, pages: &[(ContentId, &[u8])]) {
+        self.ask(|client| client.put(pages));
+    }
+
     fn save_image(&self, ids: &PageIds) {
         let (done, given) = bounded(1);
         let flushed = self.keep.send_timeout(Keep::Flush(done), LAST_PAGES).is_ok();

@@ -212,6 +212,7 @@ impl Agent<'_> {
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
             frames: self.frames(&seen.domain),
+            verify: self.arguments.config.verify,
             contents: self.contents.take(),
             figures: figures.clone(),
             events,
@@ -246,15 +247,15 @@ impl Agent<'_> {
         }
     }
 
-    /// The source's own frames, for `--verify`.
+    /// The source's own frames, for `--verify` and for what the guest leaves here.
     fn frames(&self, domain: &KnownDomain) -> Option<Box<dyn FrameSource>> {
-        if !self.arguments.config.verify {
+        if !self.arguments.config.verify && self.contents.is_none() {
             return None;
         }
         match GuestFrames::open(domain.clone()) {
             Ok(frames) => Some(Box::new(frames)),
             Err(error) => {
-                log::warn!("the source's frames cannot be read for --verify: {}", chain(&error));
+                log::warn!("the guest's frames cannot be read: {}", chain(&error));
                 None
             }
         }

@@ -1,10 +1,11 @@
 //! What each page is: zero, a repeat, a content that the destination holds, a little different from one, or new.
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::contents::{Holdings, Rewritten, read_checked};
 use super::digest::{ABSENT, Digest};
@@ -426,6 +427,12 @@ fn block_pages(count: usize) -> usize {
     count.div_ceil(count.div_ceil(BLOCK_PAGES).max(1)).max(1)
 }
 
+/// Processor time of this thread.
+fn thread_cpu() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
+}
+
 fn compress_block(
     tools: &mut Tools,
     record: &PageRecord,
@@ -442,10 +449,11 @@ fn compress_block(
         BlockData::Own(bytes) => bytes,
         BlockData::Record(range) => record.pages(range.clone()),
     };
-    let start = Instant::now();
+    let (start, start_cpu) = (Instant::now(), thread_cpu());
     let packed = tools.compressor.compress(level, bytes);
+    let (elapsed, cpu) = (start.elapsed(), thread_cpu().saturating_sub(start_cpu));
     let output = packed.as_ref().map_or(bytes.len(), Vec::len);
-    policy.lock().compressed(level, bytes.len(), output, start.elapsed());
+    policy.lock().compressed(level, bytes.len(), output, cpu, elapsed);
     let (level, data) = match packed {
         Some(packed) => (level, BlockData::Own(packed)),
         None => (Level::Raw, source),

@@ -26,6 +26,12 @@ pub trait Contents: Send + Sync {
     /// kept.
     fn keep(&self, pages: &[(ContentId, &[u8])]);
 
+    /// Which of these contents would be kept, and are not held yet.
+    fn wants(&self, ids: &[ContentId]) -> Vec<bool>;
+
+    /// Keeps pages, however long it takes.
+    fn keep_all(&self, pages: &[(ContentId, &[u8])]);
+
     /// What the guest's pages hold as it leaves or arrives. Called when nobody waits for the guest any more.
     fn save_image(&self, ids: &PageIds);
 }
@@ -102,24 +108,45 @@ impl Holdings {
 /// Pages kept for deltas: 8 MiB.
 const REWRITTEN_PAGES: usize = 2048;
 
+/// When all places are taken, 1 page in so many that come anew takes the oldest one's: a guest that rewrites more pages
+/// than are kept, one after the other, would else find none of them.
+const ADMITTED: usize = 8;
+
 /// The newest bytes of pages that were carried more than once. They are likely to be carried again, changed a little.
 #[derive(Default)]
 pub(super) struct Rewritten {
     pages: HashMap<Pfn, (ContentId, Box<[u8]>)>,
     /// In the order of entering; a page may stand here that has been replaced since.
     order: VecDeque<(Pfn, ContentId)>,
+    /// Pages that came when all places were taken.
+    late: usize,
 }
 
 impl Rewritten {
     pub fn insert(&mut self, pfn: Pfn, id: ContentId, page: &[u8]) {
-        self.pages.insert(pfn, (id, page.into()));
-        self.order.push_back((pfn, id));
-        while self.order.len() > REWRITTEN_PAGES {
-            let Some((old, id)) = self.order.pop_front() else { break };
-            if self.pages.get(&old).is_some_and(|(newest, _)| *newest == id) {
-                self.pages.remove(&old);
+        if self.pages.len() >= REWRITTEN_PAGES && !self.pages.contains_key(&pfn) {
+            self.late += 1;
+            if !self.late.is_multiple_of(ADMITTED) {
+                return;
+            }
+            while let Some((old, id)) = self.order.pop_front() {
+                if self.is(old, id) {
+                    self.pages.remove(&old);
+                    break;
+                }
             }
         }
+        self.pages.insert(pfn, (id, page.into()));
+        self.order.push_back((pfn, id));
+        if self.order.len() > 2 * REWRITTEN_PAGES {
+            let mut order = std::mem::take(&mut self.order);
+            order.retain(|(pfn, id)| self.is(*pfn, *id));
+            self.order = order;
+        }
+    }
+
+    fn is(&self, pfn: Pfn, id: ContentId) -> bool {
+        self.get(pfn, id).is_some()
     }
 
     /// The bytes of a page, if they are those of this content.
@@ -154,5 +181,21 @@ mod tests {
             pages.insert(pfn(10_000 + round as u64), id(1), &[0; PAGE_SIZE]);
         }
         assert_eq!(pages.pages.len(), REWRITTEN_PAGES);
+        assert!(pages.order.len() <= 2 * REWRITTEN_PAGES);
+    }
+
+    #[test]
+    fn more_pages_than_there_are_places_are_found_in_part() {
+        let mut pages = Rewritten::default();
+        let all = 2 * REWRITTEN_PAGES as u64;
+        let mut found = 0;
+        for round in 0..4_u8 {
+            for pfn in (0..all).filter_map(Pfn::new) {
+                found += u64::from(round > 0 && pages.get(pfn, ContentId([round - 1; 16])).is_some());
+                pages.insert(pfn, ContentId([round; 16]), &[round; PAGE_SIZE]);
+            }
+        }
+        assert!(found > 3 * all / 4, "{found} of {}", 3 * all);
+        assert!(pages.pages.len() <= REWRITTEN_PAGES);
     }
 }

@@ -12,6 +12,7 @@ mod decode;
 pub mod destination;
 mod digest;
 mod error;
+mod leaving;
 mod link;
 mod outlet;
 mod pacing;

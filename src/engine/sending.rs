@@ -63,7 +63,7 @@ pub struct Sent<R> {
     /// xl's pipe, at the byte behind the stream.
     pub xl: R,
     /// What each page was last carried as.
-    pub table: PageTable,
+    pub table: Arc<PageTable>,
     pub guest_type: GuestType,
 }
 
@@ -120,7 +120,7 @@ impl<R: Read + Send + 'static> Sending<R> {
         let (table, guest_type) = first_cause([read.err(), sent.err()], classified)?;
         Ok(Sent {
             xl: stream.into_inner(),
-            table,
+            table: Arc::new(table),
             guest_type,
         })
     }

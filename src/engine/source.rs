@@ -20,6 +20,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
 use super::contents::Holdings;
+use super::leaving::Leaving;
 use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pacing::{self, Pacing};
 use super::pool::Pool;
@@ -40,6 +41,11 @@ const CLEAN_UP: Duration = Duration::from_secs(20);
 
 /// How long the stream may be held back until the other host has said what it holds.
 const HAVE: Duration = Duration::from_secs(5);
+
+/// How long the end of the guest's copy may be held back while what it leaves is kept: so long, and for 1 part in so
+/// many of the migration's time.
+const LEAVING: Duration = Duration::from_secs(10);
+const LEAVING_SHARE: u32 = 20;
 
 /// How hard pages are compressed that the other host needs at once.
 const NEEDED_LEVEL: Level = Level::Zstd(1);
@@ -124,8 +130,11 @@ pub struct Source {
     to_xl: Box<dyn Write + Send>,
     key: ContentKey,
     agreement: Agreement,
-    /// Reads the suspended source's frames, for `--verify`.
+    /// Reads the suspended source's frames.
     frames: Option<Box<dyn FrameSource>>,
+    verify: bool,
+    /// Keeps what the guest leaves here.
+    leaving: Option<Leaving>,
     /// What this host holds beside the guest.
     contents: Option<Arc<dyn Contents>>,
     /// What the destination holds, where rows may name it.
@@ -158,7 +167,10 @@ enum Signal {
 /// Everything the engine needs beside the connection.
 pub struct SourceSetup {
     pub to_xl: Box<dyn Write + Send>,
+    /// Reads the guest's frames while it is suspended.
     pub frames: Option<Box<dyn FrameSource>>,
+    /// Count frames that are not what was carried any more.
+    pub verify: bool,
     /// What this host holds beside the guest.
     pub contents: Option<Arc<dyn Contents>>,
     pub figures: Arc<Mutex<Figures>>,
@@ -208,6 +220,7 @@ impl Source {
         let SourceSetup {
             to_xl,
             frames,
+            verify,
             contents,
             figures,
             events: (event_sender, events),
@@ -233,6 +246,8 @@ impl Source {
             key,
             agreement,
             frames,
+            verify,
+            leaving: None,
             contents,
             holdings,
             told: false,
@@ -303,6 +318,7 @@ impl Source {
     /// Phase 3: the destination, which keeps libxl's END back, compares what it rebuilt with what was sent.
     pub fn settle(&mut self, end: &StreamEnd) -> Result<(), EngineError> {
         let changed = self.changed_since(end)?;
+        self.leave(end)?;
         loop {
             // It may have come while the pipeline was ending.
             match self.verdict.take() {
@@ -327,6 +343,9 @@ impl Source {
     /// With `--verify`: how many frames of the suspended source are not any more what was carried. Backends may still
     /// finish reads into them, so this is counted, not judged. `None` without `--verify`.
     fn changed_since(&mut self, end: &StreamEnd) -> Result<Option<u64>, EngineError> {
+        if !self.verify {
+            return Ok(None);
+        }
         match &mut self.frames {
             Some(frames) if end.sent.guest_type == GuestType::Hvm => {
                 match read_back(end.sent.table.ids(), frames.as_mut(), &self.key) {
@@ -337,9 +356,20 @@ impl Source {
                     }
                 }
             }
-            Some(_) => Ok(Some(0)),
-            None => Ok(None),
+            _ => Ok(Some(0)),
         }
+    }
+
+    /// From here on the guest's frames hold what its image will name.
+    fn leave(&mut self, end: &StreamEnd) -> Result<(), EngineError> {
+        if end.sent.guest_type == GuestType::Hvm
+            && let Some(contents) = self.contents.clone()
+            && let Some(frames) = self.frames.take()
+        {
+            let (table, key) = (end.sent.table.clone(), self.key.clone());
+            self.leaving = Some(Leaving::start(table, frames, contents, key)?);
+        }
+        Ok(())
     }
 
     /// Phase 4: the receiving xl has the guest, paused (R1). From the moment R1 is written xl counts on the other side.
@@ -418,6 +448,11 @@ impl Source {
             Ok(report) => report,
             Err(error) => return Ending::Unknown(error),
         };
+        let started = report.strip_prefix(xl::R2_REPORT) == Some(&[0]);
+        // The guest runs over there: only the removal of its copy waits, and for that only a while.
+        if let Some(leaving) = self.leaving.take_if(|_| started) {
+            leaving.wait(LEAVING.min(self.start.elapsed() / LEAVING_SHARE));
+        }
         // That xl is gone changes nothing any more.
         let _ = self.tell_xl(&report);
         if report.get(..xl::R2_REPORT.len()) != Some(xl::R2_REPORT) {
@@ -425,7 +460,7 @@ impl Source {
                 "the other host's xl did not say how the guest's start went",
             ));
         }
-        if report.last() == Some(&0) {
+        if started {
             let mut figures = self.figures.lock();
             figures.completed = true;
             drop(figures);

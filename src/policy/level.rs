@@ -3,9 +3,12 @@
 //! A byte of guest memory costs the processors `cpu` nanoseconds and the link `ratio × link` nanoseconds; the two work
 //! side by side, so the slower one decides the time. A level must be clearly faster than sending raw; among those the
 //! least time × √ratio wins: where times are close, fewer bytes. A link that is the slower one gets the strongest level
-//! that keeps up with it, since there time and bytes are the same. Two numbers are learnt while blocks are compressed:
-//! how fast this machine is and how well this guest compresses, both against the reference figures below; the link's is
-//! measured at each write.
+//! that keeps up with it, since there time and bytes are the same. Three numbers are learnt while blocks are compressed:
+//! how fast this machine is and how well this guest compresses, both against the reference figures below, and how long
+//! a worker waits for a processor; the link's is measured at each write.
+//!
+//! Whether compression pays at all is judged without that waiting: what the worker waits for may be the sending of the
+//! blocks before, which costs a busy processor more the larger they are.
 use std::time::Duration;
 
 use crate::codec::Level;
@@ -68,6 +71,9 @@ const POOR_RATIO: f64 = 0.97;
 /// A level may take at most this share of the time of sending raw.
 const WORTHWHILE: f64 = 0.9;
 
+/// Longer waiting than this many times the work is taken for an accident.
+const MOST_WAITING: f64 = 16.0;
+
 /// How fast new measurements replace old ones.
 const WEIGHT: f64 = 0.15;
 
@@ -86,8 +92,10 @@ pub struct LevelPolicy {
     workers: f64,
     /// What the workers spend on a byte whatever the level (hashing), ns on the reference machine.
     fixed_ns: f64,
-    /// Measured cost over reference cost.
+    /// Measured cost over reference cost, in processor time.
     slowness: f64,
+    /// Time over processor time while a block is compressed.
+    waiting: f64,
     /// What `zstd -1` makes of this guest's blocks, computed from the level measured.
     ratio: f64,
     link_ns: f64,
@@ -112,6 +120,7 @@ impl LevelPolicy {
             workers,
             fixed_ns: 0.6,
             slowness: 1.0,
+            waiting: 1.0,
             ratio: ORDINARY_RATIO,
             link_ns: FIRST_LINK_NS,
             current: 2,
@@ -139,15 +148,18 @@ impl LevelPolicy {
         }
     }
 
-    /// A block of `input` bytes took `elapsed` to compress at `level`, to `output` bytes.
-    pub fn compressed(&mut self, level: Level, input: usize, output: usize, elapsed: Duration) {
+    /// A block of `input` bytes took `elapsed`, and of it `cpu` on a processor, to compress at `level`, to `output`
+    /// bytes.
+    pub fn compressed(&mut self, level: Level, input: usize, output: usize, cpu: Duration, elapsed: Duration) {
         let Some(reference) = REFERENCES.iter().find(|reference| reference.level == level) else {
             return;
         };
         if input == 0 || reference.cpu_ns == 0.0 {
             return;
         }
-        let cpu_ns = elapsed.as_nanos() as f64 / input as f64;
+        let cpu_ns = cpu.as_nanos() as f64 / input as f64;
+        let waiting = elapsed.as_secs_f64() / cpu.as_secs_f64().max(1e-9);
+        self.waiting += WEIGHT * (waiting.clamp(1.0, MOST_WAITING) - self.waiting);
         self.slowness += WEIGHT * (cpu_ns / reference.cpu_ns - self.slowness);
         let measured = (output as f64 / input as f64).clamp(0.001, 1.0);
         self.ratio += WEIGHT * (measured.powf(1.0 / reference.strength()) - self.ratio);
@@ -167,14 +179,14 @@ impl LevelPolicy {
         };
         let ratio = self.ratio.powf(reference.strength());
         let cpu = (self.fixed_ns + reference.cpu_ns) * self.slowness / self.workers;
-        let time = (ratio * self.link_ns).max(cpu);
+        let link = ratio * self.link_ns;
         if reference.level == Level::Raw {
-            return self.link_ns;
+            return f64::MAX;
         }
-        if ratio > POOR_RATIO || time > self.link_ns * WORTHWHILE {
+        if ratio > POOR_RATIO || link.max(cpu) > self.link_ns * WORTHWHILE {
             return f64::INFINITY;
         }
-        time * ratio.sqrt()
+        link.max(cpu * self.waiting) * ratio.sqrt()
     }
 }
 
@@ -184,6 +196,10 @@ mod tests {
 
     /// Runs the policy against a link and a guest until it has settled.
     fn settled(link_ns: f64, ratio_of: impl Fn(f64) -> f64, slowness: f64) -> Level {
+        settled_waiting(link_ns, ratio_of, slowness, 1.0)
+    }
+
+    fn settled_waiting(link_ns: f64, ratio_of: impl Fn(f64) -> f64, slowness: f64, waiting: f64) -> Level {
         let mut policy = LevelPolicy::new(2);
         let mut level = Level::Raw;
         for _ in 0..400 {
@@ -191,7 +207,7 @@ mod tests {
             let reference = REFERENCES.iter().find(|reference| reference.level == level).unwrap();
             let output = (1e6 * ratio_of(reference.ratio)) as usize;
             let took = Duration::from_nanos((reference.cpu_ns * slowness * 1e6) as u64);
-            policy.compressed(level, 1_000_000, output, took);
+            policy.compressed(level, 1_000_000, output, took, took.mul_f64(waiting));
             policy.written(output, Duration::from_nanos((output as f64 * link_ns) as u64));
         }
         policy.current = policy.current.min(REFERENCES.len() - 1);
@@ -214,6 +230,13 @@ mod tests {
     fn a_slow_processor_steps_back() {
         assert_eq!(settled(160.0, |ratio| ratio, 40.0), Level::Zstd(1));
         assert_eq!(settled(8.0, |ratio| ratio, 40.0), Level::Raw);
+    }
+
+    #[test]
+    fn a_worker_that_waits_for_a_processor_steps_back_and_still_compresses() {
+        assert_eq!(settled_waiting(160.0, |ratio| ratio, 5.0, 1.0), Level::Zstd(6));
+        assert_eq!(settled_waiting(160.0, |ratio| ratio, 5.0, 5.0), Level::Zstd(1));
+        assert_ne!(settled_waiting(160.0, |ratio| ratio, 5.0, 15.0), Level::Raw);
     }
 
     #[test]

@@ -71,6 +71,15 @@ impl Contents for TestContents {
             .for_each(|(id, page)| drop(kept.insert(*id, page.to_vec())));
     }
 
+    fn wants(&self, ids: &[ContentId]) -> Vec<bool> {
+        let kept = self.kept.lock().unwrap();
+        ids.iter().map(|id| !kept.contains_key(id)).collect()
+    }
+
+    fn keep_all(&self, pages: &[(ContentId, &[u8])]) {
+        self.keep(pages);
+    }
+
     fn save_image(&self, ids: &PageIds) {
         *self.saved.lock().unwrap() = ids.iter().map(|(pfn, id)| (pfn.get(), id)).collect();
     }

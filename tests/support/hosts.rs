@@ -648,6 +648,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                 let setup = SourceSetup {
                     to_xl,
                     frames: None,
+                    verify: false,
                     contents: source_contents,
                     figures: noted,
                     events: source_events,

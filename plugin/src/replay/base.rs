@@ -115,5 +115,11 @@ impl Contents for Base {
     /// Nothing outlives a replay.
     fn keep(&self, _: &[(ContentId, &[u8])]) {}
 
+    fn wants(&self, ids: &[ContentId]) -> Vec<bool> {
+        vec![false; ids.len()]
+    }
+
+    fn keep_all(&self, _: &[(ContentId, &[u8])]) {}
+
     fn save_image(&self, _: &PageIds) {}
 }

@@ -169,6 +169,7 @@ fn send(arguments: &SideArguments) -> Result<Figures> {
     let setup = SourceSetup {
         to_xl: Box::new(io::sink()),
         frames: None,
+        verify: false,
         contents,
         figures: figures.clone(),
         events: source::events(),

@@ -44,17 +44,28 @@ pub fn mix(value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The contents of a page: of eight, one is zero, two repeat one of 16 contents, two compress
-/// well, three do not compress.
+/// The contents of a page: of eight, one is zero, two repeat one of 16 contents, two compress well, three do not
+/// compress. Of those three a new generation makes one wholly new, and in the others it writes an eighth of the page,
+/// as programs write records.
 fn word(index: usize, generation: u32, position: usize) -> u64 {
+    let written = match index % 8 {
+        6 | 7 => last_written(generation, position / (WORDS / 8)),
+        _ => generation,
+    };
     let position = position as u64;
-    let own = mix(index as u64 | u64::from(generation) << 40);
+    let own = mix(index as u64 | u64::from(written) << 40);
     match index % 8 {
         0 if generation.is_multiple_of(2) => 0,
         1 | 2 => mix(mix(own % 16) ^ position),
         3 | 4 => mix((own & 0xff) ^ (position / 32)) & 0x0303_0303_0303_0303 | 0x2020_2020_2020_2020,
         _ => mix(own ^ position),
     }
+}
+
+/// The generation that last wrote an eighth of a page, when each generation writes one of them, in turn.
+fn last_written(generation: u32, eighth: usize) -> u32 {
+    let since = (generation + 8 - eighth as u32) % 8;
+    generation.saturating_sub(since)
 }
 
 fn fill(page: &mut Page, index: usize, generation: u32) {
@@ -199,5 +210,18 @@ mod tests {
         fill(&mut page, 8, 4);
         assert!(page.0.iter().all(|&word| word == 0));
         assert_eq!(first_wrong_word(&page, 8, 5), Some(0));
+    }
+
+    #[test]
+    fn a_generation_writes_an_eighth_of_some_pages() {
+        for generation in 8..24 {
+            let mut page = Page([0; WORDS]);
+            fill(&mut page, 6, generation);
+            let wrong: Vec<usize> = (0..WORDS)
+                .filter(|&position| page.0[position] != word(6, generation + 1, position))
+                .collect();
+            let eighth = (generation as usize + 1) % 8 * (WORDS / 8);
+            assert_eq!(wrong, (eighth..eighth + WORDS / 8).collect::<Vec<_>>());
+        }
     }
 }
