@@ -942,6 +942,7 @@ fn ends(link: &UnixStream) -> LinkEnds {
         to_peer: Box::new(link.try_clone().unwrap()),
         from_peer: Box::new(link.try_clone().unwrap()),
         hangup: Arc::new(move || drop(hung_up.shutdown(std::net::Shutdown::Both))),
+        carrier: Arc::new(|| None),
     }
 }
 

@@ -1,4 +1,5 @@
 //! What an administrator asks the daemon: `xenfold status`, `xenfold index`, `xenfold store`, `xenfold template`.
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -94,8 +95,11 @@ impl Asking {
             true => serde_json::to_string_pretty(value)?,
             false => text(value),
         };
-        println!("{}", line.trim_end());
-        Ok(())
+        match writeln!(io::stdout(), "{}", line.trim_end()) {
+            // Whoever reads has read enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            written => Ok(written?),
+        }
     }
 }
 

@@ -24,6 +24,19 @@ pub fn parent(pid: u32) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// Processor time that a process has used; `None` when it is gone.
+pub fn cpu_time(pid: u32) -> Option<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let ticks: u64 = fields
+        .skip(11)
+        .take(2)
+        .filter_map(|field| field.parse::<u64>().ok())
+        .sum();
+    // The unit that /proc speaks in is 1/100 s on every x86 Linux, whatever the kernel's own.
+    Some(Duration::from_millis(ticks * 10))
+}
+
 /// Waits until a process has ended, at most for `patience`. Whether it has; one that is not there has, too.
 pub fn wait_for_end(pid: u32, patience: Option<Duration>) -> bool {
     let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {

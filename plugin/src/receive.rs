@@ -124,6 +124,7 @@ fn link() -> Result<LinkEnds> {
         hangup: Arc::new(move || {
             let _ = rustix::io::write(&cancel, &[0]);
         }),
+        carrier: Arc::new(|| None),
     })
 }
 

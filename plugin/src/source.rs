@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
+use rustix::pipe::fcntl_setpipe_size;
 use xen_sys::Xenctrl;
 use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Negotiated, SourceSetup};
@@ -31,6 +32,9 @@ use crate::{guest, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
 const HELPER_EVERY: Duration = Duration::from_millis(100);
+
+/// Room in the pipe from xl.
+const PIPE_BYTES: usize = 256 << 10;
 
 /// The words in which the destination is called; xl's command follows.
 const RECEIVE: [&str; 3] = ["xenfold", "receive", "--"];
@@ -172,6 +176,10 @@ fn without_xenfold(
 fn pipes_of_xl() -> Result<(File, File)> {
     let from_xl = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
     let to_xl = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?);
+    // A larger pipe means that xl and this process wake each other less often.
+    if let Err(error) = fcntl_setpipe_size(&from_xl, PIPE_BYTES) {
+        log::debug!("xl's pipe stays as it is: {error}");
+    }
     let nowhere = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdin(&nowhere)?;
     rustix::stdio::dup2_stdout(&nowhere)?;

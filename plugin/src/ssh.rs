@@ -5,6 +5,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::pipe::fcntl_setpipe_size;
 use xenfold::engine::LinkEnds;
 
 use crate::process;
@@ -14,6 +15,9 @@ pub const TRANSPORT_FAILED: i32 = 255;
 
 /// The shell's exit statuses for a command that is not there, or cannot be run.
 pub const COMMAND_NOT_FOUND: [i32; 2] = [126, 127];
+
+/// Bytes that the pipe to ssh holds.
+const PIPE_BYTES: usize = 256 << 10;
 
 /// A running ssh with a command at the other end.
 pub struct Ssh {
@@ -36,8 +40,14 @@ pub fn start(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(Ssh, 
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()?;
+    let pid = child.id();
     let no_pipe = || io::Error::other("ssh was started without its pipes");
-    let to_peer: Box<dyn Write + Send> = Box::new(child.stdin.take().ok_or_else(no_pipe)?);
+    let to_peer = child.stdin.take().ok_or_else(no_pipe)?;
+    // A larger pipe means that ssh and this process wake each other less often.
+    if let Err(error) = fcntl_setpipe_size(&to_peer, PIPE_BYTES) {
+        log::debug!("ssh's pipe stays as it is: {error}");
+    }
+    let to_peer: Box<dyn Write + Send> = Box::new(to_peer);
     let from_peer: Box<dyn Read + Send> = Box::new(child.stdout.take().ok_or_else(no_pipe)?);
     let child = Arc::new(Mutex::new(child));
     let killed = child.clone();
@@ -51,6 +61,7 @@ pub fn start(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(Ssh, 
             to_peer,
             from_peer,
             hangup,
+            carrier: Arc::new(move || process::cpu_time(pid)),
         },
     ))
 }

@@ -43,13 +43,13 @@ CFG
   [ "$type" != hvm ] || printf 'vga = "none"\nxen_platform_pci = 1\n'
   if [ "$kind" = debian ]; then
     printf 'disk = [ "phy:%s,xvda,w" ]\n' "$(disk_device "$disk")"
-    arguments="root=/dev/xvda rw net.ifnames=0 $arguments systemd.hostname=$name"
+    arguments="root=/dev/xvda rw net.ifnames=0 $arguments systemd.hostname=$name$without"
   fi
   printf 'extra = "%s"\n' "$arguments"
 }
 
 guest_create() {
-  local name='' kind=small type=pvh host=a memory='' check='' write=0 disk=1 wait=1 patience begin=$SECONDS
+  local name='' kind=small type=pvh host=a memory='' check='' write=0 disk=1 wait=1 without='' patience begin=$SECONDS
   while [ $# -gt 0 ]; do
     case $1 in
       --kind) kind=$2; shift ;;
@@ -59,6 +59,7 @@ guest_create() {
       --check) check=$2; shift ;;
       --write) write=$2; shift ;;
       --disk) disk=$2; shift ;;
+      --without) without+=" systemd.mask=lab-$2.service"; shift ;;
       --no-wait) wait=0 ;;
       -*) die "guest create: unknown option '$1'" ;;
       *) name=$1 ;;

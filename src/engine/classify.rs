@@ -1,13 +1,12 @@
 //! What each page is: zero, a repeat, a content that the destination holds, a little different from one, or new.
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
-use rustix::time::{ClockId, clock_gettime};
 
 use super::contents::{Holdings, Rewritten, read_checked};
+use super::cpu::thread_cpu;
 use super::digest::{ABSENT, Digest};
 use super::page_record::PageRecord;
 use super::pool::{Pending, Pool, Tools};
@@ -427,12 +426,6 @@ fn block_pages(count: usize) -> usize {
     count.div_ceil(count.div_ceil(BLOCK_PAGES).max(1)).max(1)
 }
 
-/// Processor time of this thread.
-fn thread_cpu() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
-}
-
 fn compress_block(
     tools: &mut Tools,
     record: &PageRecord,
@@ -449,11 +442,11 @@ fn compress_block(
         BlockData::Own(bytes) => bytes,
         BlockData::Record(range) => record.pages(range.clone()),
     };
-    let (start, start_cpu) = (Instant::now(), thread_cpu());
+    let start = thread_cpu();
     let packed = tools.compressor.compress(level, bytes);
-    let (elapsed, cpu) = (start.elapsed(), thread_cpu().saturating_sub(start_cpu));
+    let cpu = thread_cpu().saturating_sub(start);
     let output = packed.as_ref().map_or(bytes.len(), Vec::len);
-    policy.lock().compressed(level, bytes.len(), output, cpu, elapsed);
+    policy.lock().compressed(level, bytes.len(), output, cpu);
     let (level, data) = match packed {
         Some(packed) => (level, BlockData::Own(packed)),
         None => (Level::Raw, source),

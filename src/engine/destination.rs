@@ -65,12 +65,13 @@ pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Neg
         mut to_peer,
         from_peer,
         hangup,
+        carrier,
     } = link;
     hello.write(&mut to_peer)?;
     let (mut from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
     let agreement = hello.agree(&mut from_peer)?;
     let key = agreement.peer.key()?;
-    let link = Link::start(to_peer, hangup)?;
+    let link = Link::start(to_peer, hangup, carrier)?;
     Ok(Negotiated {
         link,
         reader: FrameReader::new(from_peer),

@@ -17,11 +17,15 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// Ends the connection for good, whatever is blocked on it: kills ssh, closes sockets.
 pub type Hangup = Arc<dyn Fn() + Send + Sync>;
 
+/// Processor time so far of whatever carries the bytes; `None` where that is not known.
+pub type Carrier = Arc<dyn Fn() -> Option<Duration> + Send + Sync>;
+
 /// A connection to the other host.
 pub struct LinkEnds {
     pub to_peer: Box<dyn Write + Send>,
     pub from_peer: Box<dyn Read + Send>,
     pub hangup: Hangup,
+    pub carrier: Carrier,
 }
 
 /// The sending half, shared by the threads of a side.
@@ -31,13 +35,14 @@ pub struct Link {
     /// Bytes sent, readable while a thread is stuck in sending.
     bytes: Arc<AtomicU64>,
     hangup: Hangup,
+    carrier: Carrier,
     /// Keeps the heartbeat going as long as anybody holds the link.
     _heartbeat: Sender<()>,
 }
 
 impl Link {
     /// Takes the sending half over after the hellos and starts the heartbeat.
-    pub fn start(to_peer: Box<dyn Write + Send>, hangup: Hangup) -> Result<Link, EngineError> {
+    pub fn start(to_peer: Box<dyn Write + Send>, hangup: Hangup, carrier: Carrier) -> Result<Link, EngineError> {
         let writer = Arc::new(Mutex::new(FrameWriter::new(to_peer)));
         let (keep, stopped) = bounded(0);
         let beating = Arc::downgrade(&writer);
@@ -59,6 +64,7 @@ impl Link {
             writer,
             bytes: Arc::default(),
             hangup,
+            carrier,
             _heartbeat: keep,
         })
     }
@@ -82,6 +88,11 @@ impl Link {
     /// Bytes sent so far, without the hello and the newest signs of life.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Processor time of whatever carries the bytes.
+    pub fn carrier_cpu(&self) -> Duration {
+        (self.carrier)().unwrap_or_default()
     }
 
     pub fn hang_up(&self) {

@@ -8,6 +8,7 @@
 mod assemble;
 mod classify;
 mod contents;
+mod cpu;
 mod decode;
 pub mod destination;
 mod digest;
@@ -28,7 +29,7 @@ mod verify;
 
 pub use contents::Contents;
 pub use error::{EngineError, FrameError, chain};
-pub use link::{Hangup, LinkEnds};
+pub use link::{Carrier, Hangup, LinkEnds};
 pub use rebuilt::WINDOW_ROWS;
 
 use crate::page::Pfn;

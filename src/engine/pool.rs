@@ -25,13 +25,18 @@ pub struct Pool {
 /// The most workers: beyond that their memory would not stay within the agents' bound.
 const MAX_WORKERS: usize = 8;
 
+/// Processors that this process may use.
+pub(super) fn processors() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// A job's result, when it comes.
 pub struct Pending<T>(Receiver<T>);
 
 impl Pool {
     /// As many workers as the process may use processors, at most [`MAX_WORKERS`].
     pub fn start() -> Result<Pool, EngineError> {
-        let workers = thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
+        let workers = processors().min(MAX_WORKERS);
         let (jobs, queue) = unbounded::<Job>();
         for _ in 0..workers {
             let queue = queue.clone();

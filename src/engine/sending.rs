@@ -13,14 +13,15 @@ use parking_lot::Mutex;
 
 use super::classify::{BlockData, Classifier, Classifying, Ids, Read1, Ready, ReadyBlock, ReadyRows};
 use super::contents::Holdings;
+use super::cpu::process_cpu;
 use super::link::Link;
 use super::pacing::Pacing;
 use super::page_record::PageRecord;
-use super::pool::{Pending, Pool};
+use super::pool::{Pending, Pool, processors};
 use super::{Contents, EngineError};
 use crate::codec::MAX_ROWS;
 use crate::page::{ContentKey, PAGE_SIZE, Pfn, is_zero};
-use crate::policy::LevelPolicy;
+use crate::policy::{LevelPolicy, Spent};
 use crate::report::{Figures, Pages};
 use crate::stream::{Event, GuestType, Layer, Reader, RecordHeader, libxc, libxl};
 use crate::table::PageTable;
@@ -85,7 +86,7 @@ impl<R: Read + Send + 'static> Sending<R> {
         } = self;
         let (to_classifier, from_front) = bounded(STAGE_DEPTH);
         let (to_back, from_classifier) = bounded(STAGE_DEPTH);
-        let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers())));
+        let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers(), processors())));
         let classifier = Classifier::new(Classifying {
             table,
             window_rows,
@@ -102,6 +103,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             figures,
             pacing,
             last_pfn: None,
+            guest_bytes: 0,
         };
         let classifier = spawn("xenfold-rows", move || classifier.run(from_front, to_back))?;
         let back = spawn("xenfold-send", move || back.run(from_classifier))?;
@@ -266,6 +268,8 @@ struct Back {
     figures: Arc<Mutex<Figures>>,
     pacing: Option<Arc<Pacing>>,
     last_pfn: Option<Pfn>,
+    /// Bytes of page records so far.
+    guest_bytes: u64,
 }
 
 impl Back {
@@ -344,6 +348,16 @@ impl Back {
             self.send(Kind::Ping, &[&ping])?;
         }
         self.note(&blocks, bytes, elapsed, ready.pages, ready.first, ready.last);
+        self.guest_bytes += guest_bytes;
+        if self.policy.lock().wants_spent(self.guest_bytes) {
+            let spent = Spent {
+                own: process_cpu(),
+                carrier: self.link.carrier_cpu(),
+                guest_bytes: self.guest_bytes,
+                wire_bytes: self.link.bytes(),
+            };
+            self.policy.lock().spent(spent);
+        }
         Ok(())
     }
 

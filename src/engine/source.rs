@@ -99,13 +99,14 @@ pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Neg
         mut to_peer,
         mut from_peer,
         hangup,
+        carrier,
     } = link;
     let key = hello.key()?;
     // A failure to send shows as an end when reading, which tells more.
     let _ = hello.write(&mut to_peer);
     let agreement = hello.agree(&mut from_peer)?;
     let (from_peer, watch) = Watched::new(from_peer, timeout, hangup.clone())?;
-    let link = Link::start(to_peer, hangup)?;
+    let link = Link::start(to_peer, hangup, carrier)?;
     Ok(Negotiated {
         link,
         reader: FrameReader::new(from_peer),

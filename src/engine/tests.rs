@@ -39,7 +39,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
     let key = ContentKey::new([3; 32]);
     let sending = Sending {
         stream: Reader::new(io::Cursor::new(stream.to_vec())),
-        link: Link::start(Box::new(wire.clone()), Arc::new(|| {})).unwrap(),
+        link: Link::start(Box::new(wire.clone()), Arc::new(|| {}), Arc::new(|| None)).unwrap(),
         key: key.clone(),
         pool: Pool::start().unwrap(),
         frames: false,

@@ -1,14 +1,14 @@
 //! Which compression level makes the wire small and still costs no time.
 //!
-//! A byte of guest memory costs the processors `cpu` nanoseconds and the link `ratio × link` nanoseconds; the two work
-//! side by side, so the slower one decides the time. A level must be clearly faster than sending raw; among those the
-//! least time × √ratio wins: where times are close, fewer bytes. A link that is the slower one gets the strongest level
-//! that keeps up with it, since there time and bytes are the same. Three numbers are learnt while blocks are compressed:
-//! how fast this machine is and how well this guest compresses, both against the reference figures below, and how long
-//! a worker waits for a processor; the link's is measured at each write.
+//! A byte of guest memory costs the processors and the link time, side by side: the slowest decides. The processors
+//! compress it, do what has to be done whatever the level (reading, hashing), and carry what is left of it through ssh,
+//! which on a slow machine costs more than compressing. A level may not be slower than sending raw; among those the
+//! least time × √ratio wins: where times are close, fewer bytes. A link that is the slowest gets the strongest level
+//! that keeps up with it, since there time and bytes are the same.
 //!
-//! Whether compression pays at all is judged without that waiting: what the worker waits for may be the sending of the
-//! blocks before, which costs a busy processor more the larger they are.
+//! All of that is measured: how fast this machine is and how well this guest compresses while blocks are compressed,
+//! both against the reference figures below; what the other work costs, by the processor time of this process and of
+//! ssh; the link, at each write.
 use std::time::Duration;
 
 use crate::codec::Level;
@@ -68,11 +68,14 @@ const ORDINARY_RATIO: f64 = 0.315;
 /// Above this, compression is not worth the receiver's time either.
 const POOR_RATIO: f64 = 0.97;
 
-/// A level may take at most this share of the time of sending raw.
-const WORTHWHILE: f64 = 0.9;
+/// A level may take at most this much of the time of sending raw: what is measured is not exact.
+const WORTHWHILE: f64 = 1.05;
 
-/// Longer waiting than this many times the work is taken for an accident.
-const MOST_WAITING: f64 = 16.0;
+/// What other work is taken for until it has been measured, ns a byte on the reference machine.
+const FIRST_FIXED_NS: f64 = 1.2;
+
+/// Guest bytes between two measurements of other work.
+const MEASURE_EVERY: u64 = 16 << 20;
 
 /// How fast new measurements replace old ones.
 const WEIGHT: f64 = 0.15;
@@ -86,28 +89,44 @@ const FIRST_LINK_NS: f64 = 8.0;
 /// A level must promise to be this much better than the one in use.
 const HYSTERESIS: f64 = 0.97;
 
+/// What the migration has cost so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Spent {
+    /// Processor time of this process.
+    pub own: Duration,
+    /// Processor time of whatever carries the bytes (ssh); zero where that is not known.
+    pub carrier: Duration,
+    pub guest_bytes: u64,
+    pub wire_bytes: u64,
+}
+
 /// Chooses the level of each block.
 #[derive(Debug)]
 pub struct LevelPolicy {
     workers: f64,
-    /// What the workers spend on a byte whatever the level (hashing), ns on the reference machine.
-    fixed_ns: f64,
-    /// Measured cost over reference cost, in processor time.
+    processors: f64,
+    /// Processor time of this process for a byte of the guest, without compressing.
+    fixed_ns: Option<f64>,
+    /// Processor time that a byte on the wire costs ssh.
+    carrier_ns: f64,
+    /// Measured cost of compressing over reference cost.
     slowness: f64,
-    /// Time over processor time while a block is compressed.
-    waiting: f64,
     /// What `zstd -1` makes of this guest's blocks, computed from the level measured.
     ratio: f64,
     link_ns: f64,
     current: usize,
     blocks: u32,
+    /// Processor time spent on compressing so far.
+    compressing: Duration,
+    /// At the last measurement of other work, and `compressing` then.
+    measured: (Spent, Duration),
     /// How many of [`REFERENCES`] may be used.
     usable: usize,
 }
 
 impl LevelPolicy {
-    /// `workers`: threads that compress side by side.
-    pub fn new(workers: usize) -> LevelPolicy {
+    /// `workers`: threads that compress side by side. `processors`: what this process and ssh have between them.
+    pub fn new(workers: usize, processors: usize) -> LevelPolicy {
         // Each worker keeps a compressor, and a strong one takes 8 MiB: together they must stay within the agent's memory.
         let usable = REFERENCES.len()
             - match workers {
@@ -115,16 +134,19 @@ impl LevelPolicy {
                 3..=4 => 1,
                 _ => 2,
             };
-        let workers = workers.max(1) as f64;
+        let (workers, processors) = (workers.max(1) as f64, processors.max(1) as f64);
         LevelPolicy {
             workers,
-            fixed_ns: 0.6,
+            processors,
+            fixed_ns: None,
+            carrier_ns: 0.0,
             slowness: 1.0,
-            waiting: 1.0,
             ratio: ORDINARY_RATIO,
             link_ns: FIRST_LINK_NS,
             current: 2,
             blocks: 0,
+            compressing: Duration::ZERO,
+            measured: (Spent::default(), Duration::ZERO),
             usable,
         }
     }
@@ -148,9 +170,9 @@ impl LevelPolicy {
         }
     }
 
-    /// A block of `input` bytes took `elapsed`, and of it `cpu` on a processor, to compress at `level`, to `output`
-    /// bytes.
-    pub fn compressed(&mut self, level: Level, input: usize, output: usize, cpu: Duration, elapsed: Duration) {
+    /// A block of `input` bytes took `cpu` of a processor to compress at `level`, to `output` bytes.
+    pub fn compressed(&mut self, level: Level, input: usize, output: usize, cpu: Duration) {
+        self.compressing += cpu;
         let Some(reference) = REFERENCES.iter().find(|reference| reference.level == level) else {
             return;
         };
@@ -158,8 +180,6 @@ impl LevelPolicy {
             return;
         }
         let cpu_ns = cpu.as_nanos() as f64 / input as f64;
-        let waiting = elapsed.as_secs_f64() / cpu.as_secs_f64().max(1e-9);
-        self.waiting += WEIGHT * (waiting.clamp(1.0, MOST_WAITING) - self.waiting);
         self.slowness += WEIGHT * (cpu_ns / reference.cpu_ns - self.slowness);
         let measured = (output as f64 / input as f64).clamp(0.001, 1.0);
         self.ratio += WEIGHT * (measured.powf(1.0 / reference.strength()) - self.ratio);
@@ -172,21 +192,67 @@ impl LevelPolicy {
         }
     }
 
+    /// Takes note of what has been spent so far; looked at from time to time.
+    pub fn spent(&mut self, now: Spent) {
+        let (before, compressing) = self.measured;
+        let guest_bytes = now.guest_bytes.saturating_sub(before.guest_bytes);
+        let wire_bytes = now.wire_bytes.saturating_sub(before.wire_bytes);
+        if guest_bytes < MEASURE_EVERY {
+            return;
+        }
+        let own = now.own.saturating_sub(before.own);
+        let own = own.saturating_sub(self.compressing.saturating_sub(compressing));
+        let sample = own.as_nanos() as f64 / guest_bytes as f64;
+        let fixed = self.fixed_ns.get_or_insert(sample);
+        *fixed += WEIGHT * (sample - *fixed);
+        // What is on its way costs later; a part with hardly any bytes tells nothing.
+        if wire_bytes >= guest_bytes / 16 {
+            let sample = now.carrier.saturating_sub(before.carrier).as_nanos() as f64 / wire_bytes as f64;
+            self.carrier_ns += WEIGHT * (sample - self.carrier_ns);
+        }
+        self.measured = (now, self.compressing);
+        log::debug!(
+            "level {:?}: a byte takes {:.1} ns beside compressing, {:.1} on the wire, {:.1} in ssh; compressing takes {:.1} times \
+             the reference's and leaves {:.2}",
+            REFERENCES.get(self.current).map(|reference| reference.level),
+            self.fixed_ns.unwrap_or_default(),
+            self.link_ns,
+            self.carrier_ns,
+            self.slowness,
+            self.ratio,
+        );
+    }
+
+    /// Whether it is time for [`LevelPolicy::spent`].
+    pub fn wants_spent(&self, guest_bytes: u64) -> bool {
+        guest_bytes.saturating_sub(self.measured.0.guest_bytes) >= MEASURE_EVERY
+    }
+
+    /// Nanoseconds that a byte of the guest takes when it is compressed at `cpu_ns` to `ratio`.
+    fn time(&self, cpu_ns: f64, ratio: f64) -> f64 {
+        let compressing = cpu_ns * self.slowness;
+        let carrying = ratio * self.carrier_ns;
+        let fixed = self.fixed_ns.unwrap_or(FIRST_FIXED_NS * self.slowness);
+        let all = (fixed + compressing + carrying) / self.processors;
+        [ratio * self.link_ns, carrying, compressing / self.workers]
+            .into_iter()
+            .fold(all, f64::max)
+    }
+
     /// What a level costs, as far as is known: the less the better.
     fn cost(&self, index: usize) -> f64 {
         let Some(reference) = REFERENCES.get(index) else {
             return f64::INFINITY;
         };
-        let ratio = self.ratio.powf(reference.strength());
-        let cpu = (self.fixed_ns + reference.cpu_ns) * self.slowness / self.workers;
-        let link = ratio * self.link_ns;
         if reference.level == Level::Raw {
             return f64::MAX;
         }
-        if ratio > POOR_RATIO || link.max(cpu) > self.link_ns * WORTHWHILE {
+        let ratio = self.ratio.powf(reference.strength());
+        let time = self.time(reference.cpu_ns, ratio);
+        if ratio > POOR_RATIO || time > self.time(0.0, 1.0) * WORTHWHILE {
             return f64::INFINITY;
         }
-        link.max(cpu * self.waiting) * ratio.sqrt()
+        time * ratio.sqrt()
     }
 }
 
@@ -194,53 +260,85 @@ impl LevelPolicy {
 mod tests {
     use super::*;
 
-    /// Runs the policy against a link and a guest until it has settled.
-    fn settled(link_ns: f64, ratio_of: impl Fn(f64) -> f64, slowness: f64) -> Level {
-        settled_waiting(link_ns, ratio_of, slowness, 1.0)
+    /// A machine, a link and a guest.
+    struct World {
+        processors: usize,
+        link_ns: f64,
+        slowness: f64,
+        fixed_ns: f64,
+        carrier_ns: f64,
     }
 
-    fn settled_waiting(link_ns: f64, ratio_of: impl Fn(f64) -> f64, slowness: f64, waiting: f64) -> Level {
-        let mut policy = LevelPolicy::new(2);
-        let mut level = Level::Raw;
-        for _ in 0..400 {
-            level = policy.choose();
-            let reference = REFERENCES.iter().find(|reference| reference.level == level).unwrap();
-            let output = (1e6 * ratio_of(reference.ratio)) as usize;
-            let took = Duration::from_nanos((reference.cpu_ns * slowness * 1e6) as u64);
-            policy.compressed(level, 1_000_000, output, took, took.mul_f64(waiting));
-            policy.written(output, Duration::from_nanos((output as f64 * link_ns) as u64));
-        }
-        policy.current = policy.current.min(REFERENCES.len() - 1);
-        if level == Level::Lz4 {
+    const WORLD: World = World {
+        processors: 2,
+        link_ns: 8.0,
+        slowness: 1.0,
+        fixed_ns: 1.2,
+        carrier_ns: 0.0,
+    };
+
+    impl World {
+        /// Runs the policy until it has settled.
+        fn settled(&self, ratio_of: impl Fn(f64) -> f64) -> Level {
+            let mut policy = LevelPolicy::new(2, self.processors);
+            let mut spent = Spent::default();
+            for _ in 0..400 {
+                let level = policy.choose();
+                let reference = REFERENCES.iter().find(|reference| reference.level == level).unwrap();
+                let (input, output) = (1e6, 1e6 * ratio_of(reference.ratio));
+                let cpu = Duration::from_nanos((reference.cpu_ns * self.slowness * input) as u64);
+                policy.compressed(level, input as usize, output as usize, cpu);
+                policy.written(output as usize, Duration::from_nanos((output * self.link_ns) as u64));
+                spent.own += cpu + Duration::from_nanos((self.fixed_ns * input) as u64);
+                spent.carrier += Duration::from_nanos((self.carrier_ns * output) as u64);
+                spent.guest_bytes += input as u64;
+                spent.wire_bytes += output as u64;
+                policy.spent(spent);
+            }
             REFERENCES[policy.current].level
-        } else {
-            level
         }
     }
 
     #[test]
     fn the_slower_the_link_the_smaller_the_blocks() {
-        assert_eq!(settled(0.8, |ratio| ratio, 1.0), Level::Raw);
-        assert_eq!(settled(8.0, |ratio| ratio, 1.0), Level::Zstd(1));
-        assert_eq!(settled(16.0, |ratio| ratio, 1.0), Level::Zstd(3));
-        assert_eq!(settled(160.0, |ratio| ratio, 1.0), Level::Zstd(9));
+        let settled = |link_ns| World { link_ns, ..WORLD }.settled(|ratio| ratio);
+        assert_eq!(settled(0.8), Level::Raw);
+        assert_eq!(settled(8.0), Level::Zstd(1));
+        assert_eq!(settled(16.0), Level::Zstd(3));
+        assert_eq!(settled(160.0), Level::Zstd(9));
     }
 
     #[test]
     fn a_slow_processor_steps_back() {
-        assert_eq!(settled(160.0, |ratio| ratio, 40.0), Level::Zstd(1));
-        assert_eq!(settled(8.0, |ratio| ratio, 40.0), Level::Raw);
+        let slow = World {
+            slowness: 40.0,
+            fixed_ns: 48.0,
+            ..WORLD
+        };
+        assert_eq!(World { link_ns: 160.0, ..slow }.settled(|ratio| ratio), Level::Zstd(1));
+        assert_eq!(slow.settled(|ratio| ratio), Level::Raw);
     }
 
     #[test]
-    fn a_worker_that_waits_for_a_processor_steps_back_and_still_compresses() {
-        assert_eq!(settled_waiting(160.0, |ratio| ratio, 5.0, 1.0), Level::Zstd(6));
-        assert_eq!(settled_waiting(160.0, |ratio| ratio, 5.0, 5.0), Level::Zstd(1));
-        assert_ne!(settled_waiting(160.0, |ratio| ratio, 5.0, 15.0), Level::Raw);
+    fn what_ssh_costs_is_saved_too() {
+        // An emulated processor with a link that it cannot fill.
+        let world = World {
+            processors: 1,
+            link_ns: 5.0,
+            slowness: 5.0,
+            fixed_ns: 50.0,
+            carrier_ns: 60.0,
+        };
+        assert_eq!(world.settled(|ratio| ratio), Level::Zstd(1));
+        let without = World {
+            carrier_ns: 0.0,
+            ..world
+        };
+        assert_eq!(without.settled(|ratio| ratio), Level::Raw);
     }
 
     #[test]
     fn noise_is_not_compressed() {
-        assert_eq!(settled(8.0, |_| 1.0, 1.0), Level::Raw);
+        assert_eq!(WORLD.settled(|_| 1.0), Level::Raw);
     }
 }

@@ -1,4 +1,4 @@
 //! Decisions: numbers in, a choice out. Nothing here reads a clock, a file or a guest.
 mod level;
 
-pub use level::LevelPolicy;
+pub use level::{LevelPolicy, Spent};

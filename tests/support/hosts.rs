@@ -583,6 +583,7 @@ fn link(bytes: usize, to_destination: Hook, to_source: Hook) -> (LinkEnds, LinkE
         to_peer: Box::new(to_peer),
         from_peer: Box::new(back_out),
         hangup,
+        carrier: Arc::new(|| None),
     };
     let (input, to_peer) = (forth.clone(), tap(back_in, &back, &forth, to_source));
     let hangup = Arc::new(move || input.end_reading());
@@ -590,6 +591,7 @@ fn link(bytes: usize, to_destination: Hook, to_source: Hook) -> (LinkEnds, LinkE
         to_peer: Box::new(to_peer),
         from_peer: Box::new(forth_out),
         hangup,
+        carrier: Arc::new(|| None),
     };
     (source, destination, [forth, back])
 }
@@ -785,6 +787,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         to_peer: Box::new(to_peer),
         from_peer: Box::new(from_peer),
         hangup: Arc::new(move || hung_up.end_reading()),
+        carrier: Arc::new(|| None),
     };
     let (to_xl, stdin, stdin_pipe) = pipe(256 << 10);
     let (stdout, from_xl, _) = pipe(64 << 10);

@@ -135,6 +135,7 @@ fn link() -> Result<LinkEnds> {
             eprintln!("replay: the other side does not answer");
             std::process::exit(70);
         }),
+        carrier: Arc::new(|| None),
     })
 }
 

@@ -206,7 +206,7 @@ mod tests {
         }
         let mut page = Page([0; WORDS]);
         fill(&mut page, 7, 4);
-        assert_eq!(first_wrong_word(&page, 7, 5), Some(0));
+        assert_eq!(first_wrong_word(&page, 7, 5), Some(320));
         fill(&mut page, 8, 4);
         assert!(page.0.iter().all(|&word| word == 0));
         assert_eq!(first_wrong_word(&page, 8, 5), Some(0));
