@@ -42,6 +42,9 @@ pub struct Config {
     pub store: PathBuf,
     /// Daemon: what contents may take on the disk; 0 means none are kept.
     pub store_size: Size,
+    /// Daemon: whether contents that several guests of a group have had become a template.
+    #[serde(deserialize_with = "boolean")]
+    pub auto_template: bool,
     /// Daemon: whether contents of running guests are looked up.
     #[serde(deserialize_with = "boolean")]
     pub index: bool,
@@ -67,6 +70,7 @@ impl Default for Config {
             ssh: "ssh".into(),
             store: "/var/lib/xenfold".into(),
             store_size: Size(4 << 30),
+            auto_template: true,
             index: true,
             index_size: Size(256 << 20),
             index_rate: 20_000,

@@ -254,6 +254,12 @@ impl Connection<'_> {
                 pages: all,
             };
             group.save_image(&image).map_err(store_failed)?;
+            // The image is saved whatever becomes of this.
+            if self.daemon.auto_template
+                && let Err(error) = group.renew_common(image.saved_unix_s)
+            {
+                log::warn!("{}", chain(&error));
+            }
         }
         Ok(Reply::Done { new: 0 })
     }

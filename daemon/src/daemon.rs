@@ -22,6 +22,8 @@ pub struct Daemon {
     members: Arc<Members>,
     store: Result<Store, Absent>,
     index: Result<Arc<Index>, Absent>,
+    /// Contents that several guests of a group have had become a template.
+    pub(crate) auto_template: bool,
     /// Held from finding a group's key to opening the group with it: the store drops what was kept under another key,
     /// so an older key must not come after a newer one.
     binding: Mutex<()>,
@@ -70,6 +72,7 @@ impl Daemon {
             members,
             store,
             index,
+            auto_template: config.auto_template,
             binding: Mutex::default(),
             started: Instant::now(),
         }

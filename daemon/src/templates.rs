@@ -6,7 +6,7 @@ use xenfold::page::ContentId;
 
 use crate::daemon::{Daemon, store_failed};
 use crate::membership::canonical;
-use crate::store::Group;
+use crate::store::{COMMON, Group};
 
 fn refusal(code: ErrorCode, message: String) -> Refusal {
     Refusal { code, message }
@@ -14,6 +14,10 @@ fn refusal(code: ErrorCode, message: String) -> Refusal {
 
 /// Makes a template of the guest's newest image, in the group that has it.
 pub fn add(daemon: &Daemon, name: &str, guest_uuid: &str) -> Result<(), Refusal> {
+    if name == COMMON {
+        let message = format!("{COMMON} is the name of the template that a group makes by itself: take another");
+        return Err(refusal(ErrorCode::BadRequest, message));
+    }
     let uuid = canonical(guest_uuid)
         .ok_or_else(|| refusal(ErrorCode::BadRequest, format!("{guest_uuid:?} is no guest's UUID")))?;
     let mut newest: Option<(u64, Arc<Group>)> = None;

@@ -44,7 +44,7 @@ fn the_shipped_configuration_shows_every_key_and_its_default() {
     let agents = named.trim_end_matches('.');
     assert_eq!(
         keys.join(", "),
-        format!("{agents}, store, store_size, index, index_size, index_rate, index_off")
+        format!("{agents}, store, store_size, auto_template, index, index_size, index_rate, index_off")
     );
 }
 

@@ -39,6 +39,15 @@ const HASH_PAGES: usize = 128;
 /// Records that may wait between two stages.
 const STAGE_DEPTH: usize = 1;
 
+/// Records of pages between xl and the link: enough to keep the processors busy and no more, since after the suspend the
+/// guest waits for all of them.
+fn records_under_way() -> usize {
+    (processors() + 1).min(MOST_UNDER_WAY)
+}
+
+/// One with each stage, one between each two.
+const MOST_UNDER_WAY: usize = 5;
+
 /// What is needed to send a stream.
 pub struct Sending<R> {
     pub stream: Reader<R>,
@@ -97,7 +106,9 @@ impl<R: Read + Send + 'static> Sending<R> {
             holdings,
             contents,
         });
+        let (enter, leave) = bounded(records_under_way());
         let back = Back {
+            leave,
             link,
             policy,
             figures,
@@ -111,6 +122,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             stream,
             pool,
             key,
+            enter,
             next: to_classifier,
         };
         let read = front.run();
@@ -164,6 +176,8 @@ struct Front<R> {
     stream: Reader<R>,
     pool: Pool,
     key: ContentKey,
+    /// Takes something for each record of pages, of which either Rows or Forget has not left yet.
+    enter: Sender<()>,
     next: Sender<Read1>,
 }
 
@@ -206,6 +220,7 @@ impl<R: Read> Front<R> {
     }
 
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
+        self.enter.send(()).map_err(|_| EngineError::WorkerLost)?;
         if header.length as usize > MAX_RECORD_BODY {
             self.pass(Read1::Forget)?;
             return self.other_record(header);
@@ -263,6 +278,8 @@ pub(super) fn hash(key: &ContentKey, pages: &[u8]) -> Ids {
 }
 
 struct Back {
+    /// The other end of [`Front::enter`].
+    leave: Receiver<()>,
     link: Link,
     policy: Arc<Mutex<LevelPolicy>>,
     figures: Arc<Mutex<Figures>>,
@@ -288,8 +305,13 @@ impl Back {
                 Ready::Rows(rows) => {
                     stream_bytes = 8 + rows.record.body.len();
                     self.rows(rows)?;
+                    // Whether Front has ended does not matter here.
+                    let _ = self.leave.try_recv();
                 }
-                Ready::Forget => self.send(Kind::Forget, &[])?,
+                Ready::Forget => {
+                    self.send(Kind::Forget, &[])?;
+                    let _ = self.leave.try_recv();
+                }
                 Ready::End(end) => {
                     self.send(Kind::End, &[&end.to_bytes()])?;
                     stream_bytes = end.record.len();

@@ -1,5 +1,6 @@
 //! The template that a group makes by itself: contents that several of its guests have had, by page count (template-based
 //! deduplication, `Template pages are selected based on number of occurrences of each page across multiple VMs`).
+use std::cmp::Reverse;
 use std::collections::HashSet;
 
 use xenfold::page::ContentId;
@@ -21,7 +22,7 @@ impl Group {
     /// Makes the template anew. Does nothing where fewer than two guests have images and there is none. Costs a look at
     /// each content of the group.
     pub fn renew_common(&self, saved_unix_s: u64) -> Result<(), StoreError> {
-        let own: HashSet<ContentId> = match self.image_of(COMMON, true)? {
+        let own: HashSet<ContentId> = match self.read_image(COMMON, true)? {
             Some(image) => image.pages.into_iter().map(|(_, id)| id).collect(),
             None => HashSet::new(),
         };
@@ -29,12 +30,12 @@ impl Group {
         if guests < usize::from(IMAGES) && own.is_empty() {
             return Ok(());
         }
-        let mut common: Vec<(u16, ContentId)> = (self.named(IMAGES).into_iter())
+        let mut common: Vec<(u16, ContentId)> = (self.core.state.read().named(IMAGES).into_iter())
             .map(|(id, images)| (images - u16::from(own.contains(&id)), id))
             .filter(|(images, _)| *images >= IMAGES)
             .collect();
-        common.sort_unstable_by(|a, b| b.cmp(a));
-        let most = self.limit_bytes() / STORE_SHARE / PAGE_BYTES;
+        common.sort_unstable_by_key(|(images, id)| (Reverse(*images), id.0));
+        let most = self.core.shared.budget.limit_bytes() / STORE_SHARE / PAGE_BYTES;
         common.truncate(usize::try_from(most).unwrap_or(usize::MAX));
         let ids: Vec<ContentId> = common.into_iter().map(|(_, id)| id).collect();
         if ids.is_empty() {

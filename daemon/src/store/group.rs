@@ -284,17 +284,20 @@ impl Group {
 
     /// The guest's image; when it has none, the template of that name.
     pub fn image(&self, guest: &str) -> Result<Option<Image>, StoreError> {
-        for template in [false, true] {
-            if let Some((head, pages)) = self.core.read_image(&image_key(guest, template)?)? {
-                return Ok(Some(Image {
-                    guest: guest.into(),
-                    saved_unix_s: head.saved_unix_s,
-                    template: head.template,
-                    pages,
-                }));
-            }
-        }
-        Ok(None)
+        Ok(match self.read_image(guest, false)? {
+            Some(image) => Some(image),
+            None => self.read_image(guest, true)?,
+        })
+    }
+
+    pub(super) fn read_image(&self, name: &str, template: bool) -> Result<Option<Image>, StoreError> {
+        let found = self.core.read_image(&image_key(name, template)?)?;
+        Ok(found.map(|(head, pages)| Image {
+            guest: name.into(),
+            saved_unix_s: head.saved_unix_s,
+            template: head.template,
+            pages,
+        }))
     }
 
     /// All images and templates, without their pages.

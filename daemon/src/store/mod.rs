@@ -8,6 +8,7 @@
 //! [`Store::open`], [`Store::group`], then [`Group::wanted`], [`Group::put`], [`Group::read`], [`Group::save_image`].
 mod bits;
 mod budget;
+mod common;
 mod core;
 mod error;
 mod group;
@@ -31,6 +32,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use xenfold::page::ContentKey;
 
+pub use self::common::COMMON;
 pub use self::error::{IndexError, StoreError};
 pub use self::group::{Group, HoldNew, Image, ImageInfo};
 

@@ -313,6 +313,15 @@ impl Slots {
         each.filter(|(slot, _)| *slot >= from).take(most).collect()
     }
 
+    /// Contents that are in at least so many images and templates, and in how many.
+    pub fn named(&self, least: u16) -> Vec<(ContentId, u16)> {
+        let each = self.packs.iter().flat_map(|pack| {
+            let named = pack.held.iter().filter(|at| pack.images(*at) >= least);
+            named.filter_map(|at| Some((*pack.ids.get(at as usize)?, pack.images(at))))
+        });
+        each.collect()
+    }
+
     pub fn lookup_keys(&self) -> Vec<u64> {
         let keys = self
             .lookup

@@ -272,6 +272,54 @@ fn what_no_image_names_goes_first_then_the_oldest_image() {
 }
 
 #[test]
+fn what_several_guests_had_becomes_a_template() {
+    let (_folder, store) = store(16 * MIB);
+    let (group, other) = (store.group("a", &key(1)).unwrap(), store.group("b", &key(1)).unwrap());
+    let common = || -> Vec<ContentId> {
+        let template = group.images().unwrap().into_iter().find(|image| image.template);
+        assert!(template.is_none_or(|image| image.guest == COMMON));
+        let image = group.image(COMMON).unwrap();
+        let mut ids: Vec<ContentId> = image
+            .into_iter()
+            .flat_map(|image| image.pages)
+            .map(|(_, id)| id)
+            .collect();
+        ids.sort_unstable_by_key(|id| id.0);
+        ids
+    };
+    let sorted = |numbers: std::ops::Range<u64>| {
+        let mut ids = ids(numbers);
+        ids.sort_unstable_by_key(|id| id.0);
+        ids
+    };
+    put(&group, 0..500).unwrap();
+    put(&other, 0..500).unwrap();
+    other.save_image(&image("three", 5, 0..500)).unwrap();
+    group.save_image(&image("one", 10, 0..300)).unwrap();
+    group.renew_common(10).unwrap();
+    assert_eq!(common(), []);
+    group.save_image(&image("two", 20, 200..400)).unwrap();
+    group.renew_common(20).unwrap();
+    assert_eq!(common(), sorted(200..300));
+    // Being in the template does not count, nor does the same guest twice.
+    group.save_image(&image("two", 30, 250..400)).unwrap();
+    group.renew_common(30).unwrap();
+    assert_eq!(common(), sorted(250..300));
+    group.save_image(&image("two", 40, 250..400)).unwrap();
+    group.renew_common(40).unwrap();
+    assert_eq!(common(), sorted(250..300));
+    // When room is short it outlives the images, and what is held for an image to come.
+    let hold = other.hold_new();
+    let mut next = 100_000;
+    while group.images().unwrap().len() > 1 {
+        put(&other, next..next + 100).unwrap();
+        next += 100;
+    }
+    assert_eq!((common(), read_right(&group, 250..300)), (sorted(250..300), 50));
+    drop(hold);
+}
+
+#[test]
 fn templates_may_fill_it_and_then_nothing_more_fits() {
     let (folder, store) = store(8 * MIB);
     let group = store.group("a", &key(1)).unwrap();
