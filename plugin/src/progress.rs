@@ -38,6 +38,7 @@ impl Progress {
                     && let (Some(xen), Some(domid)) = (&xen, domain.get())
                     && xen.domain(domid).ok().flatten().is_some_and(|info| is_suspended(&info))
                 {
+                    log::debug!("the guest is suspended");
                     *seen.lock() = Some(Instant::now());
                 }
                 if !quiet && Instant::now() >= next_line {

@@ -39,14 +39,11 @@ const HASH_PAGES: usize = 128;
 /// Records that may wait between two stages.
 const STAGE_DEPTH: usize = 1;
 
-/// Records of pages between xl and the link: enough to keep the processors busy and no more, since after the suspend the
-/// guest waits for all of them.
+/// Records of pages between xl and the link: one with each stage and one between each two. A single processor has no use
+/// for that, and after the suspend the guest waits for all of them.
 fn records_under_way() -> usize {
-    (processors() + 1).min(MOST_UNDER_WAY)
+    if processors() == 1 { 2 } else { 5 }
 }
-
-/// One with each stage, one between each two.
-const MOST_UNDER_WAY: usize = 5;
 
 /// What is needed to send a stream.
 pub struct Sending<R> {

@@ -294,7 +294,10 @@ impl Source {
         })?;
         loop {
             match self.next()? {
-                Signal::Streamed(end) => return *end,
+                Signal::Streamed(end) => {
+                    log::debug!("all of xl's stream has been sent");
+                    return *end;
+                }
                 Signal::Exit(status) => return Err(EngineError::RemoteEnded(status)),
                 _ => {}
             }
@@ -324,6 +327,7 @@ impl Source {
             // It may have come while the pipeline was ending.
             match self.verdict.take() {
                 Some(verdict) if verdict.accepted => {
+                    log::debug!("the other host has all of it");
                     self.figures.lock().verify = changed.map(|changed| VerifyFigures {
                         equal_pages: verdict.verified_pages,
                         rewritten_by_xen_pages: verdict.rewritten_by_xen_pages,
@@ -376,6 +380,7 @@ impl Source {
     /// Phase 4: the receiving xl has the guest, paused (R1). From the moment R1 is written xl counts on the other side.
     fn wait_received(&mut self) -> Result<(), EngineError> {
         let received = self.message(xl::R1_READY.len())?;
+        log::debug!("the other host's xl has the guest");
         self.tell_xl(&received)?;
         if received != xl::R1_READY {
             return Err(EngineError::Protocol(
@@ -413,6 +418,7 @@ impl Source {
         if let Some(error) = failure.or_else(|| self.probe().err()) {
             return self.take_back(error);
         }
+        log::debug!("xl lets the guest go");
         // ── Point of no return: the destination may run the guest from here on. Nothing below fails ordinarily. ──
         if let Err(error) = self.link.send(Kind::Go, &[&go]) {
             return Ending::Unknown(EngineError::Wire(error.into()));
@@ -449,6 +455,7 @@ impl Source {
             Ok(report) => report,
             Err(error) => return Ending::Unknown(error),
         };
+        log::debug!("the other host's xl has started the guest, or not");
         let started = report.strip_prefix(xl::R2_REPORT) == Some(&[0]);
         // The guest runs over there: only the removal of its copy waits, and for that only a while.
         if let Some(leaving) = self.leaving.take_if(|_| started) {

@@ -2,7 +2,7 @@
 //!
 //! A byte of guest memory costs the processors and the link time, side by side: the slowest decides. The processors
 //! compress it, do what has to be done whatever the level (reading, hashing), and carry what is left of it through ssh,
-//! which on a slow machine costs more than compressing. A level may not be slower than sending raw; among those the
+//! which on a slow machine costs more than compressing. A level may not be much slower than sending raw; among those the
 //! least time × √ratio wins: where times are close, fewer bytes. A link that is the slowest gets the strongest level
 //! that keeps up with it, since there time and bytes are the same.
 //!
@@ -68,8 +68,10 @@ const ORDINARY_RATIO: f64 = 0.315;
 /// Above this, compression is not worth the receiver's time either.
 const POOR_RATIO: f64 = 0.97;
 
-/// A level may take at most this much of the time of sending raw: what is measured is not exact.
-const WORTHWHILE: f64 = 1.05;
+/// Where sending raw is as slow as the link, a level must be clearly faster: what it leaves to the processors is not known
+/// exactly. Where it is as slow as ssh, a level may cost a little time: bytes count more.
+const WORTHWHILE_FOR_LINK: f64 = 0.9;
+const WORTHWHILE_FOR_CARRIER: f64 = 1.2;
 
 /// What other work is taken for until it has been measured, ns a byte on the reference machine.
 const FIRST_FIXED_NS: f64 = 1.2;
@@ -114,6 +116,8 @@ pub struct LevelPolicy {
     /// What `zstd -1` makes of this guest's blocks, computed from the level measured.
     ratio: f64,
     link_ns: f64,
+    /// How often it was measured.
+    writes: f64,
     current: usize,
     blocks: u32,
     /// Processor time spent on compressing so far.
@@ -143,6 +147,7 @@ impl LevelPolicy {
             slowness: 1.0,
             ratio: ORDINARY_RATIO,
             link_ns: FIRST_LINK_NS,
+            writes: 0.0,
             current: 2,
             blocks: 0,
             compressing: Duration::ZERO,
@@ -188,7 +193,10 @@ impl LevelPolicy {
     /// Writing `bytes` to the link took `elapsed`.
     pub fn written(&mut self, bytes: usize, elapsed: Duration) {
         if bytes >= 4096 {
-            self.link_ns += WEIGHT * (elapsed.as_nanos() as f64 / bytes as f64 - self.link_ns);
+            // The first ones count more, so that a wrong guess is soon forgotten.
+            self.writes += 1.0;
+            let weight = WEIGHT.max(1.0 / (self.writes + 1.0));
+            self.link_ns += weight * (elapsed.as_nanos() as f64 / bytes as f64 - self.link_ns);
         }
     }
 
@@ -228,15 +236,13 @@ impl LevelPolicy {
         guest_bytes.saturating_sub(self.measured.0.guest_bytes) >= MEASURE_EVERY
     }
 
-    /// Nanoseconds that a byte of the guest takes when it is compressed at `cpu_ns` to `ratio`.
-    fn time(&self, cpu_ns: f64, ratio: f64) -> f64 {
+    /// Nanoseconds that a byte of the guest keeps the processors busy when it is compressed at `cpu_ns` to `ratio`.
+    fn work(&self, cpu_ns: f64, ratio: f64) -> f64 {
         let compressing = cpu_ns * self.slowness;
         let carrying = ratio * self.carrier_ns;
         let fixed = self.fixed_ns.unwrap_or(FIRST_FIXED_NS * self.slowness);
         let all = (fixed + compressing + carrying) / self.processors;
-        [ratio * self.link_ns, carrying, compressing / self.workers]
-            .into_iter()
-            .fold(all, f64::max)
+        [carrying, compressing / self.workers].into_iter().fold(all, f64::max)
     }
 
     /// What a level costs, as far as is known: the less the better.
@@ -248,8 +254,14 @@ impl LevelPolicy {
             return f64::MAX;
         }
         let ratio = self.ratio.powf(reference.strength());
-        let time = self.time(reference.cpu_ns, ratio);
-        if ratio > POOR_RATIO || time > self.time(0.0, 1.0) * WORTHWHILE {
+        let time = self.work(reference.cpu_ns, ratio).max(ratio * self.link_ns);
+        let raw = self.work(0.0, 1.0);
+        let most = if self.link_ns > raw {
+            self.link_ns * WORTHWHILE_FOR_LINK
+        } else {
+            raw * WORTHWHILE_FOR_CARRIER
+        };
+        if ratio > POOR_RATIO || time > most {
             return f64::INFINITY;
         }
         time * ratio.sqrt()
@@ -330,11 +342,13 @@ mod tests {
             carrier_ns: 60.0,
         };
         assert_eq!(world.settled(|ratio| ratio), Level::Zstd(1));
-        let without = World {
+        let fast = World {
             carrier_ns: 0.0,
-            ..world
+            fixed_ns: 0.5,
+            link_ns: 0.8,
+            ..WORLD
         };
-        assert_eq!(without.settled(|ratio| ratio), Level::Raw);
+        assert_eq!(fast.settled(|ratio| ratio), Level::Raw);
     }
 
     #[test]
