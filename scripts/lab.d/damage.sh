@@ -13,7 +13,7 @@ lab_damage() {
   [ $# = 0 ] || cases=("$@")
   must_run a
   must_run b
-  lab_groups '[group]' 'lab = "damage*"'
+  lab_groups '[group]' 'lab = ["damage*"]'
   guest_host $DAMAGE_GUEST >/dev/null || guest_create $DAMAGE_GUEST
   for name in "${cases[@]}"; do
     declare -F "damage_${name//-/_}" >/dev/null || die "damage: no case '$name': ${DAMAGE_CASES[*]}"
