@@ -202,12 +202,12 @@ impl LevelPolicy {
 
     /// Takes note of what has been spent so far; looked at from time to time.
     pub fn spent(&mut self, now: Spent) {
+        if !self.wants_spent(now.guest_bytes) {
+            return;
+        }
         let (before, compressing) = self.measured;
         let guest_bytes = now.guest_bytes.saturating_sub(before.guest_bytes);
         let wire_bytes = now.wire_bytes.saturating_sub(before.wire_bytes);
-        if guest_bytes < MEASURE_EVERY {
-            return;
-        }
         let own = now.own.saturating_sub(before.own);
         let own = own.saturating_sub(self.compressing.saturating_sub(compressing));
         let sample = own.as_nanos() as f64 / guest_bytes as f64;
