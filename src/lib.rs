@@ -10,6 +10,7 @@ pub mod config;
 pub mod control;
 pub mod engine;
 pub mod page;
+mod page_hash;
 pub mod policy;
 pub mod report;
 pub mod stream;

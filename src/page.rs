@@ -1,6 +1,8 @@
 //! What everything else speaks of: guest page numbers, page sizes, content ids.
 use std::fmt;
 
+use crate::page_hash::keyed_hashes;
+
 /// Size of a guest page in bytes; Xen's stream fixes it (page_shift 12).
 pub const PAGE_SIZE: usize = 4096;
 
@@ -72,10 +74,16 @@ impl ContentKey {
     /// The id of one page: BLAKE3 with this key, cut to 128 bits. `page` may have any length; guests' pages have
     /// [`PAGE_SIZE`] bytes.
     pub fn id(&self, page: &[u8]) -> ContentId {
-        let hash = blake3::keyed_hash(&self.0, page);
-        let mut id = [0; 16];
-        id.copy_from_slice(&hash.as_bytes()[..16]);
-        ContentId(id)
+        ContentId::cut(blake3::keyed_hash(&self.0, page).as_bytes())
+    }
+
+    /// The id of each page, as [`ContentKey::id`] gives it, in a third of the time.
+    pub fn ids<'a>(&self, pages: impl IntoIterator<Item = &'a [u8; PAGE_SIZE]>) -> Vec<ContentId> {
+        let pages: Vec<_> = pages.into_iter().collect();
+        let (groups, rest) = pages.as_chunks();
+        let groups = groups.iter().flat_map(|group| keyed_hashes(&self.0, group));
+        let groups = groups.map(|hash| ContentId::cut(&hash));
+        groups.chain(rest.iter().map(|page| self.id(*page))).collect()
     }
 }
 
@@ -90,6 +98,12 @@ impl fmt::Debug for ContentKey {
 pub struct ContentId(pub [u8; 16]);
 
 impl ContentId {
+    fn cut(hash: &[u8; 32]) -> ContentId {
+        let mut id = [0; 16];
+        id.copy_from_slice(&hash[..16]);
+        ContentId(id)
+    }
+
     /// The first 64 bits, as the lookup key of hash tables; the full id decides.
     pub fn lookup_key(&self) -> u64 {
         let [a, b, c, d, e, f, g, h, ..] = self.0;

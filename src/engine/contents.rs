@@ -40,9 +40,9 @@ pub trait Contents: Send + Sync {
 pub(super) fn read_checked(contents: &dyn Contents, key: &ContentKey, ids: &[ContentId]) -> (Vec<u8>, Vec<bool>) {
     let mut pages = vec![0; ids.len() * PAGE_SIZE];
     let found = contents.read(ids, &mut pages);
-    let right = ids.iter().zip(pages.chunks_exact(PAGE_SIZE)).enumerate();
+    let right = key.ids(pages.as_chunks().0).into_iter().zip(ids).enumerate();
     let right = right
-        .map(|(index, (id, page))| found.get(index) == Some(&true) && key.id(page) == *id)
+        .map(|(index, (read, id))| found.get(index) == Some(&true) && read == *id)
         .collect();
     (pages, right)
 }

@@ -78,8 +78,14 @@ fn keep_rest(
             continue;
         }
         // Backends may still have written into some.
-        let pages = ids.into_iter().zip(pages.chunks_exact(PAGE_SIZE));
-        let pages: Vec<(ContentId, &[u8])> = pages.filter(|(id, page)| key.id(page) == *id).collect();
+        let (pages, _) = pages.as_chunks();
+        let same = key
+            .ids(pages)
+            .into_iter()
+            .zip(ids)
+            .zip(pages)
+            .filter(|((now, id), _)| now == id);
+        let pages: Vec<(ContentId, &[u8])> = same.map(|((_, id), page)| (id, page.as_slice())).collect();
         if !pages.is_empty() {
             contents.keep_all(&pages);
         }

@@ -268,10 +268,11 @@ impl<R: Read> Front<R> {
 }
 
 pub(super) fn hash(key: &ContentKey, pages: &[u8]) -> Ids {
-    pages
-        .chunks_exact(PAGE_SIZE)
-        .map(|page| if is_zero(page) { None } else { Some(key.id(page)) })
-        .collect()
+    let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
+    let zero: Vec<bool> = pages.iter().map(|page| is_zero(page)).collect();
+    let others = pages.iter().zip(&zero).filter(|(_, zero)| !**zero);
+    let mut ids = key.ids(others.map(|(page, _)| page)).into_iter();
+    zero.iter().map(|zero| if *zero { None } else { ids.next() }).collect()
 }
 
 struct Back {

@@ -35,8 +35,8 @@ pub fn read_back(ids: &PageIds, frames: &mut dyn FrameSource, key: &ContentKey) 
         let pfns: Vec<Pfn> = batch.iter().map(|(pfn, _)| *pfn).collect();
         let (pages, _) = pages.split_at_mut(pfns.len() * PAGE_SIZE);
         frames.read(&pfns, pages)?;
-        for ((pfn, id), page) in batch.iter().zip(pages.chunks_exact(PAGE_SIZE)) {
-            if key.id(page) == *id {
+        for ((pfn, id), now) in batch.iter().zip(key.ids(pages.as_chunks().0)) {
+            if now == *id {
                 equal += 1;
             } else {
                 different += 1;

@@ -26,6 +26,10 @@ const END_OF_PFNS: u64 = 1 << 32;
 /// put something at the end of its address space, and shall not keep the round from the others by that.
 const MOST_HOLES: u64 = 4 << 20;
 
+/// Frames that a guest owns and that need not be found: Xen puts a few at the end of the address space (rings, ACPI), behind
+/// a hole that takes longer than all others.
+const FEW_FRAMES: u64 = 256;
+
 /// What trying to map a frame that is not there takes, measured in pages hashed; a guess. Most of a PVH guest's numbers
 /// have no frame.
 const HOLE_PAGES: f64 = 0.125;
@@ -39,6 +43,9 @@ struct Cursor {
     end: u64,
     /// Numbers without a frame so far.
     holes: u64,
+    /// Frames so far, and those that the guest owns.
+    found: u64,
+    owned: u64,
     /// Its round in the table; `None` before the first frame.
     round: Option<u16>,
 }
@@ -260,9 +267,13 @@ impl Scanner {
         let Some((identity, membership, round)) = entered else {
             return false;
         };
-        let end = self.index.host.lock().end_of_frames(identity.domid);
-        match end {
-            Ok(end) => {
+        let mut host = self.index.host.lock();
+        let end = host.end_of_frames(identity.domid);
+        let seen = host.guest(identity.domid);
+        drop(host);
+        match end.and_then(|end| Ok((end, seen?))) {
+            Ok((end, seen)) => {
+                let owned = seen.map_or(u64::MAX, |seen| seen.info.total_pages);
                 self.cursor = Some(Cursor {
                     slot,
                     identity,
@@ -270,6 +281,8 @@ impl Scanner {
                     next: 0,
                     end: end.min(END_OF_PFNS),
                     holes: 0,
+                    found: 0,
+                    owned,
                     round,
                 });
             }
@@ -304,22 +317,20 @@ impl Scanner {
                 return;
             }
         };
-        let (mut seen, mut there) = (Vec::new(), 0);
-        for ((pfn, page), read) in pfns.iter().zip(buffer.iter()).zip(&read) {
-            if !read {
-                continue;
-            }
-            there += 1;
-            // Zero pages travel as a bit.
-            if !is_zero(page)
-                && let Some(place) = Place::new(cursor.slot, *pfn)
-            {
-                seen.push((cursor.membership.key.id(page).lookup_key(), place));
-            }
-        }
+        let there = read.iter().filter(|read| **read).count() as u64;
+        let pages = pfns.iter().zip(buffer.iter()).zip(&read);
+        // Zero pages travel as a bit.
+        let pages = pages.filter(|((_, page), read)| **read && !is_zero(*page));
+        let (places, pages): (Vec<_>, Vec<_>) = pages
+            .filter_map(|((pfn, page), _)| Some((Place::new(cursor.slot, *pfn)?, page)))
+            .unzip();
+        let ids = cursor.membership.key.ids(pages);
+        let seen: Vec<_> = ids.iter().map(|id| id.lookup_key()).zip(places).collect();
         let holes = (read.len() as u64).saturating_sub(there);
         cursor.holes = cursor.holes.saturating_add(holes);
-        if cursor.holes > MOST_HOLES {
+        cursor.found = cursor.found.saturating_add(there);
+        let all_found = there == 0 && cursor.found.saturating_add(FEW_FRAMES) >= cursor.owned;
+        if all_found || cursor.holes > MOST_HOLES {
             cursor.end = cursor.next;
         }
         self.pace.spend(there as f64 + holes as f64 * HOLE_PAGES);

@@ -256,7 +256,10 @@ fn guests_come_and_go() {
     assert_eq!(lab.found("web-9", &[1]), [true]);
 
     // One that comes during a round is gone through in it.
-    lab.change(3, |guest| guest.end = 2_000_000);
+    lab.change(3, |guest| {
+        guest.end = 2_000_000;
+        guest.seen.info.total_pages = guest.end;
+    });
     let rounds = lab.stats().rounds;
     while lab.scanner.round_began.is_none() {
         lab.run(Duration::from_millis(10));
@@ -398,8 +401,20 @@ fn a_failing_host_is_outlived() {
 fn a_guest_with_frames_far_apart_does_not_hold_up_the_others() {
     let mut far = guest(3, 1, "web-1", [page(1)]);
     far.end = u64::MAX;
+    far.seen.info.total_pages = u64::MAX;
     let mut lab = Lab::with(vec![far, guest(4, 2, "web-2", [page(2)])], 1_000_000, 1 << 20, "");
     lab.run(Duration::from_secs(10));
     assert_eq!(lab.stats().rounds, 1);
     assert_eq!(lab.found("web-9", &[1, 2]), [true, true]);
+}
+
+#[test]
+fn the_hole_behind_all_frames_is_not_walked() {
+    let mut pvh = guest(3, 1, "web-1", (0..2000).map(page));
+    pvh.end = 1 << 20;
+    // Rings and the like, at the end.
+    pvh.seen.info.total_pages += 4;
+    let mut lab = Lab::with(vec![pvh], 1000, 1 << 20, "");
+    lab.run(Duration::from_secs(4));
+    assert_eq!((lab.stats().rounds, lab.stats().pages), (1, 2000));
 }
