@@ -10,8 +10,7 @@ ssh-keygen -q -t ed25519 -N '' -C xenfold-lab -f id
 install -d -m 700 root/root/.ssh
 cp id.pub root/root/.ssh/authorized_keys
 install -m 600 id root/root/.ssh/id_ed25519
-# This cipher is the cheapest under emulation.
-printf 'Host *\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n  Ciphers aes128-gcm@openssh.com\n' >root/root/.ssh/config
+printf 'Host *\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n' >root/root/.ssh/config
 ln -s /srv/guests/bin/lab-guest root/usr/local/bin/lab-guest
 mkdir -p root/srv/guests root/etc/xen/auto root/root/guests root/var/log/xen/console
 rm -f root/etc/machine-id root/etc/hostname
