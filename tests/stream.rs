@@ -8,7 +8,7 @@ use std::io::{self, Cursor, Read, Write};
 use support::{Batch, Guest, Start, StreamSpec, build_stream, rebuild};
 use xenfold::page::PAGE_SIZE;
 use xenfold::stream::{
-    Event, GuestType, Layer, PageData, PageDataHead, Part, Reader, StreamError, Writer, libxc, libxl, xl,
+    Event, GuestType, Layer, PageData, PageDataHead, Part, Reader, StreamError, Writer, for_each_page, libxc, libxl, xl,
 };
 
 /// Cases of each property: `XENFOLD_CASES`, else the 10,000 that CI runs.
@@ -607,6 +607,16 @@ fn a_real_stream_is_kept_and_understood() {
     assert_eq!(rebuilt.length, stream.len());
     assert!(rebuilt.pages.len() > 1000, "{} pages", rebuilt.pages.len());
     assert!(rebuilt.pages == memory_of(&stream, Start::Xl), "memory differs");
+    let mut memory = BTreeMap::new();
+    for_each_page(&mut Reader::new(&stream[..]), |pfn, place, page| {
+        assert!(stream[place as usize..].starts_with(page));
+        memory.insert(pfn.get(), (0, page.to_vec()));
+        Ok::<(), StreamError>(())
+    })
+    .unwrap();
+    let mut expected = rebuilt.pages.clone();
+    expected.retain(|_, (kind, page)| *kind == 0 && page.iter().any(|byte| *byte != 0));
+    assert!(memory == expected, "pages differ one by one");
     // As XEN.md has it for PVH: 11, 12, 10, PAGE_DATA…, 8, 9, 0A, 0 between libxl's 1 and 0.
     let kinds: Vec<(bool, u32)> = rebuilt
         .others

@@ -40,6 +40,12 @@ impl PageRecord {
         })
     }
 
+    /// Its memory, empty.
+    pub fn into_buffer(mut self) -> Vec<u8> {
+        self.body.clear();
+        self.body
+    }
+
     /// The bytes of pages `range`, empty outside the record.
     pub fn pages(&self, range: Range<usize>) -> &[u8] {
         let at = |page: usize| self.pages_at + page * PAGE_SIZE;

@@ -103,9 +103,13 @@ impl<R: Read + Send + 'static> Sending<R> {
             holdings,
             contents,
         });
-        let (enter, leave) = bounded(records_under_way());
+        let (give_back, buffers) = bounded(records_under_way());
+        (0..records_under_way()).for_each(|_| {
+            // There is room for all.
+            let _ = give_back.try_send(Vec::new());
+        });
         let back = Back {
-            leave,
+            give_back,
             link,
             policy,
             figures,
@@ -119,7 +123,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             stream,
             pool,
             key,
-            enter,
+            buffers,
             next: to_classifier,
         };
         let read = front.run();
@@ -173,8 +177,8 @@ struct Front<R> {
     stream: Reader<R>,
     pool: Pool,
     key: ContentKey,
-    /// Takes something for each record of pages, of which either Rows or Forget has not left yet.
-    enter: Sender<()>,
+    /// One for each record of pages that may be under way; those that were used before need no new memory.
+    buffers: Receiver<Vec<u8>>,
     next: Sender<Read1>,
 }
 
@@ -217,12 +221,12 @@ impl<R: Read> Front<R> {
     }
 
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
-        self.enter.send(()).map_err(|_| EngineError::WorkerLost)?;
+        let mut body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
         if header.length as usize > MAX_RECORD_BODY {
             self.pass(Read1::Forget)?;
             return self.other_record(header);
         }
-        let mut body = Vec::with_capacity(header.length as usize);
+        body.reserve(header.length as usize);
         self.stream.read_body(&mut body, MAX_RECORD_BODY)?;
         let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
         if count as usize > MAX_ROWS {
@@ -276,8 +280,8 @@ pub(super) fn hash(key: &ContentKey, pages: &[u8]) -> Ids {
 }
 
 struct Back {
-    /// The other end of [`Front::enter`].
-    leave: Receiver<()>,
+    /// The other end of [`Front::buffers`].
+    give_back: Sender<Vec<u8>>,
     link: Link,
     policy: Arc<Mutex<LevelPolicy>>,
     figures: Arc<Mutex<Figures>>,
@@ -302,13 +306,14 @@ impl Back {
                 }
                 Ready::Rows(rows) => {
                     stream_bytes = 8 + rows.record.body.len();
-                    self.rows(rows)?;
-                    // Whether Front has ended does not matter here.
-                    let _ = self.leave.try_recv();
+                    let record = self.rows(rows)?;
+                    // It may be kept until the destination has answered. Whether Front has ended does not matter here.
+                    let body = Arc::try_unwrap(record).map_or_else(|_| Vec::new(), PageRecord::into_buffer);
+                    let _ = self.give_back.try_send(body);
                 }
                 Ready::Forget => {
                     self.send(Kind::Forget, &[])?;
-                    let _ = self.leave.try_recv();
+                    let _ = self.give_back.try_send(Vec::new());
                 }
                 Ready::End(end) => {
                     self.send(Kind::End, &[&end.to_bytes()])?;
@@ -329,7 +334,7 @@ impl Back {
             .map_err(|error| EngineError::Wire(error.into()))
     }
 
-    fn rows(&mut self, ready: ReadyRows) -> Result<(), EngineError> {
+    fn rows(&mut self, ready: ReadyRows) -> Result<Arc<PageRecord>, EngineError> {
         let blocks = ready
             .blocks
             .into_iter()
@@ -378,7 +383,7 @@ impl Back {
             };
             self.policy.lock().spent(spent);
         }
-        Ok(())
+        Ok(ready.record)
     }
 
     fn note(

@@ -26,6 +26,7 @@ mod error;
 mod page_data;
 mod reader;
 mod record;
+mod saved_pages;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -38,5 +39,6 @@ pub use record::{
     DOMAIN_HEADER_SIZE, DomainHeader, GuestType, IMAGE_HEADER_SIZE, IMAGE_MAGIC, ImageHeader, LIBXC_BODY_MAX,
     LIBXL_HEADER_SIZE, LIBXL_IDENT, Layer, LibxlHeader, RECORD_HEADER_SIZE, RecordHeader, kind_name, libxc, libxl,
 };
+pub use saved_pages::for_each_page;
 pub use writer::Writer;
 pub use xl::XlHeader;

@@ -7,48 +7,23 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use xenfold::engine::Contents;
-use xenfold::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, is_zero};
-use xenfold::stream::{Event, Layer, PageData, PageType, Reader, libxc};
+use xenfold::page::{ContentId, ContentKey, PAGE_SIZE, Pfn};
+use xenfold::stream::{Reader, for_each_page};
 use xenfold::table::PageIds;
 
 /// One page in the index: page number, place in the file, content id.
 const ENTRY_BYTES: usize = 32;
 
-/// The largest PAGE_DATA body of a save: 1024 pages.
-const MAX_BODY: usize = 8 + 1024 * (8 + PAGE_SIZE);
-
 /// Hashes all pages of a save and writes where each stands to `index`. Done once and not measured: stores have it.
 pub fn write_index(save: &Path, key: &ContentKey, index: &mut impl Write) -> Result<()> {
     let file = File::open(save).with_context(|| format!("{} cannot be opened", save.display()))?;
     let mut stream = Reader::new(io::BufReader::with_capacity(1 << 20, file));
-    let mut body = Vec::new();
-    let mut part = vec![0; 1 << 20];
-    loop {
-        let header = match stream.next()? {
-            Event::End => return Ok(()),
-            Event::Record(header) if header.is(Layer::Libxc, libxc::PAGE_DATA) => header,
-            _ => {
-                while stream.body_left() > 0 {
-                    stream.read_body_part(&mut part)?;
-                }
-                continue;
-            }
-        };
-        body.clear();
-        stream.read_body(&mut body, MAX_BODY)?;
-        body.truncate(header.length as usize);
-        let data = PageData::parse(&body, header.body_offset())?;
-        let mut place = header.body_offset() + (body.len() - data.pages().len()) as u64;
-        let pages = data.entries().filter(|entry| entry.has_data);
-        for (entry, page) in pages.zip(data.pages().chunks_exact(PAGE_SIZE)) {
-            if entry.page_type == PageType::NoTab && !is_zero(page) {
-                index.write_all(&entry.pfn.get().to_le_bytes())?;
-                index.write_all(&place.to_le_bytes())?;
-                index.write_all(&key.id(page).0)?;
-            }
-            place += PAGE_SIZE as u64;
-        }
-    }
+    for_each_page(&mut stream, |pfn, place, page| {
+        index.write_all(&pfn.get().to_le_bytes())?;
+        index.write_all(&place.to_le_bytes())?;
+        index.write_all(&key.id(page).0)?;
+        anyhow::Ok(())
+    })
 }
 
 /// The earlier save, ready to be referred to.
