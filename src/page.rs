@@ -121,3 +121,22 @@ impl fmt::Debug for ContentId {
 pub fn is_zero(page: &[u8]) -> bool {
     page == ZERO_PAGE
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_ids_are_those_of_one_at_a_time() {
+        let key = ContentKey::new([7; 32]);
+        // Two groups that are hashed side by side, and a rest.
+        let mut pages = [ZERO_PAGE; 35];
+        pages
+            .iter_mut()
+            .zip(0..)
+            .for_each(|(page, n)| page[usize::from(n) * 100] = n);
+        let expected: Vec<_> = pages.iter().map(|page| key.id(page)).collect();
+        assert_eq!(key.ids(&pages), expected);
+        assert!(key.ids([]).is_empty());
+    }
+}

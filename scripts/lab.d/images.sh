@@ -60,7 +60,7 @@ make_image() {
 }
 
 # Debian packages that this machine needs.
-PACKAGES=(qemu-system-x86 qemu-utils mmdebstrap e2fsprogs cpio zstd openssh-client python3-minimal perl-base iproute2)
+PACKAGES=(qemu-system-x86 qemu-utils mmdebstrap e2fsprogs cpio zstd openssh-client python3 perl-base iproute2)
 PACKAGES_HYPERVISOR=(build-essential bc flex bison dpkg-dev python3 libelf-dev)
 
 install_packages() {

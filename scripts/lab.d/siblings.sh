@@ -19,6 +19,7 @@ lab_siblings() {
   [[ $load =~ ^(same|other)$ && $groups =~ ^(one|two)$ ]] || die 'siblings: --load same|other, --groups one|two'
   must_run a
   must_run b
+  rm -rf "$STATE"/siblings.* # of a run that failed
   work=$(mktemp -d "$STATE/siblings.XXXXXX")
   if [ "$groups" = one ]; then
     lab_groups 'store_size = 0' '[group]' 'lab = ["sib-*"]'

@@ -24,9 +24,9 @@
 //! make a guest is for Xen to judge: their order inside a layer, and bodies other than PAGE_DATA's, are not looked at.
 mod error;
 mod page_data;
+mod pages;
 mod reader;
 mod record;
-mod saved_pages;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -34,11 +34,11 @@ pub mod xl;
 
 pub use error::{Part, StreamError};
 pub use page_data::{Entry, PAGE_DATA_FIXED_SIZE, PageData, PageDataHead, PageType};
+pub use pages::for_each_page;
 pub use reader::{Event, Reader};
 pub use record::{
     DOMAIN_HEADER_SIZE, DomainHeader, GuestType, IMAGE_HEADER_SIZE, IMAGE_MAGIC, ImageHeader, LIBXC_BODY_MAX,
     LIBXL_HEADER_SIZE, LIBXL_IDENT, Layer, LibxlHeader, RECORD_HEADER_SIZE, RecordHeader, kind_name, libxc, libxl,
 };
-pub use saved_pages::for_each_page;
 pub use writer::Writer;
 pub use xl::XlHeader;
