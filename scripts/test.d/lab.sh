@@ -59,11 +59,11 @@ must_fail() {
 
 said() { on "$1" 'tail -n 40 /root/migrate.log' >&2; }
 
-log_has() { # HOST WORDS
-  on "$1" "grep -qF '$2' /root/migrate.log"
+log_has() { # HOST PATTERN
+  on "$1" "grep -q '$2' /root/migrate.log"
 }
 
-must_say() { # HOST WORDS
+must_say() { # HOST PATTERN
   log_has "$1" "$2" || {
     said "$1"
     die "xl and xenfold on $1 do not say: $2"
