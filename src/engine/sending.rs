@@ -6,7 +6,7 @@
 use std::io::Read;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
@@ -115,6 +115,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             figures,
             pacing,
             last_pfn: None,
+            written: Instant::now(),
             guest_bytes: 0,
         };
         let classifier = spawn("xenfold-rows", move || classifier.run(from_front, to_back))?;
@@ -287,6 +288,8 @@ struct Back {
     figures: Arc<Mutex<Figures>>,
     pacing: Option<Arc<Pacing>>,
     last_pfn: Option<Pfn>,
+    /// When the rows before had gone.
+    written: Instant,
     /// Bytes of page records so far.
     guest_bytes: u64,
 }
@@ -359,20 +362,23 @@ impl Back {
                 .collect(),
         };
         let guest_bytes = ready.record.body.len() as u64;
+        let start = Instant::now();
         let ping = self
             .pacing
             .as_ref()
             .map(|pacing| pacing.before(guest_bytes))
             .transpose()?;
-        let (bytes, elapsed) = frame.parts(|parts| {
-            let start = Instant::now();
+        let bytes = frame.parts(|parts| {
             let bytes: usize = parts.iter().map(|part| part.len()).sum();
-            self.send(Kind::Rows, parts).map(|()| (bytes, start.elapsed()))
+            self.send(Kind::Rows, parts).map(|()| bytes)
         })?;
+        let (now, waited) = (Instant::now(), start.elapsed());
+        self.policy.lock().written(bytes, now - self.written, waited);
+        self.written = now;
         if let Some(ping) = ping {
             self.send(Kind::Ping, &[&ping])?;
         }
-        self.note(&blocks, bytes, elapsed, ready.pages, ready.first, ready.last);
+        self.note(&blocks, ready.pages, ready.first, ready.last);
         self.guest_bytes += guest_bytes;
         if self.policy.lock().wants_spent(self.guest_bytes) {
             let spent = Spent {
@@ -386,16 +392,7 @@ impl Back {
         Ok(ready.record)
     }
 
-    fn note(
-        &mut self,
-        blocks: &[ReadyBlock],
-        bytes: usize,
-        elapsed: Duration,
-        pages: Pages,
-        first: Option<Pfn>,
-        last: Option<Pfn>,
-    ) {
-        self.policy.lock().written(bytes, elapsed);
+    fn note(&mut self, blocks: &[ReadyBlock], pages: Pages, first: Option<Pfn>, last: Option<Pfn>) {
         let mut figures = self.figures.lock();
         // A pass begins where the page numbers fall (XEN.md: a hint, two short passes can ascend).
         if first <= self.last_pfn || self.last_pfn.is_none() {

@@ -8,7 +8,8 @@
 //!
 //! All of that is measured: how fast this machine is and how well this guest compresses while blocks are compressed,
 //! both against the reference figures below; what the other work costs, by the processor time of this process and of
-//! ssh; the link, at each write.
+//! ssh; the link, when the sender has to wait for it. A link that nobody waits for could take more, nobody knows how
+//! much: what is known of it is forgotten, at once where it never was more than a guess and slowly where it was measured.
 use std::time::Duration;
 
 use crate::codec::Level;
@@ -82,11 +83,23 @@ const MEASURE_EVERY: u64 = 16 << 20;
 /// How fast new measurements replace old ones.
 const WEIGHT: f64 = 0.15;
 
+/// The same for a block's ratio. Blocks differ from each other, and the link has the average to carry.
+const RATIO_WEIGHT: f64 = 0.04;
+
 /// Every so many blocks one is compressed although raw looks best, to notice when that changes.
 const PROBE_EVERY: u32 = 16;
 
 /// What a link is taken for until it has been measured: 1 Gbit/s.
 const FIRST_LINK_NS: f64 = 8.0;
+
+/// Bytes on the wire that measure the link once.
+const MEASURE_LINK_EVERY: usize = 1 << 20;
+
+/// A link that the sender waited for this part of the time is full.
+const FULL: f64 = 0.1;
+
+/// How fast a measured link is forgotten while it is not full.
+const FORGET: f64 = 0.002;
 
 /// A level must promise to be this much better than the one in use.
 const HYSTERESIS: f64 = 0.97;
@@ -115,9 +128,11 @@ pub struct LevelPolicy {
     slowness: f64,
     /// What `zstd -1` makes of this guest's blocks, computed from the level measured.
     ratio: f64,
+    ratio_measured: f64,
     link_ns: f64,
-    /// How often it was measured.
-    writes: f64,
+    link_measured: f64,
+    /// What has been written since the link was looked at: bytes, time, and how much of that was spent waiting.
+    writing: (usize, Duration, Duration),
     current: usize,
     blocks: u32,
     /// Processor time spent on compressing so far.
@@ -146,8 +161,10 @@ impl LevelPolicy {
             carrier_ns: 0.0,
             slowness: 1.0,
             ratio: ORDINARY_RATIO,
+            ratio_measured: 0.0,
             link_ns: FIRST_LINK_NS,
-            writes: 0.0,
+            link_measured: 0.0,
+            writing: (0, Duration::ZERO, Duration::ZERO),
             current: 2,
             blocks: 0,
             compressing: Duration::ZERO,
@@ -165,14 +182,16 @@ impl LevelPolicy {
         if self.cost(best) < self.cost(self.current) * HYSTERESIS {
             self.current = best;
         }
-        let chosen = REFERENCES
-            .get(self.current)
-            .map_or(Level::Raw, |reference| reference.level);
-        if chosen == Level::Raw && self.blocks.is_multiple_of(PROBE_EVERY) {
-            Level::Lz4
-        } else {
-            chosen
+        if self.is_raw() && self.blocks.is_multiple_of(PROBE_EVERY) {
+            return Level::Lz4;
         }
+        REFERENCES
+            .get(self.current)
+            .map_or(Level::Raw, |reference| reference.level)
+    }
+
+    fn is_raw(&self) -> bool {
+        self.current == 0
     }
 
     /// A block of `input` bytes took `cpu` of a processor to compress at `level`, to `output` bytes.
@@ -187,16 +206,35 @@ impl LevelPolicy {
         let cpu_ns = cpu.as_nanos() as f64 / input as f64;
         self.slowness += WEIGHT * (cpu_ns / reference.cpu_ns - self.slowness);
         let measured = (output as f64 / input as f64).clamp(0.001, 1.0);
-        self.ratio += WEIGHT * (measured.powf(1.0 / reference.strength()) - self.ratio);
+        // A probe stands for all the blocks that went without being looked at.
+        let blocks = if self.is_raw() { PROBE_EVERY } else { 1 };
+        let weight = first_count_more(RATIO_WEIGHT, &mut self.ratio_measured);
+        let weight = 1.0 - (1.0 - weight).powf(f64::from(blocks));
+        self.ratio += weight * (measured.powf(1.0 / reference.strength()) - self.ratio);
     }
 
-    /// Writing `bytes` to the link took `elapsed`.
-    pub fn written(&mut self, bytes: usize, elapsed: Duration) {
-        if bytes >= 4096 {
-            // The first ones count more, so that a wrong guess is soon forgotten.
-            self.writes += 1.0;
-            let weight = WEIGHT.max(1.0 / (self.writes + 1.0));
-            self.link_ns += weight * (elapsed.as_nanos() as f64 / bytes as f64 - self.link_ns);
+    /// `bytes` went to the link, `elapsed` after those before; for `waited` of that time the link, or the destination
+    /// behind it, did not take more.
+    pub fn written(&mut self, bytes: usize, elapsed: Duration, waited: Duration) {
+        let (all, time, waiting) = (
+            self.writing.0 + bytes,
+            self.writing.1 + elapsed,
+            self.writing.2 + waited,
+        );
+        if all < MEASURE_LINK_EVERY {
+            self.writing = (all, time, waiting);
+            return;
+        }
+        self.writing = (0, Duration::ZERO, Duration::ZERO);
+        let sample = time.as_nanos() as f64 / all as f64;
+        if waiting > time.mul_f64(FULL) {
+            let weight = first_count_more(WEIGHT, &mut self.link_measured);
+            self.link_ns += weight * (sample - self.link_ns);
+        } else if self.link_measured == 0.0 {
+            self.link_ns = sample.min(self.link_ns) / 2.0;
+        } else {
+            self.link_ns -= FORGET * self.link_ns;
+            self.link_ns = self.link_ns.min(sample);
         }
     }
 
@@ -268,6 +306,13 @@ impl LevelPolicy {
     }
 }
 
+/// The weight of a measurement that is not the first: `weight`, but more for the first ones, so that a wrong guess is soon
+/// forgotten.
+fn first_count_more(weight: f64, measured: &mut f64) -> f64 {
+    *measured += 1.0;
+    weight.max(1.0 / (*measured + 1.0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -300,7 +345,14 @@ mod tests {
                 let (input, output) = (1e6, 1e6 * ratio_of(reference.ratio));
                 let cpu = Duration::from_nanos((reference.cpu_ns * self.slowness * input) as u64);
                 policy.compressed(level, input as usize, output as usize, cpu);
-                policy.written(output as usize, Duration::from_nanos((output * self.link_ns) as u64));
+                let work = cpu.as_secs_f64() + self.fixed_ns * input * 1e-9 + self.carrier_ns * output * 1e-9;
+                let work = work / self.processors as f64;
+                let link = output * self.link_ns * 1e-9;
+                policy.written(
+                    output as usize,
+                    Duration::from_secs_f64(link.max(work)),
+                    Duration::from_secs_f64((link - work).max(0.0)),
+                );
                 spent.own += cpu + Duration::from_nanos((self.fixed_ns * input) as u64);
                 spent.carrier += Duration::from_nanos((self.carrier_ns * output) as u64);
                 spent.guest_bytes += input as u64;
