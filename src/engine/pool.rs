@@ -1,4 +1,5 @@
 //! Workers for what can be done side by side: hashing, compressing, decompressing.
+use std::sync::LazyLock;
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -25,9 +26,10 @@ pub struct Pool {
 /// The most workers: beyond that their memory would not stay within the agents' bound.
 const MAX_WORKERS: usize = 8;
 
-/// Processors that this process may use.
+/// Processors that this process may use. Finding out takes a millisecond.
 pub(super) fn processors() -> usize {
-    thread::available_parallelism().map_or(1, usize::from)
+    static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
+    *PROCESSORS
 }
 
 /// A job's result, when it comes.
