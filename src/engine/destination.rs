@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
+use super::error::peer_words;
 use super::link::{Link, LinkEnds, Watch, Watched};
 pub use super::receiving::{Rebuilding, Rebuilt, Receiving, Unread, XlInput};
 use super::sending::spawn;
@@ -435,8 +436,7 @@ fn read_frames(
                 continue;
             }
             Kind::Abort => {
-                let reason = String::from_utf8_lossy(&frame.body).into_owned();
-                let _ = events.send(Event::Abort(reason));
+                let _ = events.send(Event::Abort(peer_words(&frame.body)));
                 continue;
             }
             // A sign of life: a moment to see that the rebuilding has failed when nothing else comes.

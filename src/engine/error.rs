@@ -62,6 +62,15 @@ pub enum EngineError {
     Thread(#[source] io::Error),
 }
 
+/// What the peer says of its failure, fit for a terminal: one line, without control characters.
+pub(super) fn peer_words(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    let printable = |character: char| if character.is_control() { ' ' } else { character };
+    text.chars().take(MOST_PEER_WORDS).map(printable).collect()
+}
+
+const MOST_PEER_WORDS: usize = 2000;
+
 /// An error and all that caused it, in one line.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
@@ -75,4 +84,15 @@ pub fn chain(error: &dyn Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_does_not_write_to_the_terminal() {
+        assert_eq!(peer_words(b"no room\x1b[2J\nhere\xff"), "no room [2J here\u{fffd}");
+        assert_eq!(peer_words(&[b'a'; 5000]).len(), MOST_PEER_WORDS);
+    }
 }

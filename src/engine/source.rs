@@ -20,6 +20,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
 use super::contents::Holdings;
+use super::error::peer_words;
 use super::leaving::Leaving;
 use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pacing::{self, Pacing};
@@ -194,11 +195,13 @@ pub fn run(negotiated: Negotiated, setup: SourceSetup, from_xl: Box<dyn Read + S
         source.wait_ready()?;
         let end = source.send_stream(from_xl)?;
         source.settle(&end)?;
+        // Before xl can send it: when no thread can be started xl has still to be told nothing.
+        source.expect_go(end.sent.xl)?;
         source.wait_received()?;
-        Ok(end)
+        Ok(end.sent.table)
     })();
     let (ending, table) = match early {
-        Ok(end) => (source.hand_over(end.sent.xl), Some(end.sent.table)),
+        Ok(table) => (source.hand_over(), Some(table)),
         Err(error) => (Ending::SourceOwns(error), None),
     };
     let ending = source.close(ending);
@@ -390,25 +393,25 @@ impl Source {
         Ok(())
     }
 
-    /// Phase 5: GO. When anything breaks before it is sent, xl is answered here (R2 with status 1, then R3) and
-    /// resumes the guest; after it nothing is answered that did not come from the destination.
-    fn hand_over(&mut self, mut from_xl: Box<dyn Read + Send>) -> Ending {
+    /// Reads what xl says after the stream: GO, or its end.
+    fn expect_go(&self, mut from_xl: Box<dyn Read + Send>) -> Result<(), EngineError> {
         let to_events = self.event_sender.clone();
-        let reading = spawn("xenfold-go", move || {
+        spawn("xenfold-go", move || {
             let mut go = [0; xl::GO.len()];
             let came = from_xl.read_exact(&mut go).is_ok();
             let _ = to_events.send(Event::Go(came.then_some(go)));
-        });
-        if let Err(error) = reading {
-            return Ending::SourceOwns(error);
-        }
+        })?;
+        Ok(())
+    }
+
+    /// Phase 5: GO. When anything breaks before it is sent, xl is answered here (R2 with status 1, then R3) and
+    /// resumes the guest; after it nothing is answered that did not come from the destination.
+    fn hand_over(&mut self) -> Ending {
         let mut failure = None;
         let go = loop {
             match self.next() {
                 Ok(Signal::Go(Some(go))) if go == *xl::GO => break go,
-                Ok(Signal::Go(_)) => {
-                    return Ending::SourceOwns(EngineError::Stopped("xl ended before it let the guest go".into()));
-                }
+                Ok(Signal::Go(_)) => return Ending::SourceOwns(xl_ended()),
                 Ok(Signal::Exit(status)) => failure = Some(EngineError::RemoteEnded(status)),
                 Ok(_) => {}
                 // xl has R1 and will send GO; only then can it be told that nothing became of it.
@@ -539,8 +542,10 @@ impl Source {
     /// Collects `length` bytes that the destination's xl wrote.
     fn message(&mut self, length: usize) -> Result<Vec<u8>, EngineError> {
         while self.inbox.len() < length {
-            if let Signal::Exit(status) = self.next()? {
-                return Err(EngineError::RemoteEnded(status));
+            match self.next()? {
+                Signal::Exit(status) => return Err(EngineError::RemoteEnded(status)),
+                Signal::Go(_) => return Err(xl_ended()),
+                _ => {}
             }
         }
         let rest = self.inbox.split_off(length);
@@ -606,9 +611,7 @@ impl Source {
                 return Ok(None);
             }
             Kind::Abort => {
-                return Err(EngineError::PeerAborted(
-                    String::from_utf8_lossy(&frame.body).into_owned(),
-                ));
+                return Err(EngineError::PeerAborted(peer_words(&frame.body)));
             }
             Kind::Have | Kind::Need | Kind::Settled => {
                 self.about_contents(frame)?;
@@ -657,6 +660,10 @@ impl Source {
             None => EngineError::Wire(error),
         }
     }
+}
+
+fn xl_ended() -> EngineError {
+    EngineError::Stopped("xl ended before it let the guest go".into())
 }
 
 fn read_frames(mut reader: FrameReader<Watched<Box<dyn Read + Send>>>, events: &Sender<Event>) {
