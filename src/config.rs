@@ -1,4 +1,4 @@
-//! `/etc/xen/xenfold.conf`: TOML, one table only; booleans may be 0 or 1, as in xl.conf. Agents and daemon read the
+//! `/etc/xen/xenfold.conf`: TOML: settings, and a table `[group]`; booleans may be 0 or 1, as in xl.conf. Agents and daemon read the
 //! same file.
 use std::collections::BTreeMap;
 use std::fmt;

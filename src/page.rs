@@ -93,7 +93,8 @@ impl fmt::Debug for ContentKey {
     }
 }
 
-/// What a page holds: equal ids mean equal bytes (the "hash no." of the paper's table 3, made collision-resistant).
+/// What a page holds: equal ids mean equal bytes (the "hash no." of table 3 in Kumari et al., *On
+/// Speeding up Virtual Machine Migration Through Integrated Data De-Duplication Methods*, made collision-resistant).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ContentId(pub [u8; 16]);
 

@@ -15,13 +15,13 @@ use crate::page::PAGE_SIZE;
 pub struct Figures {
     pub guest: String,
     pub host: String,
-    /// "xenfold", or "plain" when the stream was passed through.
+    /// "xenfold".
     pub mode: String,
     pub completed: bool,
     pub time_elapsed_ms: u64,
     /// From the start until the receiving xl was ready.
     pub setup_time_ms: u64,
-    /// From the last pass's first page until the receiving xl reported the guest running, as the agent sees it.
+    /// From when the guest was seen suspended until the receiving xl reported that it runs, to about 200 ms.
     pub downtime_ms: u64,
     pub memory_total_bytes: u64,
     pub memory_processed_bytes: u64,

@@ -1,4 +1,4 @@
-//! Both engines in one process, between two xl that keep to XEN.md, over streams that are generated.
+//! Both engines in one process, between two xl that behave as Xen's, over streams that are generated.
 #[path = "support/hosts.rs"]
 mod hosts;
 mod support;

@@ -617,7 +617,7 @@ fn a_real_stream_is_kept_and_understood() {
     let mut expected = rebuilt.pages.clone();
     expected.retain(|_, (kind, page)| *kind == 0 && page.iter().any(|byte| *byte != 0));
     assert!(memory == expected, "pages differ one by one");
-    // As XEN.md has it for PVH: 11, 12, 10, PAGE_DATA…, 8, 9, 0A, 0 between libxl's 1 and 0.
+    // As Xen writes it for PVH: 11, 12, 10, PAGE_DATA…, 8, 9, 0A, 0 between libxl's 1 and 0.
     let kinds: Vec<(bool, u32)> = rebuilt
         .others
         .iter()

@@ -20,26 +20,37 @@ const WATCH_EVERY: Duration = Duration::from_millis(100);
 pub struct Progress {
     stop: Option<Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
-    suspended: Arc<Mutex<Option<Instant>>>,
+    downtime: Arc<Mutex<Downtime>>,
+}
+
+/// What has been seen of the guest's downtime.
+#[derive(Clone, Copy, Default)]
+struct Downtime {
+    suspended: Option<Instant>,
+    /// When the other host said that the guest runs there.
+    over: Option<Instant>,
 }
 
 impl Progress {
     pub fn start(figures: Arc<Mutex<Figures>>, domain: KnownDomain, quiet: bool) -> std::io::Result<Progress> {
         let (stop, stopped) = bounded::<()>(0);
-        let suspended = Arc::new(Mutex::new(None));
-        let seen = suspended.clone();
+        let downtime = Arc::new(Mutex::new(Downtime::default()));
+        let seen = downtime.clone();
         let work = move || {
             let xen = Xenctrl::open().ok();
             let terminal = stderr().is_terminal();
             let start = Instant::now();
             let mut next_line = start + EVERY;
             while stopped.recv_timeout(WATCH_EVERY) == Err(RecvTimeoutError::Timeout) {
-                if seen.lock().is_none()
+                if seen.lock().suspended.is_none()
                     && let (Some(xen), Some(domid)) = (&xen, domain.get())
                     && xen.domain(domid).ok().flatten().is_some_and(|info| is_suspended(&info))
                 {
                     log::debug!("the guest is suspended");
-                    *seen.lock() = Some(Instant::now());
+                    seen.lock().suspended = Some(Instant::now());
+                }
+                if figures.lock().completed {
+                    seen.lock().over.get_or_insert_with(Instant::now);
                 }
                 if !quiet && Instant::now() >= next_line {
                     next_line += EVERY;
@@ -58,13 +69,14 @@ impl Progress {
         Ok(Progress {
             stop: Some(stop),
             thread: Some(thread),
-            suspended,
+            downtime,
         })
     }
 
-    /// How long ago the guest was seen suspended, to about 100 ms.
-    pub fn since_suspend(&self) -> Option<Duration> {
-        self.suspended.lock().map(|at| at.elapsed())
+    /// How long the guest stood, or has stood by now, to about 200 ms.
+    pub fn downtime(&self) -> Option<Duration> {
+        let Downtime { suspended, over } = *self.downtime.lock();
+        Some(over.unwrap_or_else(Instant::now) - suspended?)
     }
 }
 
@@ -138,10 +150,14 @@ pub fn summary(figures: &Figures) -> String {
         ));
     }
     if let Some(verify) = &figures.verify {
-        text.push_str(&format!(
+        text.push_str(&if verify.equal_pages == 0 {
+            format!("\nverified nothing: {} cannot read the frames of this guest", figures.host)
+        } else {
+            format!(
             "\nverified {} frames read back equal ({} rewritten by Xen left out) in {} ms; {} changed at the source since",
             verify.equal_pages, verify.rewritten_by_xen_pages, verify.time_ms, verify.changed_at_source_pages
-        ));
+        )
+        });
     }
     text
 }

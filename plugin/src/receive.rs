@@ -154,7 +154,7 @@ fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
     let (from_xl, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     fcntl_setpipe_size(&to_xl, PIPE_BYTES)?;
     // xl inherits the reading end of its own output, too: should this process be killed, its report still finds
-    // somewhere to go, and it destroys the guest instead of ending before that (XEN.md, R2).
+    // somewhere to go, and it destroys the guest instead of ending before that.
     let kept = rustix::io::dup(&from_xl)?;
     fcntl_setfd(&kept, FdFlags::empty())?;
     let (program, words) = command.split_first().context("no command to receive with")?;

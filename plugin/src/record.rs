@@ -20,11 +20,9 @@ pub struct Migration {
     pub host: String,
     /// The ssh that was used, and its options.
     pub ssh: Vec<String>,
-    /// GO was sent or may have been: the destination may run the guest.
-    pub go_sent: bool,
 }
 
-/// The locked record of a migration that this process does.
+/// The locked record of a migration that this process does. Unless it is closed it stays behind for `xenfold resume`.
 pub struct Record {
     file: File,
     path: PathBuf,
@@ -61,7 +59,6 @@ impl Record {
             domid: guest.domid.get(),
             host: host.to_owned(),
             ssh,
-            go_sent: false,
         };
         let mut record = Record { file, path, migration };
         record.write()?;
@@ -73,12 +70,6 @@ impl Record {
         self.file.rewind()?;
         self.file.write_all(&serde_json::to_vec_pretty(&self.migration)?)?;
         Ok(())
-    }
-
-    /// Notes that it is not known here any more who owns the guest; the record stays behind for `xenfold resume`.
-    pub fn leave_behind(mut self) -> Result<()> {
-        self.migration.go_sent = true;
-        self.write()
     }
 
     /// The migration has come to its end, whichever: nothing has to be repaired.

@@ -227,7 +227,7 @@ impl Agent<'_> {
         };
         let ending = source::run(negotiated, setup, Box::new(from_xl));
 
-        let downtime = progress.since_suspend();
+        let downtime = progress.downtime();
         drop(progress);
         let mut last = figures.lock().clone();
         last.downtime_ms = downtime.map_or(0, |time| time.as_millis() as u64);
@@ -338,9 +338,6 @@ impl Agent<'_> {
             }
             Ending::Unknown(error) => {
                 figures.error = Some(chain(&error));
-                if let Some(Err(error)) = self.record.take().map(Record::leave_behind) {
-                    log::warn!("what is known of this migration could not be noted: {error:#}");
-                }
                 eprintln!(
                     "xenfold: the connection failed after {host} was told to start guest {guest}: {}\n\
                      xenfold: it may run there; the copy here is suspended and safe. Type `xenfold resume {guest}`: it \

@@ -193,7 +193,7 @@ lab_push() {
   local host file built files=("$@") target=${CARGO_TARGET_DIR:-$REPO/target}/release
   if [ $# = 0 ]; then
     for built in xenfold xenfold-ssh xenfoldd; do [ ! -x "$target/$built" ] || files+=("$target/$built"); done
-    [ ${#files[@]} -gt 0 ] || die "nothing is built in $target: run cargo build --release"
+    [ ${#files[@]} -gt 0 ] || die "nothing is built in $target: run cargo build --release -p xenfold-plugin -p xenfoldd"
   fi
   for file in "${files[@]}"; do [ -e "$file" ] || die "push: no file $file"; done
   for host in a b; do
@@ -203,7 +203,6 @@ lab_push() {
       # shellcheck disable=SC2029 # the name is expanded here
       gzip -1 <"$file" | on "$host" "cd /usr/local/bin && zcat >.new && chmod 755 .new && mv .new '${file##*/}'"
     done
-    on "$host" 'cd /usr/local/bin && { [ -e xenfold-ssh ] || [ ! -e xenfold ] || ln -s xenfold xenfold-ssh; }' </dev/null
   done
   say "pushed to a and b: ${files[*]##*/}"
 }

@@ -93,7 +93,7 @@ build_guest_binary() {
   local cargo
   cargo=$(command -v cargo || echo "$HOME/.cargo/bin/cargo")
   [ -x "$cargo" ] || die "cargo is needed for tests/guest: install Rust (see README.md)"
-  (cd "$REPO" && RUSTFLAGS='-C target-feature=+crt-static' nice "$cargo" build -q --release \
+  (cd "$REPO" && RUSTFLAGS='-C target-feature=+crt-static -C strip=symbols' nice "$cargo" build -q --release \
     --target x86_64-unknown-linux-gnu -p lab-guest) || die "tests/guest does not build"
 }
 

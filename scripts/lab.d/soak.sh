@@ -66,8 +66,8 @@ soak_kill() { # "HOST PROCESS" FROM
   esac
 }
 
-# Waits until both hosts have come to rest and prints the host that owns the guest. What RELIABILITY calls outcome C is
-# repaired as its message says.
+# Waits until both hosts have come to rest and prints the host that owns the guest. A guest that stands suspended at the
+# source because nobody knows whether the other host runs it is repaired as its message says.
 soak_settle() { # FROM TO
   local from=$1 to=$2 limit=$((SECONDS + 120))
   while ((SECONDS < limit)); do

@@ -97,7 +97,7 @@ must_be_well_on() { # HOST GUEST
   lab guest check "$2"
 }
 
-# What RELIABILITY asks for after each failure that leaves the guest with its source.
+# What each failure that leaves the guest with its source has to show.
 must_have_stayed() { # HOST GUEST
   must_be_well_on "$@"
   say "the same migration again"

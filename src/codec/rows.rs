@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_zeros_costs_six_bytes() {
+    fn a_record_of_zeros_costs_seven_bytes() {
         let entries: Vec<u64> = (0x400..0x800).collect();
         let bytes = encoded(&entries, &[Row::Zero; 1024]);
         assert_eq!(bytes, [0x80, 8, 0, 0x80, 0x10, 0x80, 0x40]);

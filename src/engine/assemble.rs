@@ -30,7 +30,7 @@ const HASH_PAGES: usize = 128;
 const POLL: Duration = Duration::from_micros(200);
 
 /// Which records xl's helper has certainly applied. It applies records in order and reads the next one's header only
-/// then, so a record is applied when a byte behind its end has been taken out of the pipe (DESIGN.md, page sources).
+/// then, so a record is applied when a byte behind its end has been taken out of the pipe.
 pub(super) struct Applied {
     pub records: Mutex<Records>,
     /// Bytes written to the pipe.

@@ -394,7 +394,7 @@ impl Back {
 
     fn note(&mut self, blocks: &[ReadyBlock], pages: Pages, first: Option<Pfn>, last: Option<Pfn>) {
         let mut figures = self.figures.lock();
-        // A pass begins where the page numbers fall (XEN.md: a hint, two short passes can ascend).
+        // A pass begins where the page numbers fall (a hint: two short passes can ascend).
         if first <= self.last_pfn || self.last_pfn.is_none() {
             figures.iteration += 1;
             figures.iteration_pages = 0;

@@ -7,10 +7,10 @@
 //!      ├─ S0 S1 S2 S3… ───────────▶├─ Bytes, Guest, Rows…, End ──────────────▶│  send_stream
 //!      │                           │ ◀── Need, Settled ─ ─ Contents ─ ─ ─ ─ ─▶│
 //!      │                           │ ◀── Verdict ─────────────────────────────┤  settle
-//!      │ ◀── R1 ───────────────────┤ ◀── Xl(R1) ──────────────────────────────┤  hand_over
-//!      ├─ GO ─────────────────────▶├─ Ping ──────────▶ ◀────────────── Pong ──┤
+//!      │ ◀── R1 ───────────────────┤ ◀── Xl(R1) ──────────────────────────────┤  wait_received
+//!      ├─ GO ─────────────────────▶├─ Ping ──────────▶ ◀────────────── Pong ──┤  hand_over
 //!      │                           ├─ Go ════ point of no return ════════════▶│
-//!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤
+//!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤  result
 //! ```
 use std::io::{Read, Write};
 use std::sync::Arc;
@@ -460,6 +460,7 @@ impl Source {
         };
         log::debug!("the other host's xl has started the guest, or not");
         let started = report.strip_prefix(xl::R2_REPORT) == Some(&[0]);
+        self.figures.lock().completed = started;
         // The guest runs over there: only the removal of its copy waits, and for that only a while.
         if let Some(leaving) = self.leaving.take_if(|_| started) {
             leaving.wait(LEAVING.min(self.start.elapsed() / LEAVING_SHARE));
@@ -472,9 +473,6 @@ impl Source {
             ));
         }
         if started {
-            let mut figures = self.figures.lock();
-            figures.completed = true;
-            drop(figures);
             return Ending::Completed {
                 status: self.exit_status(),
             };

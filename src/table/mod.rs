@@ -1,4 +1,4 @@
-//! The shared-page table (the paper's table 3): which content each guest page holds, and which page holds a content.
+//! The shared-page table (table 3 in Kumari et al.): which content each guest page holds, and which page holds a content.
 //!
 //! [`PageIds`] is one half, page number → content id, kept by both ends. [`PageTable`], at the source, adds the other
 //! half, content id → the page that was last seen to hold it. Together at most 32 bytes a page and 16 MiB.

@@ -153,21 +153,11 @@ impl<W: Write> FrameWriter<W> {
 pub struct FrameReader<R> {
     inner: R,
     sequence: u64,
-    bytes: u64,
 }
 
 impl<R: Read> FrameReader<R> {
     pub fn new(inner: R) -> FrameReader<R> {
-        FrameReader {
-            inner,
-            sequence: 0,
-            bytes: 0,
-        }
-    }
-
-    /// Bytes read so far, headers included.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+        FrameReader { inner, sequence: 0 }
     }
 
     /// The next frame. The body's memory grows with what arrives, up to [`MAX_FRAME_BODY`].
@@ -245,7 +235,6 @@ impl<R: Read> FrameReader<R> {
             });
         }
         self.sequence += 1;
-        self.bytes += (FRAME_HEADER_BYTES + arrived) as u64;
         Ok(Frame { kind, sequence, body })
     }
 }

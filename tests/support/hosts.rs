@@ -1,4 +1,4 @@
-//! Two hosts in one process: both engines between two xl that keep to XEN.md section 1 to the byte, over a link that
+//! Two hosts in one process: both engines between two xl that say what Xen's say, to the byte, over a link that
 //! can be cut, silenced, stalled and lied on at any frame.
 #![allow(dead_code, reason = "each integration test uses its own part of this")]
 

@@ -168,7 +168,7 @@ impl Default for StreamSpec {
 }
 
 impl StreamSpec {
-    /// Leaves out what Xen's `verify-stream-v2` rejects although Xen accepts it (see XEN.md), and what Xen never writes.
+    /// Leaves out what Xen's `verify-stream-v2` rejects although Xen accepts it, and what Xen never writes.
     pub fn for_oracle(mut self) -> Self {
         self.start = Start::Libxl;
         self.optional_records = false;

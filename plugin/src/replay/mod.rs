@@ -399,7 +399,12 @@ fn print(runs: &[Run]) {
             run.receiver_cpu_ms as f64 / 1e3,
             run.sender_peak_rss_bytes as f64 / f64::from(1 << 20),
             run.receiver_peak_rss_bytes as f64 / f64::from(1 << 20),
-            if run.equal { "equal" } else { "DIFFERENT" },
+            match (run.equal, run.measured) {
+                (false, _) => "DIFFERENT",
+                // Nobody has rebuilt anything.
+                (true, "sender") => "-",
+                _ => "equal",
+            },
         );
     }
     if let Some(pages) = runs.iter().find_map(|run| run.pages) {
