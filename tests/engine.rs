@@ -964,13 +964,14 @@ fn memory_side() {
         .with_key(&hosts::key());
         let setup = SourceSetup {
             to_xl: Box::new(xl.try_clone().unwrap()),
+            failing: Box::new(|| {}),
             frames: None,
             verify: false,
             contents: None,
             figures: Arc::default(),
             events: source::events(),
         };
-        let ending = source::run(
+        let (ending, _) = source::run(
             source::negotiate(ends(&link), &hello, timeout).unwrap(),
             setup,
             Box::new(xl),
@@ -999,6 +1000,7 @@ fn memory_side() {
             frames: None,
             contents: None,
             events: destination::events(),
+            before_go: Box::new(|| Ok(())),
             program: "test".into(),
             usage: || (0, 0),
         };

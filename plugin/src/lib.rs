@@ -1,9 +1,19 @@
 //! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
-//! ([`receive`]), and on the administrator's terminal `xenfold resume`, `xenfold replay` and what is
+//! ([`receive`], [`arrival`]), and on the administrator's terminal `xenfold resume`, `xenfold replay` and what is
 //! asked of the daemon ([`daemon_commands`]).
 #![forbid(unsafe_code)]
 
+/// Says something to the administrator. Unlike `eprintln!`, which panics when the terminal has been closed, it goes on
+/// when nobody listens: there may be a guest to set going yet.
+#[macro_export]
+macro_rules! say {
+    ($($words:tt)*) => {{
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{}\n", format_args!($($words)*)));
+    }};
+}
+
 pub mod arguments;
+pub mod arrival;
 pub mod contents;
 pub mod daemon_commands;
 pub mod guest;

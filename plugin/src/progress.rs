@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 use xen_sys::Xenctrl;
 use xenfold::page::PAGE_SIZE;
@@ -19,7 +19,7 @@ const WATCH_EVERY: Duration = Duration::from_millis(100);
 /// Prints and watches until it is dropped.
 pub struct Progress {
     stop: Option<Sender<()>>,
-    thread: Option<thread::JoinHandle<()>>,
+    ended: Receiver<()>,
     downtime: Arc<Mutex<Downtime>>,
 }
 
@@ -34,9 +34,11 @@ struct Downtime {
 impl Progress {
     pub fn start(figures: Arc<Mutex<Figures>>, domain: KnownDomain, quiet: bool) -> std::io::Result<Progress> {
         let (stop, stopped) = bounded::<()>(0);
+        let (end, ended) = bounded::<()>(0);
         let downtime = Arc::new(Mutex::new(Downtime::default()));
         let seen = downtime.clone();
         let work = move || {
+            let _end = end;
             let xen = Xenctrl::open().ok();
             let terminal = stderr().is_terminal();
             let start = Instant::now();
@@ -65,10 +67,10 @@ impl Progress {
                 let _ = writeln!(stderr());
             }
         };
-        let thread = thread::Builder::new().name("xenfold-progress".into()).spawn(work)?;
+        thread::Builder::new().name("xenfold-progress".into()).spawn(work)?;
         Ok(Progress {
             stop: Some(stop),
-            thread: Some(thread),
+            ended,
             downtime,
         })
     }
@@ -83,10 +85,8 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // It only prints.
-            let _ = thread.join();
-        }
+        // So that its last line comes before what is said next. A terminal that is held up is not waited for.
+        let _ = self.ended.recv_timeout(EVERY);
     }
 }
 

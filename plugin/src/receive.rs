@@ -23,13 +23,16 @@ use xenfold::wire::Hello;
 
 use crate::contents::DaemonContents;
 use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
-use crate::{process, signals, ssh, usage};
+use crate::{arrival, process, signals, ssh, usage};
 
 /// Room in the pipe to xl.
 const PIPE_BYTES: usize = 256 << 10;
 
 /// How long xl may take to end after it was given up; destroying a large guest takes its time.
 const XL_PATIENCE: Duration = Duration::from_secs(60);
+
+/// xl's exit status when it could not start the guest, and has destroyed it.
+const NOT_STARTED: i32 = 1;
 
 /// How often xl's children are looked at until its helper is there.
 const HELPER_EVERY: Duration = Duration::from_millis(100);
@@ -67,19 +70,27 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let stop = events.0.clone();
     signals::handle(move || drop(stop.send(Event::Stop("terminated by a signal".into()))))?;
     let xl = start_xl(&arguments.command, domain)?;
+    let source = negotiated.agreement.peer.clone();
+    let arrived = source.clone();
     let setup = DestinationSetup {
         xl,
         frames,
-        contents: contents(&negotiated.agreement.peer, &negotiated.key),
+        contents: contents(&source, &negotiated.key),
         events,
+        before_go: Box::new(move || arrival::note(&arrived.guest_uuid, &arrived.migration)),
         program: xenfold::VERSION.into(),
         usage: usage::cpu_ms_and_peak_rss_bytes,
     };
     match destination::run(negotiated, setup) {
-        Ok(status) => Ok(status),
+        Ok(status) => {
+            if status == NOT_STARTED {
+                arrival::forget(&source.guest_uuid);
+            }
+            Ok(status)
+        }
         Err(error) => {
-            eprintln!(
-                "xenfold receive: the guest was not taken over and nothing of it is left here: {}. It is the source's.",
+            say!(
+                "xenfold receive: the guest was not taken over: {}. It is the source's.",
                 chain(&error)
             );
             Ok(1)
@@ -103,7 +114,7 @@ fn contents(source: &Hello, key: &ContentKey) -> Option<Arc<dyn Contents>> {
             None
         }
         Err(error) => {
-            eprintln!(
+            say!(
                 "xenfold receive: contents that this host holds are not used: {}",
                 chain(&error)
             );
@@ -209,11 +220,11 @@ fn end_xl(mut child: Child, domain: &KnownDomain, given_up: bool) -> i32 {
     if given_up && let Some(domid) = domain.get() {
         match destroy_leftover(domid) {
             Ok(false) => {}
-            Ok(true) => eprintln!(
+            Ok(true) => say!(
                 "xenfold receive: xl left domain {} behind; it was destroyed",
                 domid.get()
             ),
-            Err(error) => eprintln!(
+            Err(error) => say!(
                 "xenfold receive: what is left of the guest (domain {}) cannot be destroyed: {error:#}; type `xl destroy {}`",
                 domid.get(),
                 domid.get()

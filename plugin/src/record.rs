@@ -20,6 +20,9 @@ pub struct Migration {
     pub host: String,
     /// The ssh that was used, and its options.
     pub ssh: Vec<String>,
+    /// Its name: 32 hexadecimal digits by chance.
+    #[serde(default)]
+    pub migration: String,
 }
 
 /// The locked record of a migration that this process does. Unless it is closed it stays behind for `xenfold resume`.
@@ -35,7 +38,7 @@ fn path(uuid: &str) -> PathBuf {
 
 impl Record {
     /// Takes the guest's record. Errors: another migration of the same guest is under way.
-    pub fn take(guest: &Guest, host: &str, ssh: Vec<String>) -> Result<Record> {
+    pub fn take(guest: &Guest, host: &str, ssh: Vec<String>, migration: &str) -> Result<Record> {
         fs::create_dir_all(FOLDER).with_context(|| format!("{FOLDER} cannot be made"))?;
         let path = path(&guest.uuid);
         let file = File::options()
@@ -59,6 +62,7 @@ impl Record {
             domid: guest.domid.get(),
             host: host.to_owned(),
             ssh,
+            migration: migration.to_owned(),
         };
         let mut record = Record { file, path, migration };
         record.write()?;

@@ -1,5 +1,6 @@
 //! Setting a source guest going again after its migration was given up while xl is dead: xl would have done it.
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -10,6 +11,9 @@ use crate::process::{self, Helper};
 
 /// How long a helper that was told to end may take.
 const HELPER_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long a guest that was told to suspend may take to do so, or to leave it.
+const SUSPENDING: Duration = Duration::from_secs(2);
 
 /// Ends a helper whose xl is dead; otherwise it would go on with the guest.
 pub fn end_helper(helper: Helper) -> Result<()> {
@@ -59,11 +63,30 @@ pub fn resume(domid: DomId) -> Result<String> {
             .with_context(|| format!("{name} cannot be called {before} again"))?;
         name = before;
     }
-    if !is_suspended(&info) {
+    if !is_suspended(&info) && !suspends_late(&xen, &store, domid)? {
         return Ok(format!("guest {name} was not suspended and runs on here"));
     }
     libxl
         .resume(domid)
         .with_context(|| format!("guest {name} cannot be resumed"))?;
     Ok(format!("guest {name} was suspended and runs again here"))
+}
+
+/// Takes back what a dead xl has told the guest. Whether the guest suspends nevertheless.
+fn suspends_late(xen: &Xenctrl, store: &Xenstore, domid: DomId) -> Result<bool> {
+    let path = format!("{}/control/shutdown", store.domain_path(domid)?);
+    let deadline = Instant::now() + SUSPENDING;
+    match store.read_string(&path)?.as_deref() {
+        // xl never asked it.
+        None => return Ok(false),
+        Some("suspend") => store.write(&path, b"")?,
+        Some(_) => {}
+    }
+    while Instant::now() < deadline {
+        if xen.domain(domid)?.is_some_and(|info| is_suspended(&info)) {
+            return Ok(true);
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(false)
 }

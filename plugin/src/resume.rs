@@ -5,7 +5,7 @@ use xenfold::config::Config;
 
 use crate::guest::{self, AWAY, Guest, INCOMING};
 use crate::record::{self, Migration};
-use crate::{repair, ssh};
+use crate::{arrival, repair, ssh};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -22,6 +22,8 @@ pub struct Arguments {
 #[derive(Debug, clap::Args)]
 pub struct StateArguments {
     uuid: String,
+    /// The name of the migration that may have brought it.
+    migration: Option<String>,
 }
 
 /// What a host says of a guest: `xenfold guest-state` prints it as one word.
@@ -31,6 +33,8 @@ enum Held {
     /// Paused as `NAME--incoming`: left over from a migration that did not come to its end.
     Incoming,
     Present,
+    /// Not there, but it was started there by the migration that is asked for.
+    Gone,
 }
 
 impl Held {
@@ -39,13 +43,20 @@ impl Held {
             Held::Absent => "absent",
             Held::Incoming => "incoming",
             Held::Present => "present",
+            Held::Gone => "gone",
         }
     }
 }
 
 /// Prints what this host holds of a guest.
 pub fn print_state(arguments: &StateArguments) -> Result<()> {
-    println!("{}", held_here(&arguments.uuid)?.word());
+    let mut held = held_here(&arguments.uuid)?;
+    if let (Held::Absent, Some(migration)) = (held, &arguments.migration)
+        && arrival::is_noted(&arguments.uuid, migration)?
+    {
+        held = Held::Gone;
+    }
+    println!("{}", held.word());
     Ok(())
 }
 
@@ -55,7 +66,7 @@ fn held_here(uuid: &str) -> Result<Held> {
     for info in xen
         .domains()?
         .iter()
-        .filter(|info| guest::uuid_text(&info.uuid) == uuid)
+        .filter(|info| !info.dying && guest::uuid_text(&info.uuid) == uuid)
     {
         let name = guest::name_of(&store, info.domid)?.unwrap_or_default();
         if !name.ends_with(INCOMING) {
@@ -91,7 +102,8 @@ fn ask_destination(arguments: &Arguments, config: &Config, guest: &Guest, migrat
     let Guest { name, uuid, .. } = guest;
     let ssh = migration
         .as_ref()
-        .map_or_else(|| vec![config.ssh.clone()], |migration| migration.ssh.clone());
+        .map_or_else(|| ssh::words(&config.ssh), |migration| migration.ssh.clone());
+    let name_of_migration = migration.as_ref().map(|migration| migration.migration.clone());
     let Some(host) = arguments.host.clone().or(migration.map(|migration| migration.host)) else {
         if arguments.force {
             return Ok(());
@@ -102,7 +114,8 @@ fn ask_destination(arguments: &Arguments, config: &Config, guest: &Guest, migrat
             arguments.guest
         );
     };
-    let question = ["xenfold", "guest-state", uuid].map(str::to_owned);
+    let mut question = ["xenfold", "guest-state", uuid].map(str::to_owned).to_vec();
+    question.extend(name_of_migration.filter(|name| !name.is_empty()));
     let (answer, status) = ssh::run(&ssh, &host, &question).context("ssh cannot be started")?;
     match (answer.trim(), status) {
         ("absent", 0) => Ok(()),
@@ -115,8 +128,18 @@ fn ask_destination(arguments: &Arguments, config: &Config, guest: &Guest, migrat
              DOMID` (its name there ends in {INCOMING}), then type `xenfold resume {}` again",
             arguments.guest
         ),
+        ("gone", 0) if arguments.force => {
+            say!("xenfold: guest {name} ran on {host}; resuming because of --force");
+            Ok(())
+        }
+        ("gone", 0) => bail!(
+            "{host} has started guest {name} and does not hold it any more: it has ended there or moved on. Look for it, and \
+             end the copy here with `xl destroy {name}`. Only if it runs nowhere, and what it did on {host} may be lost, \
+             type `xenfold resume {} --force`",
+            arguments.guest
+        ),
         _ if arguments.force => {
-            eprintln!("xenfold: {host} could not be asked; resuming because of --force");
+            say!("xenfold: {host} could not be asked; resuming because of --force");
             Ok(())
         }
         _ => bail!(

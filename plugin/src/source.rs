@@ -13,9 +13,9 @@ use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::pipe::fcntl_setpipe_size;
-use xen_sys::Xenctrl;
+use xen_sys::{DomainInfo, Xenctrl};
 use xenfold::control::{ControlError, SOCKET};
-use xenfold::engine::source::{self, Ending, Event, Negotiated, SourceSetup};
+use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
 use xenfold::engine::{Contents, EngineError, FrameSource, chain};
 use xenfold::page::{ContentKey, PAGE_SIZE};
 use xenfold::report::Figures;
@@ -32,6 +32,9 @@ use crate::{guest, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
 const HELPER_EVERY: Duration = Duration::from_millis(100);
+
+/// How long the end of a process may take to be seen after its pipes have closed.
+const DYING: Duration = Duration::from_millis(200);
 
 /// Room in the pipe from xl.
 const PIPE_BYTES: usize = 256 << 10;
@@ -51,8 +54,9 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         log::debug!("the guest is not known: {error:#}");
         None
     });
+    let migration: String = random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect();
     let record = match &guest {
-        Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone())?),
+        Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone(), &migration)?),
         None => None,
     };
     let remote: Vec<String> = RECEIVE
@@ -60,8 +64,10 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         .into_iter()
         .chain(arguments.command.clone())
         .collect();
-    let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
+    // The daemon first: its answers may take a while, and the other host does not wait for ever.
     let (hello, contents) = hello(arguments, guest.as_ref())?;
+    let hello = Hello { migration, ..hello };
+    let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
     match source::negotiate(link, &hello, arguments.timeout()) {
         Ok(negotiated) => Agent {
             arguments,
@@ -77,8 +83,9 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
 }
 
 fn ssh_words(arguments: &Arguments) -> Vec<String> {
-    let program = arguments.config.ssh.split_whitespace().map(str::to_owned);
-    program.chain(arguments.ssh.iter().cloned()).collect()
+    let mut words = ssh::words(&arguments.config.ssh);
+    words.extend(arguments.ssh.iter().cloned());
+    words
 }
 
 /// What we say of ourselves, and what this host holds for the guest. Without a daemon the key of content ids is for this
@@ -89,14 +96,14 @@ fn hello(arguments: &Arguments, guest: Option<&Guest>) -> Result<(Hello, Option<
         verify: arguments.config.verify,
         contents: true,
         timeout_s: arguments.config.timeout,
+        guest_uuid: guest.map(|guest| guest.uuid.clone()).unwrap_or_default(),
+        guest_name: guest.map(|guest| guest.name.clone()).unwrap_or_default(),
         ..Hello::default()
     };
     let held = guest.map(|guest| DaemonContents::open(Path::new(SOCKET), &guest.uuid, &guest.name, None));
     match held {
         Some(Ok((opened, contents))) => {
             let hello = Hello {
-                guest_uuid: guest.map(|guest| guest.uuid.clone()).unwrap_or_default(),
-                guest_name: guest.map(|guest| guest.name.clone()).unwrap_or_default(),
                 group: opened.group,
                 ..hello
             };
@@ -107,11 +114,15 @@ fn hello(arguments: &Arguments, guest: Option<&Guest>) -> Result<(Hello, Option<
         Some(Err(error)) => log::warn!("the daemon is of no use, going on without it: {}", chain(&error)),
         None => {}
     }
-    let mut key = [0; 32];
+    Ok((hello.with_key(&ContentKey::new(random()?)), None))
+}
+
+fn random<const BYTES: usize>() -> Result<[u8; BYTES]> {
+    let mut bytes = [0; BYTES];
     File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut key))
-        .context("no random key")?;
-    Ok((hello.with_key(&ContentKey::new(key)), None))
+        .and_then(|mut random| random.read_exact(&mut bytes))
+        .context("/dev/urandom cannot be read")?;
+    Ok(bytes)
 }
 
 /// Becomes ssh with xl's own command: the stream goes as plain xl sends it. Returns only when that fails.
@@ -143,7 +154,7 @@ fn without_xenfold(
         EngineError::Wire(WireError::Closed) => match process.wait() {
             status if COMMAND_NOT_FOUND.contains(&status) => "it has no xenfold".to_owned(),
             status => {
-                eprintln!(
+                say!(
                     "xenfold: the connection to {host} ended before anything was sent (status {status}). The guest is \
                      untouched and runs on here; try `ssh {host} xenfold --version`."
                 );
@@ -152,7 +163,7 @@ fn without_xenfold(
         },
         error => {
             process.hang_up();
-            eprintln!(
+            say!(
                 "xenfold: {host} does not answer as it should: {}. The guest is untouched and runs on here.",
                 chain(&error)
             );
@@ -161,13 +172,13 @@ fn without_xenfold(
     };
     process.hang_up();
     if !arguments.config.fallback {
-        eprintln!(
+        say!(
             "xenfold: {host} cannot receive through xenfold: {why}. The guest is untouched and runs on here; install \
              xenfold on {host}, or migrate without --no-fallback."
         );
         return Ok(1);
     }
-    eprintln!("xenfold: {host} cannot receive through xenfold: {why}; sending as plain xl does");
+    say!("xenfold: {host} cannot receive through xenfold: {why}; sending as plain xl does");
     Err(plain(ssh, arguments))
 }
 
@@ -204,6 +215,8 @@ struct Seen {
     domain: KnownDomain,
     helper: Arc<Mutex<Option<Helper>>>,
     xl_ended: Arc<Mutex<bool>>,
+    /// xl was dead already when the migration failed: nobody but us sets the guest going.
+    xl_was_dead: Arc<Mutex<bool>>,
 }
 
 impl Agent<'_> {
@@ -217,16 +230,17 @@ impl Agent<'_> {
         self.watch(&seen, &events.0)?;
         let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet)?;
         let (from_xl, to_xl) = pipes_of_xl()?;
+        let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
+            failing: Box::new(move || *was_dead.lock() = process::wait_for_end(xl, Some(DYING))),
             frames: self.frames(&seen.domain),
             verify: self.arguments.config.verify,
             contents: self.contents.take(),
             figures: figures.clone(),
             events,
         };
-        let ending = source::run(negotiated, setup, Box::new(from_xl));
-
+        let (ending, left) = source::run(negotiated, setup, Box::new(from_xl));
         let downtime = progress.downtime();
         drop(progress);
         let mut last = figures.lock().clone();
@@ -234,6 +248,8 @@ impl Agent<'_> {
         (last.cpu_ms, last.peak_rss_bytes) = usage::cpu_ms_and_peak_rss_bytes();
         let status = self.end(ending, &seen, &mut last);
         self.write_stats(&last);
+        // Nobody waits any more, and a later migration of the guest will find what it left.
+        left.iter().for_each(Left::save);
         Ok(status)
     }
 
@@ -302,15 +318,14 @@ impl Agent<'_> {
     /// Says how it ended, who owns the guest, and what to type next; sets the source going where xl cannot any more.
     fn end(&mut self, ending: Ending, seen: &Seen, figures: &mut Figures) -> i32 {
         let (guest, host) = (figures.guest.clone(), figures.host.clone());
-        let xl_ended = *seen.xl_ended.lock();
         match ending {
             Ending::Completed { status } => {
                 self.close_record();
                 if !self.arguments.config.quiet {
-                    summary(figures).lines().for_each(|line| eprintln!("xenfold: {line}"));
+                    summary(figures).lines().for_each(|line| say!("xenfold: {line}"));
                 }
-                if xl_ended {
-                    eprintln!(
+                if *seen.xl_ended.lock() && copy_is_left(seen) {
+                    say!(
                         "xenfold: guest {guest} runs on {host}, but xl was ended here before it could remove its copy. \
                          Check with `ssh {host} xl list`, then type `xl destroy {guest}{AWAY}`."
                     );
@@ -320,25 +335,28 @@ impl Agent<'_> {
                 if status == 0 { ended } else { status }
             }
             Ending::SourceOwns(error) => {
-                figures.error = Some(chain(&error));
-                eprintln!(
-                    "xenfold: migration of guest {guest} to {host} failed: {}",
-                    chain(&error)
-                );
-                if xl_ended {
-                    self.repair(seen, &guest);
+                let why = chain(&error);
+                // First the guest, then the words.
+                let whose = if *seen.xl_was_dead.lock() {
+                    self.repair(seen, &guest)
+                } else if *seen.xl_ended.lock() && is_left_suspended(seen) {
+                    format!(
+                        "xl was ended before it had resumed guest {guest}, which is this host's. Type `xenfold resume {guest}`."
+                    )
                 } else {
-                    eprintln!(
-                        "xenfold: guest {guest} is this host's and runs on here (xl resumes it); {host} has none of it. \
-                         Try again with the same command."
-                    );
                     self.close_record();
-                }
+                    format!(
+                        "guest {guest} is this host's and runs on here (xl resumes it); {host} destroys what it has of it. \
+                         Try again with the same command."
+                    )
+                };
+                say!("xenfold: migration of guest {guest} to {host} failed: {why}\nxenfold: {whose}");
+                figures.error = Some(why);
                 exit_status(&error)
             }
             Ending::Unknown(error) => {
                 figures.error = Some(chain(&error));
-                eprintln!(
+                say!(
                     "xenfold: the connection failed after {host} was told to start guest {guest}: {}\n\
                      xenfold: it may run there; the copy here is suspended and safe. Type `xenfold resume {guest}`: it \
                      asks {host}, and resumes the guest here only if it does not run there.",
@@ -349,8 +367,8 @@ impl Agent<'_> {
         }
     }
 
-    /// xl is dead and cannot resume the guest: that is done here.
-    fn repair(&mut self, seen: &Seen, guest: &str) {
+    /// xl is dead and cannot resume the guest: that is done here. Returns how it went, in words.
+    fn repair(&mut self, seen: &Seen, guest: &str) -> String {
         let helper = *seen.helper.lock();
         let repaired = helper
             .map_or(Ok(()), repair::end_helper)
@@ -360,11 +378,11 @@ impl Agent<'_> {
             });
         match repaired {
             Ok(done) => {
-                eprintln!("xenfold: xl was ended; {done}. Try again with the same command.");
                 self.close_record();
+                format!("xl was ended; {done}. Try again with the same command.")
             }
-            Err(error) => eprintln!(
-                "xenfold: xl was ended, and guest {guest} could not be set going again: {error:#}. It is this host's; \
+            Err(error) => format!(
+                "xl was ended, and guest {guest} could not be set going again: {error:#}. It is this host's; \
                  type `xenfold resume {guest}`."
             ),
         }
@@ -387,9 +405,23 @@ impl Agent<'_> {
                 file.write_all(&json)
             });
         if let Err(error) = written {
-            eprintln!("xenfold: the figures cannot be written to {}: {error}", path.display());
+            say!("xenfold: the figures cannot be written to {}: {error}", path.display());
         }
     }
+}
+
+/// Whether the guest's copy is still here, when xl should have destroyed it.
+fn copy_is_left(seen: &Seen) -> bool {
+    domain_now(seen).is_some_and(|info| !info.dying)
+}
+
+/// Whether the guest stands, when xl should have resumed it.
+fn is_left_suspended(seen: &Seen) -> bool {
+    domain_now(seen).is_some_and(|info| guest::is_suspended(&info))
+}
+
+fn domain_now(seen: &Seen) -> Option<DomainInfo> {
+    Xenctrl::open().ok()?.domain(seen.domain.get()?).ok()?
 }
 
 fn exit_status(error: &EngineError) -> i32 {

@@ -34,6 +34,11 @@ fn command(ssh: &[String], host: &str, remote: &[String]) -> Command {
     command
 }
 
+/// The words of the setting `ssh`.
+pub fn words(setting: &str) -> Vec<String> {
+    setting.split_whitespace().map(str::to_owned).collect()
+}
+
 /// Starts ssh (program and options in `ssh`) with `remote` as the command on `host`.
 pub fn start(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(Ssh, LinkEnds)> {
     let mut child = command(ssh, host, remote)

@@ -10,7 +10,7 @@ use super::link::Link;
 use super::pool::{Pending, Pool};
 use super::receiving::{Arrived, ArrivedBlock, ArrivedRows, DeltaBlock, Lookup};
 use super::{Contents, EngineError};
-use crate::codec::{Row, delta, rows};
+use crate::codec::{MAX_ROWS, Row, delta, rows};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE};
 use crate::stream::PageType;
 use crate::wire::{self, Block, End, Frame, Kind, Need, Rows, u32_body};
@@ -98,12 +98,19 @@ pub(super) struct Answer {
 
 /// Brings answers to the record that waits for them.
 #[derive(Clone, Default)]
-pub struct Answers(Arc<Mutex<HashMap<u64, Sender<Answer>>>>);
+pub struct Answers(Arc<Mutex<HashMap<u64, Expected>>>);
+
+struct Expected {
+    answers: Sender<Answer>,
+    /// How many of the record's rows have not come: none comes twice.
+    rows: usize,
+}
 
 impl Answers {
     fn expect(&self, record: u64) -> Receiver<Answer> {
         let (sender, receiver) = bounded(ANSWERS);
-        self.0.lock().insert(record, sender);
+        let rows = MAX_ROWS;
+        self.0.lock().insert(record, Expected { answers: sender, rows });
         receiver
     }
 
@@ -115,15 +122,24 @@ impl Answers {
     /// Takes the body of a Contents frame. Errors: it is not valid, or nobody asked for it.
     pub fn arrived(&self, body: &[u8]) -> Result<(), EngineError> {
         let contents = wire::Contents::parse(body)?;
-        let waiting = self.0.lock().get(&contents.record).cloned();
+        let unasked = EngineError::Protocol("contents came that were not asked for");
+        let mut waiting = self.0.lock();
+        let Some(expected) = waiting.get_mut(&contents.record) else {
+            return Err(unasked);
+        };
+        let Some(left) = expected.rows.checked_sub(contents.rows.len()) else {
+            return Err(unasked);
+        };
+        if contents.block.len() > contents.rows.len() * PAGE_SIZE {
+            return Err(EngineError::Protocol("contents came that are longer than their pages"));
+        }
+        expected.rows = left;
         let answer = Answer {
             rows: contents.rows,
             codec: contents.codec,
             block: contents.block.to_vec(),
         };
-        waiting
-            .and_then(|waiting| waiting.try_send(answer).ok())
-            .ok_or(EngineError::Protocol("contents came that were not asked for"))
+        expected.answers.try_send(answer).map_err(|_| unasked)
     }
 }
 

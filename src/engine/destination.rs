@@ -1,7 +1,7 @@
 //! The destination's phases: in front of `xl migrate-receive`, which believes that it talks to the source's xl.
 //!
 //! source.rs beside this file draws the sequence.
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use super::verify::read_back;
 use super::{Contents, EngineError, Frames, chain};
 use crate::page::ContentKey;
 use crate::report::DestinationFigures;
+use crate::stream::xl;
 use crate::table::PageIds;
 use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError, have_bodies};
 
@@ -91,6 +92,8 @@ pub struct DestinationSetup {
     pub contents: Option<Arc<dyn Contents>>,
     /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
     pub events: (Sender<Event>, Receiver<Event>),
+    /// Called before xl is told to go, to note it where it is found again whatever becomes of the two agents.
+    pub before_go: Box<dyn FnOnce() -> io::Result<()> + Send>,
     /// The caller's name, and its processor time and peak memory (ms, bytes) when asked at the end.
     pub program: String,
     pub usage: fn() -> (u64, u64),
@@ -117,6 +120,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         frames,
         contents,
         events: (event_sender, events),
+        before_go,
         program,
         usage,
     } = setup;
@@ -157,7 +161,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         verify: agreement.peer.verify,
     };
     let mut ids = PageIds::default();
-    let result = destination.run(&mut ids);
+    let result = destination.run(&mut ids, before_go);
     if let Err(error) = &result {
         stopper.stop();
         // The source waits for the reason; when the connection is gone nobody reads it, which is no loss.
@@ -251,11 +255,12 @@ struct Destination {
 
 impl Destination {
     /// Leaves in `ids` what the guest's pages hold, once that is agreed on.
-    fn run(&self, ids: &mut PageIds) -> Result<(), EngineError> {
+    fn run(&self, ids: &mut PageIds, before_go: impl FnOnce() -> io::Result<()>) -> Result<(), EngineError> {
         let (rebuilt, frames) = self.wait_rebuilt()?;
         let mut xl;
         (xl, *ids) = self.settle(rebuilt, frames)?;
         let go = self.wait_go()?;
+        before_go().map_err(EngineError::NotNoted)?;
         // ── Point of no return: xl may start the guest from here on. ──
         // When xl has ended meanwhile it has destroyed the guest and its status tells so.
         let _ = xl.write_all(&go).and_then(|()| xl.flush());
@@ -431,7 +436,7 @@ fn read_frames(
         };
         let kind = frame.kind;
         let taken = match kind {
-            Kind::Go => {
+            Kind::Go if frame.body.len() == xl::GO.len() => {
                 let _ = events.send(Event::Go(frame.body));
                 continue;
             }

@@ -56,6 +56,8 @@ pub enum EngineError {
     RemoteEnded(i32),
     #[error("stopped: {0}")]
     Stopped(String),
+    #[error("it cannot be noted that the guest starts here")]
+    NotNoted(#[source] io::Error),
     #[error("a worker thread ended early")]
     WorkerLost,
     #[error("no thread could be started")]

@@ -14,6 +14,7 @@
 //! ```
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -25,7 +26,7 @@ use super::leaving::Leaving;
 use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pacing::{self, Pacing};
 use super::pool::Pool;
-use super::sending::{Sending, Sent, spawn};
+use super::sending::{Sending, Sent, join, spawn};
 use super::verify::read_back;
 use super::{Contents, EngineError, FrameSource, chain};
 use crate::codec::{Compressor, Level};
@@ -70,6 +71,8 @@ pub enum Event {
 pub struct StreamEnd {
     sent: Sent<Box<dyn Read + Send>>,
 }
+
+type Comparing = thread::JoinHandle<Result<(Option<Box<dyn FrameSource>>, u64), EngineError>>;
 
 /// How a migration ended, and who owns a runnable guest.
 #[derive(Debug)]
@@ -130,6 +133,7 @@ pub struct Source {
     /// Nothing comes from the other host any more.
     link_lost: bool,
     to_xl: Box<dyn Write + Send>,
+    failing: Option<Box<dyn FnOnce() + Send>>,
     key: ContentKey,
     agreement: Agreement,
     /// Reads the suspended source's frames.
@@ -169,6 +173,8 @@ enum Signal {
 /// Everything the engine needs beside the connection.
 pub struct SourceSetup {
     pub to_xl: Box<dyn Write + Send>,
+    /// Called when the migration has failed, before xl hears of it: from then on xl resumes the guest, and ends.
+    pub failing: Box<dyn FnOnce() + Send>,
     /// Reads the guest's frames while it is suspended.
     pub frames: Option<Box<dyn FrameSource>>,
     /// Count frames that are not what was carried any more.
@@ -185,11 +191,25 @@ pub fn events() -> (Sender<Event>, Receiver<Event>) {
     unbounded()
 }
 
-/// Runs a migration from R0 to R2. `from_xl` is the pipe on which xl sends its stream.
-pub fn run(negotiated: Negotiated, setup: SourceSetup, from_xl: Box<dyn Read + Send>) -> Ending {
+/// What the pages of a guest held when it left, for a later migration of it.
+pub struct Left {
+    contents: Arc<dyn Contents>,
+    table: Arc<PageTable>,
+}
+
+impl Left {
+    /// Takes its time, so nobody should wait for this.
+    pub fn save(&self) {
+        self.contents.save_image(self.table.ids());
+    }
+}
+
+/// Runs a migration from R0 to R2. `from_xl` is the pipe on which xl sends its stream. With a guest that left, what it
+/// leaves.
+pub fn run(negotiated: Negotiated, setup: SourceSetup, from_xl: Box<dyn Read + Send>) -> (Ending, Option<Left>) {
     let mut source = match Source::new(negotiated, setup) {
         Ok(source) => source,
-        Err(error) => return Ending::SourceOwns(error),
+        Err(error) => return (Ending::SourceOwns(error), None),
     };
     let early = (|| {
         source.wait_ready()?;
@@ -205,11 +225,14 @@ pub fn run(negotiated: Negotiated, setup: SourceSetup, from_xl: Box<dyn Read + S
         Err(error) => (Ending::SourceOwns(error), None),
     };
     let ending = source.close(ending);
-    // The guest does not wait any more, and a later migration of it will find what it left.
-    if let (Some(contents), Some(table)) = (&source.contents, table) {
-        contents.save_image(table.ids());
-    }
-    ending
+    let left = match (&ending, &source.contents, table) {
+        (Ending::Completed { .. }, Some(contents), Some(table)) => Some(Left {
+            contents: contents.clone(),
+            table,
+        }),
+        _ => None,
+    };
+    (ending, left)
 }
 
 impl Source {
@@ -223,6 +246,7 @@ impl Source {
         } = negotiated;
         let SourceSetup {
             to_xl,
+            failing,
             frames,
             verify,
             contents,
@@ -247,6 +271,7 @@ impl Source {
             verdict,
             link_lost,
             to_xl,
+            failing: Some(failing),
             key,
             agreement,
             frames,
@@ -310,7 +335,7 @@ impl Source {
     /// The destination says what it holds before the first page: what it says later comes too late for most of them.
     fn wait_have(&mut self) -> Result<(), EngineError> {
         let until = Instant::now() + HAVE;
-        while self.holdings.is_some() && !self.told {
+        while self.holdings.is_some() && !self.told && Instant::now() < until {
             let Ok(event) = self.events.recv_deadline(until) else {
                 log::warn!("the other host does not say which contents it holds");
                 break;
@@ -324,22 +349,27 @@ impl Source {
 
     /// Phase 3: the destination, which keeps libxl's END back, compares what it rebuilt with what was sent.
     pub fn settle(&mut self, end: &StreamEnd) -> Result<(), EngineError> {
-        let changed = self.changed_since(end)?;
-        self.leave(end)?;
+        let comparing = self.changed_since(end)?;
+        if comparing.is_none() {
+            self.leave(end)?;
+        }
         loop {
             // It may have come while the pipeline was ending.
             match self.verdict.take() {
                 Some(verdict) if verdict.accepted => {
                     log::debug!("the other host has all of it");
-                    self.figures.lock().verify = changed.map(|changed| VerifyFigures {
+                    let Some(comparing) = comparing else { return Ok(()) };
+                    let (frames, changed) = join(comparing)?;
+                    self.frames = frames;
+                    self.figures.lock().verify = Some(VerifyFigures {
                         equal_pages: verdict.verified_pages,
                         rewritten_by_xen_pages: verdict.rewritten_by_xen_pages,
                         changed_at_source_pages: changed,
                         time_ms: verdict.time_ms,
                     });
-                    return Ok(());
+                    return self.leave(end);
                 }
-                Some(verdict) => return Err(EngineError::Refused(verdict.reason)),
+                Some(verdict) => return Err(EngineError::Refused(peer_words(verdict.reason.as_bytes()))),
                 None => {}
             }
             if let Signal::Exit(status) = self.next()? {
@@ -348,24 +378,27 @@ impl Source {
         }
     }
 
-    /// With `--verify`: how many frames of the suspended source are not any more what was carried. Backends may still
-    /// finish reads into them, so this is counted, not judged. `None` without `--verify`.
-    fn changed_since(&mut self, end: &StreamEnd) -> Result<Option<u64>, EngineError> {
+    /// With `--verify`: counts the frames of the suspended source that are not any more what was carried. Backends may
+    /// still finish reads into them, so this is counted, not judged. In a thread: the destination may still ask for pages.
+    fn changed_since(&mut self, end: &StreamEnd) -> Result<Option<Comparing>, EngineError> {
         if !self.verify {
             return Ok(None);
         }
-        match &mut self.frames {
-            Some(frames) if end.sent.guest_type == GuestType::Hvm => {
-                match read_back(end.sent.table.ids(), frames.as_mut(), &self.key) {
-                    Ok(verified) => Ok(Some(verified.different)),
-                    Err(error) => {
-                        log::warn!("the suspended guest's frames cannot be compared: {error}");
-                        Ok(Some(0))
-                    }
-                }
-            }
-            _ => Ok(Some(0)),
-        }
+        let (table, key) = (end.sent.table.clone(), self.key.clone());
+        let mut frames = self.frames.take();
+        let readable = end.sent.guest_type == GuestType::Hvm;
+        spawn("xenfold-compare", move || {
+            let result = match frames.as_mut().filter(|_| readable) {
+                Some(frames) => read_back(table.ids(), frames.as_mut(), &key).map(|verified| verified.different),
+                None => Ok(0),
+            };
+            let changed = result.unwrap_or_else(|error| {
+                log::warn!("the suspended guest's frames cannot be compared: {error}");
+                0
+            });
+            Ok((frames, changed))
+        })
+        .map(Some)
     }
 
     /// From here on the guest's frames hold what its image will name.
@@ -445,6 +478,7 @@ impl Source {
 
     /// Answers xl in the destination's place: the guest did not start there, the source may resume it.
     fn take_back(&mut self, error: EngineError) -> Ending {
+        self.failing();
         let answer = [&xl::R2_REPORT[..], &[1], &xl::R3_GO_BACK[..]].concat();
         match self.tell_xl(&answer) {
             Ok(()) => Ending::SourceOwns(error),
@@ -519,6 +553,9 @@ impl Source {
         figures.wire_bytes = self.link.bytes();
         drop(figures);
         if let Ending::SourceOwns(error) = &ending {
+            self.failing();
+            // The stream's threads let go of xl's pipe, too.
+            self.pacing.close();
             // xl resumes the guest when its pipe ends, and need not wait for the other host's cleaning up.
             self.to_xl = Box::new(std::io::sink());
             let reason = chain(error);
@@ -528,6 +565,7 @@ impl Source {
                     match event {
                         Event::LinkLost(_) => break,
                         Event::Frame(frame) if frame.kind == Kind::Exit => break,
+                        _ if Instant::now() > until => break,
                         _ => {}
                     }
                 }
@@ -535,6 +573,12 @@ impl Source {
             self.link.hang_up();
         }
         ending
+    }
+
+    fn failing(&mut self) {
+        if let Some(failing) = self.failing.take() {
+            failing();
+        }
     }
 
     /// Collects `length` bytes that the destination's xl wrote.

@@ -38,6 +38,8 @@ pub struct Hello {
     pub guest_uuid: String,
     pub guest_name: String,
     pub group: String,
+    /// Source: names this migration. Should nobody hear whether the guest was started, the destination is asked.
+    pub migration: String,
     /// Seconds of silence after which the sender of this hello gives the connection up.
     pub timeout_s: u32,
 }

@@ -649,13 +649,16 @@ pub fn migrate(plan: Plan) -> Outcome {
                 let to_xl = Box::new(to_xl);
                 let setup = SourceSetup {
                     to_xl,
+                    failing: Box::new(|| {}),
                     frames: None,
                     verify: false,
                     contents: source_contents,
                     figures: noted,
                     events: source_events,
                 };
-                source::run(negotiated, setup, Box::new(from_xl))
+                let (ending, left) = source::run(negotiated, setup, Box::new(from_xl));
+                left.iter().for_each(source::Left::save);
+                ending
             }
             Err(error) => Ending::SourceOwns(error),
         };
@@ -722,6 +725,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                 frames: frames.map(|frames| Box::new(frames) as Box<dyn FrameSource>),
                 contents: destination_contents,
                 events: destination_events,
+                before_go: Box::new(|| Ok(())),
                 program: "test".into(),
                 usage: || (1, 2),
             };
@@ -820,6 +824,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         frames: None,
         contents: None,
         events: destination::events(),
+        before_go: Box::new(|| Ok(())),
         program: "test".into(),
         usage: || (0, 0),
     };

@@ -6,7 +6,7 @@ use std::process::exit;
 
 use xenfold::config;
 use xenfold_plugin::arguments::{self, Action, USAGE};
-use xenfold_plugin::source;
+use xenfold_plugin::{say, source};
 
 fn main() {
     xen_sys::keep_freed_memory();
@@ -14,7 +14,7 @@ fn main() {
         .format_timestamp_millis()
         .init();
     let config = config::read(Path::new(config::PATH)).unwrap_or_else(|error| {
-        eprintln!("xenfold: {error}. The guest is untouched and runs on here.");
+        say!("xenfold: {error}. The guest is untouched and runs on here.");
         exit(1)
     });
     match arguments::parse(config, std::env::args().skip(1)) {
@@ -24,12 +24,12 @@ fn main() {
             // Threads that wait for what does not come any more end with the process.
             Ok(status) => exit(status),
             Err(error) => {
-                eprintln!("xenfold: {error:#}. The guest is this host's.");
+                say!("xenfold: {error:#}. The guest is this host's.");
                 exit(1)
             }
         },
         Err(error) => {
-            eprintln!("xenfold: {error}\n{USAGE}");
+            say!("xenfold: {error}\n{USAGE}");
             exit(1)
         }
     }

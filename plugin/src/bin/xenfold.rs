@@ -7,7 +7,7 @@ use std::process::exit;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xenfold::config::{self, Config};
-use xenfold_plugin::{daemon_commands, receive, replay, resume};
+use xenfold_plugin::{daemon_commands, receive, replay, resume, say};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
@@ -47,7 +47,7 @@ fn main() {
         // Threads that wait for what does not come any more end with the process.
         Ok(status) => exit(status),
         Err(error) => {
-            eprintln!("xenfold: {error:#}");
+            say!("xenfold: {error:#}");
             exit(if error.is::<replay::BadInput>() { 2 } else { 1 })
         }
     }

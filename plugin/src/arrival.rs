@@ -1,0 +1,63 @@
+//! What the destination notes before it lets xl start a guest: which migration that was. When the source never hears how
+//! it went, `xenfold resume` asks for this, also when the guest has ended or moved on, or the host was booted again.
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::path::PathBuf;
+
+/// On a disk, unlike /run; not in the daemon's folder, which may be full or gone.
+const FOLDER: &str = "/var/lib/xen/xenfold";
+
+/// Where a guest's newest arrival is noted. `None`: that is no uuid.
+fn path(uuid: &str) -> Option<PathBuf> {
+    let valid = uuid.len() == 36 && uuid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    valid.then(|| PathBuf::from(FOLDER).join(uuid))
+}
+
+/// Notes that `migration` of a guest is being let go here; it is on the disk when this returns. A source that does not say
+/// which migration it is will not ask.
+pub fn note(uuid: &str, migration: &str) -> io::Result<()> {
+    let Some(path) = path(uuid).filter(|_| !migration.is_empty()) else {
+        return Ok(());
+    };
+    fs::create_dir_all(FOLDER)?;
+    let mut file = File::create(&path)?;
+    file.write_all(migration.as_bytes())?;
+    file.sync_all()?;
+    File::open(FOLDER)?.sync_all()
+}
+
+/// The guest could not be started.
+pub fn forget(uuid: &str) {
+    if let Some(path) = path(uuid) {
+        // Absent is as good.
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// Whether this host let the guest of `migration` go.
+pub fn is_noted(uuid: &str, migration: &str) -> io::Result<bool> {
+    let Some(path) = path(uuid) else { return Ok(false) };
+    match fs::read_to_string(path) {
+        Ok(noted) => Ok(noted == migration),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_names_no_other_file() {
+        assert!(path("4c1b4b9e-0d4c-4d39-9d0a-8a3a0d1d9f10").is_some());
+        for uuid in [
+            "",
+            "../../../etc/passwd",
+            "4c1b4b9e-0d4c-4d39-9d0a-8a3a0d1d9f1/",
+            &"a".repeat(37),
+        ] {
+            assert_eq!(path(uuid), None, "{uuid}");
+        }
+    }
+}
