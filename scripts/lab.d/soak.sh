@@ -62,7 +62,8 @@ soak_kill() { # "HOST PROCESS" FROM
     # The xl of this migration and the ssh of its agent, not those that guests or this script keep.
     xl) on "$host" "pkill -KILL -f '^xl migrate'" </dev/null || true ;;
     ssh) on "$host" "pkill -KILL -P \"\$(pgrep -x xenfold-ssh)\"" </dev/null || true ;;
-    *) on "$host" "pkill -KILL -x $process" </dev/null || true ;;
+    # Linux keeps 15 characters of a name.
+    *) on "$host" "pkill -KILL -x ${process:0:15}" </dev/null || true ;;
   esac
 }
 

@@ -88,6 +88,23 @@ lab_ctrl_c() {
   must_have_stayed "$from" ci
 }
 
+# Nobody hears xl and the agent any more.
+lab_closed_terminal() {
+  local from
+  have_guest ci
+  from=$(lab guest where ci)
+  lab rate 20
+  say "migrate ci from $from to $(other "$from") in a terminal, to be closed"
+  on "$from" "rm -f /root/migrate.log; script -qefc 'xl migrate -s xenfold-ssh ci $(other "$from")' /root/migrate.log </dev/null >/dev/null 2>&1" &
+  migration=$!
+  in_the_stream "$from"
+  on "$from" 'pkill -KILL -x script'
+  must_fail
+  within 60 agent_has_ended "$from"
+  on "$from" 'if ls /run/xenfold/*.json 2>/dev/null; then exit 1; fi'
+  must_have_stayed "$from" ci
+}
+
 # The agent dies when GO has left its host and nothing has come back: at most one copy may run, and `xenfold resume`
 # knows which.
 lab_source_agent_killed() {
@@ -112,8 +129,13 @@ lab_source_agent_killed() {
   else
     say "GO had left $from: $to owns the guest"
     must_say "$from" "$to holds guest ci--migratedaway and owns it"
-    on "$from" 'xl destroy ci--migratedaway'
-    must_be_well_on "$to" ci
+    lab guest check ci
+    # A guest that was started there and is gone may have written to its disk: nobody but its owner can forget that.
+    on "$to" 'xl destroy ci'
+    if on "$from" 'xenfold resume ci >/root/migrate.log 2>&1'; then die 'a guest that ran elsewhere was resumed'; fi
+    must_say "$from" 'has ended there or moved on'
+    on "$from" 'xenfold resume ci --force'
+    must_be_well_on "$from" ci
   fi
   from=$(lab guest where ci)
   migrate "$from" ci
