@@ -9,22 +9,19 @@ use crossbeam_channel::{Receiver, Sender, select};
 use parking_lot::Mutex;
 
 use super::decode::{Answer, Answers};
+use super::hashing::ids_of;
 use super::link::Link;
 use super::pool::Pool;
 use super::rebuilt::{RebuiltRecord, Recent};
 use super::receiving::{
     Arrived, ArrivedBlock, ArrivedRows, Assembled, AssembledRecord, DeltaBlock, Unread, is_plain, pfn_of,
 };
-use super::sending::hash;
 use super::{EngineError, Frames};
 use crate::codec::{Base, Decompressor, Row, delta};
 use crate::page::{ContentKey, PAGE_SIZE, Pfn};
 use crate::report::DestinationFigures;
 use crate::stream::libxc;
 use crate::wire::Kind;
-
-/// Pages that a worker hashes in one go.
-const HASH_PAGES: usize = 128;
 
 /// How often the pipe to xl is looked at while waiting for a record to be applied.
 const POLL: Duration = Duration::from_micros(200);
@@ -208,16 +205,7 @@ impl Assembler {
             }
             self.recent.insert(record.clone(), list, entries.len());
         }
-        let ids = (0..pages)
-            .step_by(HASH_PAGES)
-            .map(|start| {
-                let (record, key, end) = (record.clone(), self.key.clone(), pages.min(start + HASH_PAGES));
-                self.pool.run(move |_| {
-                    let at = |page: usize| record.pages_at + page * PAGE_SIZE;
-                    hash(&key, record.bytes.get(at(start)..at(end)).unwrap_or_default())
-                })
-            })
-            .collect();
+        let ids = ids_of(&record, pages, RebuiltRecord::pages, &self.key, &self.pool);
         Ok(AssembledRecord {
             record,
             frozen,

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use super::contents::{Holdings, Rewritten, read_checked};
 use super::cpu::thread_cpu;
 use super::digest::{ABSENT, Digest};
+use super::hashing::Ids;
 use super::page_record::PageRecord;
 use super::pool::{Pending, Pool, Tools};
 use super::rebuilt::Window;
@@ -24,11 +25,8 @@ use crate::wire::{End, Kind};
 /// zstd's level for deltas where the link asks for none.
 const DELTA_LEVEL: i32 = 1;
 
-/// Page contents: `None` for zero pages.
-pub(super) type Ids = Vec<Option<ContentId>>;
-
 /// From the front to the classifier.
-pub(super) enum Read1 {
+pub(super) enum FromXl {
     Bytes(Vec<u8>),
     Guest(GuestType),
     Pages {
@@ -153,28 +151,28 @@ impl Classifier {
         }
     }
 
-    pub fn run(mut self, input: Receiver<Read1>, next: Sender<Ready>) -> Result<(PageTable, GuestType), EngineError> {
+    pub fn run(mut self, input: Receiver<FromXl>, next: Sender<Ready>) -> Result<(PageTable, GuestType), EngineError> {
         for item in input {
             let ready = match item {
-                Read1::Bytes(bytes) => {
+                FromXl::Bytes(bytes) => {
                     self.digest.bytes(Kind::Bytes, &bytes);
                     Ready::Bytes(bytes)
                 }
-                Read1::Guest(guest_type) => {
+                FromXl::Guest(guest_type) => {
                     self.guest_type = guest_type;
                     Ready::Guest(guest_type)
                 }
-                Read1::Verify => {
+                FromXl::Verify => {
                     self.frozen = true;
                     continue;
                 }
-                Read1::Forget => {
+                FromXl::Forget => {
                     self.table.clear();
                     self.window.clear();
                     Ready::Forget
                 }
-                Read1::Pages { record, ids } => self.pages(record, ids)?,
-                Read1::End(record) => {
+                FromXl::Pages { record, ids } => self.pages(record, ids)?,
+                FromXl::End(record) => {
                     self.digest.bytes(Kind::End, &record);
                     let (digest, rows) = (self.digest.finish(), self.digest.rows());
                     Ready::End(End { digest, rows, record })

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use super::error::peer_words;
 use super::link::{Link, LinkEnds, Watch, Watched};
 pub use super::receiving::{Rebuilding, Rebuilt, Receiving, Unread, XlInput};
-use super::sending::spawn;
+use super::threads::spawn;
 use super::verify::read_back;
 use super::{Contents, EngineError, Frames, chain};
 use crate::page::ContentKey;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::sending::spawn;
+use super::threads::spawn;
 use super::{Contents, EngineError, FrameSource};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, ZERO_PAGE};
 use crate::table::PageTable;

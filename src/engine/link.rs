@@ -2,13 +2,13 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::EngineError;
+use super::threads::spawn;
 use crate::wire::{FrameWriter, Kind};
 
 /// How often a side that has nothing to say shows that it lives.
@@ -56,10 +56,7 @@ impl Link {
                 }
             }
         };
-        thread::Builder::new()
-            .name("xenfold-heartbeat".into())
-            .spawn(beat)
-            .map_err(EngineError::Thread)?;
+        spawn("xenfold-heartbeat", beat)?;
         Ok(Link {
             writer,
             bytes: Arc::default(),
@@ -132,10 +129,7 @@ impl<R: Read> Watched<R> {
                 }
             }
         };
-        thread::Builder::new()
-            .name("xenfold-watch".into())
-            .spawn(watch)
-            .map_err(EngineError::Thread)?;
+        spawn("xenfold-watch", watch)?;
         Ok((Watched { inner, began, start }, Watch { _keep: keep, fired }))
     }
 }

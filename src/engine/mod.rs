@@ -13,6 +13,7 @@ mod decode;
 pub mod destination;
 mod digest;
 mod error;
+mod hashing;
 mod leaving;
 mod link;
 mod outlet;
@@ -25,6 +26,7 @@ mod sending;
 pub mod source;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod verify;
 
 pub use contents::Contents;

@@ -5,6 +5,7 @@ use std::thread;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::EngineError;
+use super::threads::spawn;
 use crate::codec::{Compressor, Decompressor};
 
 /// What each worker keeps between jobs.
@@ -46,10 +47,7 @@ impl Pool {
                 let mut tools = Tools::default();
                 queue.iter().for_each(|job| job(&mut tools));
             };
-            thread::Builder::new()
-                .name("xenfold-worker".into())
-                .spawn(work)
-                .map_err(EngineError::Thread)?;
+            spawn("xenfold-worker", work)?;
         }
         Ok(Pool { jobs, workers })
     }

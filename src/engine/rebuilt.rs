@@ -2,6 +2,7 @@
 //!
 //! The destination keeps whole records, the source only their page numbers; both drop the oldest by the same rule.
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::page::{PAGE_SIZE, Pfn};
@@ -76,8 +77,13 @@ pub struct RebuiltRecord {
 
 impl RebuiltRecord {
     pub fn page(&self, index: usize) -> Option<&[u8]> {
-        let at = self.pages_at + index * PAGE_SIZE;
-        self.bytes.get(at..at + PAGE_SIZE)
+        Some(self.pages(index..index + 1)).filter(|page| !page.is_empty())
+    }
+
+    /// The bytes of pages `range`, empty outside the record.
+    pub fn pages(&self, range: Range<usize>) -> &[u8] {
+        let at = |page: usize| self.pages_at + page * PAGE_SIZE;
+        self.bytes.get(at(range.start)..at(range.end)).unwrap_or_default()
     }
 }
 

@@ -18,7 +18,7 @@ use super::link::Link;
 use super::outlet::Outlet;
 use super::pool::{Pending, Pool};
 use super::rebuilt::RebuiltRecord;
-use super::sending::{first_cause, join, spawn};
+use super::threads::{first_cause, join, spawn};
 use super::{Contents, EngineError, Frames};
 use crate::codec::{CodecError, Row};
 use crate::page::{ContentId, ContentKey, Pfn};

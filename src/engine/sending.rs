@@ -5,22 +5,23 @@
 //! in order. The workers of the pool do the hashing and compressing.
 use std::io::Read;
 use std::sync::Arc;
-use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
-use super::classify::{BlockData, Classifier, Classifying, Ids, Read1, Ready, ReadyBlock, ReadyRows};
+use super::classify::{BlockData, Classifier, Classifying, FromXl, Ready, ReadyBlock, ReadyRows};
 use super::contents::Holdings;
 use super::cpu::process_cpu;
+use super::hashing::ids_of;
 use super::link::Link;
 use super::pacing::Pacing;
 use super::page_record::PageRecord;
 use super::pool::{Pending, Pool, processors};
+use super::threads::{first_cause, join, spawn};
 use super::{Contents, EngineError};
 use crate::codec::MAX_ROWS;
-use crate::page::{ContentKey, PAGE_SIZE, Pfn, is_zero};
+use crate::page::{ContentKey, PAGE_SIZE, Pfn};
 use crate::policy::{LevelPolicy, Spent};
 use crate::report::{Figures, Pages};
 use crate::stream::{Event, GuestType, Layer, Reader, RecordHeader, libxc, libxl};
@@ -32,9 +33,6 @@ const MAX_RECORD_BODY: usize = 8 + MAX_ROWS * (8 + PAGE_SIZE);
 
 /// Bytes of other records that travel in one frame.
 const BYTES_PER_FRAME: usize = 1 << 20;
-
-/// Pages that a worker hashes in one go.
-const HASH_PAGES: usize = 128;
 
 /// Records that may wait between two stages.
 const STAGE_DEPTH: usize = 1;
@@ -142,49 +140,17 @@ impl<R: Read + Send + 'static> Sending<R> {
     }
 }
 
-/// The result, unless a stage has failed: then the error of the one that did not merely lose a neighbour.
-pub(super) fn first_cause<T>(
-    errors: impl IntoIterator<Item = Option<EngineError>>,
-    result: Result<T, EngineError>,
-) -> Result<T, EngineError> {
-    let (value, own) = match result {
-        Ok(value) => (Some(value), None),
-        Err(error) => (None, Some(error)),
-    };
-    let mut errors: Vec<EngineError> = errors.into_iter().chain([own]).flatten().collect();
-    errors.sort_by_key(|error| matches!(error, EngineError::WorkerLost));
-    match (errors.into_iter().next(), value) {
-        (Some(error), _) => Err(error),
-        (None, Some(value)) => Ok(value),
-        (None, None) => Err(EngineError::WorkerLost),
-    }
-}
-
-pub(super) fn spawn<T: Send + 'static>(
-    name: &str,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<thread::JoinHandle<T>, EngineError> {
-    thread::Builder::new()
-        .name(name.into())
-        .spawn(work)
-        .map_err(EngineError::Thread)
-}
-
-pub(super) fn join<T>(handle: thread::JoinHandle<Result<T, EngineError>>) -> Result<T, EngineError> {
-    handle.join().unwrap_or(Err(EngineError::WorkerLost))
-}
-
 struct Front<R> {
     stream: Reader<R>,
     pool: Pool,
     key: ContentKey,
     /// One for each record of pages that may be under way; those that were used before need no new memory.
     buffers: Receiver<Vec<u8>>,
-    next: Sender<Read1>,
+    next: Sender<FromXl>,
 }
 
 impl<R: Read> Front<R> {
-    fn pass(&self, item: Read1) -> Result<(), EngineError> {
+    fn pass(&self, item: FromXl) -> Result<(), EngineError> {
         self.next.send(item).map_err(|_| EngineError::WorkerLost)
     }
 
@@ -193,18 +159,18 @@ impl<R: Read> Front<R> {
             match self.stream.next()? {
                 Event::Record(header) if header.is(Layer::Libxl, libxl::END) => {
                     self.skip_body(&header)?;
-                    self.pass(Read1::End(header.bytes()))?;
+                    self.pass(FromXl::End(header.bytes()))?;
                 }
                 Event::Record(header) if header.is(Layer::Libxc, libxc::PAGE_DATA) => self.page_data(&header)?,
                 Event::Record(header) => {
                     self.other_record(&header)?;
                     if header.is(Layer::Libxc, libxc::VERIFY) {
-                        self.pass(Read1::Verify)?;
+                        self.pass(FromXl::Verify)?;
                     }
                 }
                 Event::DomainHeader(header) => {
-                    self.pass(Read1::Guest(header.guest_type()))?;
-                    self.pass(Read1::Bytes(header.as_bytes().to_vec()))?;
+                    self.pass(FromXl::Guest(header.guest_type()))?;
+                    self.pass(FromXl::Bytes(header.as_bytes().to_vec()))?;
                 }
                 Event::End => return Ok(()),
                 other => self.parts(&other.bytes())?,
@@ -224,37 +190,29 @@ impl<R: Read> Front<R> {
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
         let mut body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
         if header.length as usize > MAX_RECORD_BODY {
-            self.pass(Read1::Forget)?;
+            self.pass(FromXl::Forget)?;
             return self.other_record(header);
         }
         body.reserve(header.length as usize);
         self.stream.read_body(&mut body, MAX_RECORD_BODY)?;
         let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
         if count as usize > MAX_ROWS {
-            self.pass(Read1::Forget)?;
-            self.pass(Read1::Bytes(header.bytes().to_vec()))?;
+            self.pass(FromXl::Forget)?;
+            self.pass(FromXl::Bytes(header.bytes().to_vec()))?;
             return self.parts(&body);
         }
         // A valid record needs no padding; with it, one that is too short would be taken for valid and sent on mended.
         body.truncate(header.length as usize);
         let record = Arc::new(PageRecord::parse(body, header.body_offset())?);
-        let pages = record.page_count();
-        let ids = (0..pages)
-            .step_by(HASH_PAGES)
-            .map(|start| {
-                let (record, key) = (record.clone(), self.key.clone());
-                let range = start..pages.min(start + HASH_PAGES);
-                self.pool.run(move |_| hash(&key, record.pages(range)))
-            })
-            .collect();
-        self.pass(Read1::Pages { record, ids })
+        let ids = ids_of(&record, record.page_count(), PageRecord::pages, &self.key, &self.pool);
+        self.pass(FromXl::Pages { record, ids })
     }
 
     /// Bytes of any length as they are, in frames of a bounded size.
     fn parts(&self, bytes: &[u8]) -> Result<(), EngineError> {
         bytes
             .chunks(BYTES_PER_FRAME)
-            .try_for_each(|part| self.pass(Read1::Bytes(part.to_vec())))
+            .try_for_each(|part| self.pass(FromXl::Bytes(part.to_vec())))
     }
 
     fn other_record(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
@@ -264,20 +222,12 @@ impl<R: Read> Front<R> {
             let more = self.stream.body_left().min((BYTES_PER_FRAME - have) as u64) as usize;
             bytes.resize(have + more, 0);
             self.stream.read_body_part(bytes.get_mut(have..).unwrap_or_default())?;
-            self.pass(Read1::Bytes(std::mem::take(&mut bytes)))?;
+            self.pass(FromXl::Bytes(std::mem::take(&mut bytes)))?;
             if self.stream.body_left() == 0 {
                 return Ok(());
             }
         }
     }
-}
-
-pub(super) fn hash(key: &ContentKey, pages: &[u8]) -> Ids {
-    let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
-    let zero: Vec<bool> = pages.iter().map(|page| is_zero(page)).collect();
-    let others = pages.iter().zip(&zero).filter(|(_, zero)| !**zero);
-    let mut ids = key.ids(others.map(|(page, _)| page)).into_iter();
-    zero.iter().map(|zero| if *zero { None } else { ids.next() }).collect()
 }
 
 struct Back {
