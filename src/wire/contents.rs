@@ -34,7 +34,12 @@ pub fn have_bodies(mut lookup_keys: Vec<u64>) -> Vec<Vec<u8>> {
 #[derive(Default)]
 pub struct Held {
     filters: Vec<Vec<u8>>,
+    bytes: usize,
 }
+
+/// What is kept of what the destination says: filters for 28 million contents. What it says beyond that is not used.
+const MOST_BYTES: usize = 32 << 20;
+const MOST_FILTERS: usize = 64;
 
 impl Held {
     /// Adds what the body of a Have frame says. Errors: not a filter whose every lookup stays inside it.
@@ -63,7 +68,10 @@ impl Held {
         if !fits || slots > u64::from(u32::MAX) {
             return Err(bad("its filter's sizes do not fit together"));
         }
-        self.filters.push(body);
+        if self.filters.len() < MOST_FILTERS && self.bytes + body.len() <= MOST_BYTES {
+            self.bytes += body.len();
+            self.filters.push(body);
+        }
         Ok(())
     }
 
@@ -203,6 +211,10 @@ mod tests {
             held.add(body).unwrap();
         }
         assert!(held.is_empty() && !held.contains(&id(1)));
+        // A destination that goes on and on.
+        let body = have_bodies(vec![1, 2, 3]).swap_remove(0);
+        (0..2 * MOST_FILTERS).for_each(|_| held.add(body.clone()).unwrap());
+        assert_eq!(held.filters.len(), MOST_FILTERS);
     }
 
     #[test]
