@@ -26,9 +26,9 @@ pub fn note(uuid: &str, migration: &str) -> io::Result<()> {
     File::open(FOLDER)?.sync_all()
 }
 
-/// The guest could not be started.
-pub fn forget(uuid: &str) {
-    if let Some(path) = path(uuid) {
+/// The guest was not started. What an earlier migration has noted stays.
+pub fn forget(uuid: &str, migration: &str) {
+    if let (Some(path), Ok(true)) = (path(uuid), is_noted(uuid, migration)) {
         // Absent is as good.
         let _ = fs::remove_file(path);
     }

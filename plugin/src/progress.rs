@@ -149,15 +149,16 @@ pub fn summary(figures: &Figures) -> String {
             figures.needed_pages
         ));
     }
-    if let Some(verify) = &figures.verify {
-        text.push_str(&if verify.equal_pages == 0 {
-            format!("\nverified nothing: {} cannot read the frames of this guest", figures.host)
-        } else {
-            format!(
+    match &figures.verify {
+        Some(verify) if verify.equal_pages == 0 => text.push_str(&format!(
+            "\nverified nothing: {} cannot read the frames of this guest",
+            figures.host
+        )),
+        Some(verify) => text.push_str(&format!(
             "\nverified {} frames read back equal ({} rewritten by Xen left out) in {} ms; {} changed at the source since",
             verify.equal_pages, verify.rewritten_by_xen_pages, verify.time_ms, verify.changed_at_source_pages
-        )
-        });
+        )),
+        None => {}
     }
     text
 }

@@ -84,11 +84,12 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     match destination::run(negotiated, setup) {
         Ok(status) => {
             if status == NOT_STARTED {
-                arrival::forget(&source.guest_uuid);
+                arrival::forget(&source.guest_uuid, &source.migration);
             }
             Ok(status)
         }
         Err(error) => {
+            arrival::forget(&source.guest_uuid, &source.migration);
             say!(
                 "xenfold receive: the guest was not taken over: {}. It is the source's.",
                 chain(&error)

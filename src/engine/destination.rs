@@ -262,8 +262,8 @@ impl Destination {
         let go = self.wait_go()?;
         before_go().map_err(EngineError::NotNoted)?;
         // ── Point of no return: xl may start the guest from here on. ──
-        // When xl has ended meanwhile it has destroyed the guest and its status tells so.
-        let _ = xl.write_all(&go).and_then(|()| xl.flush());
+        // So few bytes go into a pipe whole or not at all: when this fails xl has ended without them, the guest with it.
+        xl.write_all(&go).and_then(|()| xl.flush()).map_err(EngineError::Xl)?;
         self.wait_xl();
         Ok(())
     }
