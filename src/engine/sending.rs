@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::classify::{BlockData, Classifier, Classifying, FromXl, Ready, ReadyBlock, ReadyRows};
 use super::contents::Holdings;
-use super::cpu::process_cpu;
+use super::cpu::{Blocking, idle, process_cpu};
 use super::hashing::ids_of;
 use super::link::Link;
 use super::pacing::Pacing;
@@ -113,6 +113,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             figures,
             pacing,
             last_pfn: None,
+            start: Instant::now(),
             written: Instant::now(),
             guest_bytes: 0,
         };
@@ -238,6 +239,7 @@ struct Back {
     figures: Arc<Mutex<Figures>>,
     pacing: Option<Arc<Pacing>>,
     last_pfn: Option<Pfn>,
+    start: Instant,
     /// When the rows before had gone.
     written: Instant,
     /// Bytes of page records so far.
@@ -312,7 +314,7 @@ impl Back {
                 .collect(),
         };
         let guest_bytes = ready.record.body.len() as u64;
-        let start = Instant::now();
+        let blocking = Blocking::start();
         let ping = self
             .pacing
             .as_ref()
@@ -322,7 +324,7 @@ impl Back {
             let bytes: usize = parts.iter().map(|part| part.len()).sum();
             self.send(Kind::Rows, parts).map(|()| bytes)
         })?;
-        let (now, waited) = (Instant::now(), start.elapsed());
+        let (now, waited) = (Instant::now(), blocking.time());
         self.policy.lock().written(bytes, now - self.written, waited);
         self.written = now;
         if let Some(ping) = ping {
@@ -336,6 +338,8 @@ impl Back {
                 carrier: self.link.carrier_cpu(),
                 guest_bytes: self.guest_bytes,
                 wire_bytes: self.link.bytes(),
+                elapsed: self.start.elapsed(),
+                idle: idle(),
             };
             self.policy.lock().spent(spent);
         }

@@ -8,7 +8,7 @@
 //!
 //! All of that is measured: how fast this machine is and how well this guest compresses while blocks are compressed,
 //! both against the reference figures below; what the other work costs, by the processor time of this process and of
-//! ssh; the link, when the sender has to wait for it. A link that nobody waits for could take more, nobody knows how
+//! ssh; how much of the processors the guest, xl and others leave, by what is idle; the link, when the sender has to wait for it. A link that nobody waits for could take more, nobody knows how
 //! much: what is known of it is forgotten, at once where it never was more than a guess and slowly where it was measured.
 use std::time::Duration;
 
@@ -101,6 +101,12 @@ const FULL: f64 = 0.1;
 /// How fast a measured link is forgotten while it is not full.
 const FORGET: f64 = 0.002;
 
+/// Time between two looks at how much of the processors is free. The kernel counts in steps of 10 ms.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// Processors that are always taken to be free.
+const LEAST_FREE: f64 = 0.1;
+
 /// A level must promise to be this much better than the one in use.
 const HYSTERESIS: f64 = 0.97;
 
@@ -113,6 +119,10 @@ pub struct Spent {
     pub carrier: Duration,
     pub guest_bytes: u64,
     pub wire_bytes: u64,
+    /// Time since some moment, the same each time.
+    pub elapsed: Duration,
+    /// What all processors were idle since some moment; `None` where that is not known.
+    pub idle: Option<Duration>,
 }
 
 /// Chooses the level of each block.
@@ -120,6 +130,10 @@ pub struct Spent {
 pub struct LevelPolicy {
     workers: f64,
     processors: f64,
+    /// How many of these others leave to us.
+    free: f64,
+    /// When that was looked at last.
+    looked: Spent,
     /// Processor time of this process for a byte of the guest, without compressing.
     fixed_ns: Option<f64>,
     /// Processor time that a byte on the wire costs ssh.
@@ -157,6 +171,8 @@ impl LevelPolicy {
         LevelPolicy {
             workers,
             processors,
+            free: processors,
+            looked: Spent::default(),
             fixed_ns: None,
             carrier_ns: 0.0,
             slowness: 1.0,
@@ -257,16 +273,32 @@ impl LevelPolicy {
             self.carrier_ns += WEIGHT * (sample - self.carrier_ns);
         }
         self.measured = (now, self.compressing);
+        self.look(now);
         log::debug!(
             "level {:?}: a byte takes {:.1} ns beside compressing, {:.1} on the wire, {:.1} in ssh; compressing takes {:.1} times \
-             the reference's and leaves {:.2}",
+             the reference's and leaves {:.2}; {:.2} processors are free",
             REFERENCES.get(self.current).map(|reference| reference.level),
             self.fixed_ns.unwrap_or_default(),
             self.link_ns,
             self.carrier_ns,
             self.slowness,
             self.ratio,
+            self.free,
         );
+    }
+
+    /// Takes note of what the processors have been used for: what is idle and what we use could all be ours.
+    fn look(&mut self, now: Spent) {
+        let elapsed = now.elapsed.saturating_sub(self.looked.elapsed);
+        if elapsed < LOOK_EVERY {
+            return;
+        }
+        if let (Some(idle), Some(before)) = (now.idle, self.looked.idle) {
+            let ours = (now.own + now.carrier).saturating_sub(self.looked.own + self.looked.carrier);
+            let free = (idle.saturating_sub(before) + ours).as_secs_f64() / elapsed.as_secs_f64();
+            self.free += WEIGHT * (free.clamp(LEAST_FREE, self.processors) - self.free);
+        }
+        self.looked = now;
     }
 
     /// Whether it is time for [`LevelPolicy::spent`].
@@ -279,7 +311,7 @@ impl LevelPolicy {
         let compressing = cpu_ns * self.slowness;
         let carrying = ratio * self.carrier_ns;
         let fixed = self.fixed_ns.unwrap_or(FIRST_FIXED_NS * self.slowness);
-        let all = (fixed + compressing + carrying) / self.processors;
+        let all = (fixed + compressing + carrying) / self.free;
         [carrying, compressing / self.workers].into_iter().fold(all, f64::max)
     }
 
@@ -324,6 +356,8 @@ mod tests {
         slowness: f64,
         fixed_ns: f64,
         carrier_ns: f64,
+        /// Processors that others keep busy.
+        others: f64,
     }
 
     const WORLD: World = World {
@@ -332,6 +366,7 @@ mod tests {
         slowness: 1.0,
         fixed_ns: 1.2,
         carrier_ns: 0.0,
+        others: 0.0,
     };
 
     impl World {
@@ -346,8 +381,11 @@ mod tests {
                 let cpu = Duration::from_nanos((reference.cpu_ns * self.slowness * input) as u64);
                 policy.compressed(level, input as usize, output as usize, cpu);
                 let work = cpu.as_secs_f64() + self.fixed_ns * input * 1e-9 + self.carrier_ns * output * 1e-9;
-                let work = work / self.processors as f64;
+                let processors = self.processors as f64;
                 let link = output * self.link_ns * 1e-9;
+                let elapsed = link.max(work / (processors - self.others));
+                let idle = (processors - self.others) * elapsed - work;
+                let work = work / (processors - self.others);
                 policy.written(
                     output as usize,
                     Duration::from_secs_f64(link.max(work)),
@@ -357,6 +395,8 @@ mod tests {
                 spent.carrier += Duration::from_nanos((self.carrier_ns * output) as u64);
                 spent.guest_bytes += input as u64;
                 spent.wire_bytes += output as u64;
+                spent.elapsed += Duration::from_secs_f64(elapsed);
+                spent.idle = Some(spent.idle.unwrap_or_default() + Duration::from_secs_f64(idle.max(0.0)));
                 policy.spent(spent);
             }
             REFERENCES[policy.current].level
@@ -384,6 +424,19 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_needs_the_processor_gets_a_part_of_it() {
+        let world = World {
+            processors: 1,
+            link_ns: 160.0,
+            slowness: 5.0,
+            fixed_ns: 12.0,
+            ..WORLD
+        };
+        assert_eq!(world.settled(|ratio| ratio), Level::Zstd(3));
+        assert_eq!(World { others: 0.5, ..world }.settled(|ratio| ratio), Level::Zstd(1));
+    }
+
+    #[test]
     fn what_ssh_costs_is_saved_too() {
         // An emulated processor with a link that it cannot fill.
         let world = World {
@@ -392,6 +445,7 @@ mod tests {
             slowness: 5.0,
             fixed_ns: 50.0,
             carrier_ns: 60.0,
+            ..WORLD
         };
         assert_eq!(world.settled(|ratio| ratio), Level::Zstd(1));
         let fast = World {

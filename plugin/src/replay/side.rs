@@ -197,7 +197,7 @@ fn receive(arguments: &SideArguments, output: File) -> Result<()> {
     let image = Arc::new(Mutex::new(Image {
         file: output,
         written: 0,
-        places: HashMap::new(),
+        places: Places::default(),
     }));
     let input = XlInput {
         writer: Box::new(ImageWriter(image.clone())),
@@ -211,7 +211,27 @@ fn receive(arguments: &SideArguments, output: File) -> Result<()> {
 struct Image {
     file: File,
     written: u64,
-    places: HashMap<Pfn, u64>,
+    places: Places,
+}
+
+/// Places in a file by page number, in groups of 64 neighbours: what a replay needs for itself should not hide what the
+/// engine needs.
+#[derive(Default)]
+struct Places(HashMap<u64, Box<[u64; 64]>>);
+
+impl Places {
+    fn set(&mut self, pfn: Pfn, place: u64) {
+        let group = self.0.entry(pfn.get() / 64).or_insert_with(|| Box::new([0; 64]));
+        if let Some(entry) = group.get_mut((pfn.get() % 64) as usize) {
+            *entry = place;
+        }
+    }
+
+    /// No page is at the file's begin.
+    fn get(&self, pfn: Pfn) -> Option<u64> {
+        let place = *self.0.get(&(pfn.get() / 64))?.get((pfn.get() % 64) as usize)?;
+        (place > 0).then_some(place)
+    }
 }
 
 struct ImageWriter(Arc<Mutex<Image>>);
@@ -226,7 +246,7 @@ impl Write for ImageWriter {
         {
             let mut place = image.written + (bytes.len() - data.pages().len()) as u64;
             for entry in data.entries().filter(|entry| entry.has_data) {
-                image.places.insert(entry.pfn, place);
+                image.places.set(entry.pfn, place);
                 place += PAGE_SIZE as u64;
             }
         }
@@ -246,9 +266,9 @@ impl FrameSource for ImageFrames {
         let image = self.0.lock();
         for (pfn, page) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)) {
             let missing = || io::Error::from(io::ErrorKind::NotFound);
-            let place = image.places.get(pfn).ok_or_else(missing);
+            let place = image.places.get(*pfn).ok_or_else(missing);
             place
-                .and_then(|place| image.file.read_exact_at(page, *place))
+                .and_then(|place| image.file.read_exact_at(page, place))
                 .map_err(|source| FrameError::Unreadable { pfn: *pfn, source })?;
         }
         Ok(())
