@@ -1,6 +1,6 @@
 //! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
-//! ([`receive`], [`arrival`]), and on the administrator's terminal `xenfold resume`, `xenfold replay` and what is
-//! asked of the daemon ([`daemon_commands`]).
+//! ([`receive`], [`arrival`]), and on the administrator's terminal `xenfold resume`, `xenfold abort` and `xenfold
+//! jobinfo` ([`job`]), `xenfold replay`, and what is asked of the daemon ([`daemon_commands`]).
 #![forbid(unsafe_code)]
 
 /// Says something to the administrator. Unlike `eprintln!`, which panics when the terminal has been closed, it goes on
@@ -17,6 +17,7 @@ pub mod arrival;
 pub mod contents;
 pub mod daemon_commands;
 pub mod guest;
+pub mod job;
 pub mod process;
 pub mod progress;
 pub mod receive;

@@ -1,5 +1,7 @@
-//! What the administrator sees: a line a second in xl's manner, and a summary.
+//! What the administrator sees: a line a second in xl's manner, a summary, and the newest figures for who asks.
+use std::fs;
 use std::io::{IsTerminal, Write, stderr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,7 +34,13 @@ struct Downtime {
 }
 
 impl Progress {
-    pub fn start(figures: Arc<Mutex<Figures>>, domain: KnownDomain, quiet: bool) -> std::io::Result<Progress> {
+    /// The newest figures are written to `live` once a second.
+    pub fn start(
+        figures: Arc<Mutex<Figures>>,
+        domain: KnownDomain,
+        quiet: bool,
+        live: Option<PathBuf>,
+    ) -> std::io::Result<Progress> {
         let (stop, stopped) = bounded::<()>(0);
         let (end, ended) = bounded::<()>(0);
         let downtime = Arc::new(Mutex::new(Downtime::default()));
@@ -54,10 +62,17 @@ impl Progress {
                 if figures.lock().completed {
                     seen.lock().over.get_or_insert_with(Instant::now);
                 }
-                if !quiet && Instant::now() >= next_line {
-                    next_line += EVERY;
-                    let mut now = figures.lock().clone();
-                    now.time_elapsed_ms = start.elapsed().as_millis() as u64;
+                if Instant::now() < next_line {
+                    continue;
+                }
+                next_line += EVERY;
+                let mut now = figures.lock().clone();
+                now.time_elapsed_ms = start.elapsed().as_millis() as u64;
+                now.downtime_ms = seen.lock().time().map_or(0, |time| time.as_millis() as u64);
+                if let Some(path) = &live {
+                    publish(path, &now);
+                }
+                if !quiet {
                     let (begin, end) = if terminal { ("\r", "\x1b[K") } else { ("", "\n") };
                     // Nobody has to read it.
                     let _ = write!(stderr(), "{begin}xenfold: {}{end}", line(&now));
@@ -77,8 +92,25 @@ impl Progress {
 
     /// How long the guest stood, or has stood by now, to about 200 ms.
     pub fn downtime(&self) -> Option<Duration> {
-        let Downtime { suspended, over } = *self.downtime.lock();
-        Some(over.unwrap_or_else(Instant::now) - suspended?)
+        self.downtime.lock().time()
+    }
+}
+
+impl Downtime {
+    fn time(self) -> Option<Duration> {
+        Some(self.over.unwrap_or_else(Instant::now) - self.suspended?)
+    }
+}
+
+/// Whoever reads them sees all of the old figures or all of the new ones.
+fn publish(path: &Path, figures: &Figures) {
+    let new = path.with_extension("new");
+    let written = serde_json::to_vec(figures)
+        .map_err(std::io::Error::from)
+        .and_then(|json| fs::write(&new, json))
+        .and_then(|()| fs::rename(&new, path));
+    if let Err(error) = written {
+        log::debug!("{}: {error}", path.display());
     }
 }
 
@@ -95,7 +127,7 @@ fn mib(bytes: u64) -> f64 {
 }
 
 /// One line: pass and how far it is, rate, what went over the wire, what was saved.
-fn line(figures: &Figures) -> String {
+pub fn line(figures: &Figures) -> String {
     if figures.iteration == 0 {
         return format!("{}: waiting for {}", figures.guest, figures.host);
     }

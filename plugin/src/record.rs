@@ -1,8 +1,10 @@
 //! What the source remembers of a migration under way: a file for each guest in /run/xenfold, locked while its agent
-//! lives. It is there for `xenfold resume` when an agent did not live to the end.
+//! lives. It is there for `xenfold resume` when an agent did not live to the end, and tells `xenfold abort` who the agent
+//! is. Beside it, for `xenfold jobinfo`, the agent's newest figures.
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -23,12 +25,14 @@ pub struct Migration {
     /// Its name: 32 hexadecimal digits by chance.
     #[serde(default)]
     pub migration: String,
+    /// Its agent's process number.
+    #[serde(default)]
+    pub agent: u32,
 }
 
 /// The locked record of a migration that this process does. Unless it is closed it stays behind for `xenfold resume`.
 pub struct Record {
     file: File,
-    path: PathBuf,
     migration: Migration,
 }
 
@@ -36,26 +40,35 @@ fn path(uuid: &str) -> PathBuf {
     PathBuf::from(FOLDER).join(format!("{uuid}.json"))
 }
 
+/// Where the figures of a guest's migration are, as long as it is under way.
+pub fn figures_path(uuid: &str) -> PathBuf {
+    PathBuf::from(FOLDER).join(format!("{uuid}.figures"))
+}
+
 impl Record {
     /// Takes the guest's record. Errors: another migration of the same guest is under way.
     pub fn take(guest: &Guest, host: &str, ssh: Vec<String>, migration: &str) -> Result<Record> {
         fs::create_dir_all(FOLDER).with_context(|| format!("{FOLDER} cannot be made"))?;
         let path = path(&guest.uuid);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path);
-        let file = file.with_context(|| format!("{} cannot be opened", path.display()))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!(
-                "guest {} is being migrated already; this second migration is refused and the guest is not touched",
-                guest.name
-            ),
-            Err(TryLockError::Error(error)) => bail!("{} cannot be locked: {error}", path.display()),
-        }
+        let file = loop {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&path);
+            let file = file.with_context(|| format!("{} cannot be opened", path.display()))?;
+            match file.try_lock() {
+                // Unless it was removed between the two.
+                Ok(()) if is_at(&file, &path)? => break file,
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => bail!(
+                    "guest {} is being migrated already; this second migration is refused and the guest is not touched",
+                    guest.name
+                ),
+                Err(TryLockError::Error(error)) => bail!("{} cannot be locked: {error}", path.display()),
+            }
+        };
         let migration = Migration {
             guest: guest.name.clone(),
             uuid: guest.uuid.clone(),
@@ -63,9 +76,12 @@ impl Record {
             host: host.to_owned(),
             ssh,
             migration: migration.to_owned(),
+            agent: std::process::id(),
         };
-        let mut record = Record { file, path, migration };
+        let mut record = Record { file, migration };
         record.write()?;
+        // Of a migration whose agent was killed.
+        remove(&figures_path(&guest.uuid));
         Ok(record)
     }
 
@@ -78,10 +94,46 @@ impl Record {
 
     /// The migration has come to its end, whichever: nothing has to be repaired.
     pub fn close(self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            log::debug!("{}: {error}", self.path.display());
-        }
+        remove_all(&self.migration.uuid);
     }
+}
+
+/// Whether the path still leads to the file.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let (opened, now) = (file.metadata()?, fs::metadata(path));
+    Ok(now.is_ok_and(|now| (now.dev(), now.ino()) == (opened.dev(), opened.ino())))
+}
+
+/// Absent is as good.
+fn remove(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => log::debug!("{}: {error}", path.display()),
+        _ => {}
+    }
+}
+
+fn remove_all(uuid: &str) {
+    remove(&figures_path(uuid));
+    remove(&path(uuid));
+}
+
+/// The migration of a guest whose agent lives, if there is one.
+pub fn under_way(uuid: &str) -> Result<Option<Migration>> {
+    let mut file = match File::open(path(uuid)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => read(&mut file, uuid).map(Some),
+        _ => Ok(None),
+    }
+}
+
+fn read(file: &mut File, uuid: &str) -> Result<Migration> {
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    serde_json::from_str(&text).with_context(|| format!("{} is damaged", path(uuid).display()))
 }
 
 /// What is known of a guest's last migration. Errors: its agent still lives.
@@ -92,17 +144,16 @@ pub fn left_behind(uuid: &str) -> Result<Option<Migration>> {
         Err(error) => return Err(error.into()),
     };
     if let Err(TryLockError::WouldBlock) = file.try_lock_shared() {
-        bail!("its migration is still under way; end it with Ctrl-C on `xl migrate`, then try again");
+        bail!("its migration is still under way; end it with `xenfold abort`, then try again");
     }
-    let mut text = String::new();
-    file.read_to_string(&mut text)?;
-    serde_json::from_str(&text)
-        .with_context(|| format!("{} is damaged", path(uuid).display()))
-        .map(Some)
+    read(&mut file, uuid).map(Some)
 }
 
-/// Forgets a migration that was repaired.
+/// Forgets a migration that was repaired, unless another one of the guest has begun.
 pub fn forget(uuid: &str) {
-    // Absent is as good.
-    let _ = fs::remove_file(path(uuid));
+    if let Ok(file) = File::open(path(uuid))
+        && file.try_lock().is_ok()
+    {
+        remove_all(uuid);
+    }
 }

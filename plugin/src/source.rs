@@ -26,7 +26,7 @@ use crate::contents::DaemonContents;
 use crate::guest::{AWAY, Guest, GuestFrames, KnownDomain};
 use crate::process::{self, Helper};
 use crate::progress::{Progress, summary};
-use crate::record::Record;
+use crate::record::{self, Record};
 use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
 use crate::{guest, repair, signals, usage};
 
@@ -228,7 +228,8 @@ impl Agent<'_> {
         let figures = Arc::new(Mutex::new(self.first_figures()));
         let events = source::events();
         self.watch(&seen, &events.0)?;
-        let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet)?;
+        let live = self.guest.as_ref().map(|guest| record::figures_path(&guest.uuid));
+        let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet, live)?;
         let (from_xl, to_xl) = pipes_of_xl()?;
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
@@ -289,7 +290,7 @@ impl Agent<'_> {
     fn watch(&self, seen: &Seen, events: &Sender<Event>) -> Result<()> {
         let stop = events.clone();
         // The phases have ended when nobody receives these.
-        signals::handle(move || drop(stop.send(Event::Stop("terminated by a signal".into()))))?;
+        signals::handle(move || drop(stop.send(Event::Stop("aborted".into()))))?;
         let (xl, stop, ended) = (self.xl, events.clone(), seen.xl_ended.clone());
         thread::Builder::new().name("xenfold-xl".into()).spawn(move || {
             process::wait_for_end(xl, None);

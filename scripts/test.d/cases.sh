@@ -88,6 +88,26 @@ lab_ctrl_c() {
   must_have_stayed "$from" ci
 }
 
+# From another terminal, early and late.
+lab_abort() {
+  local from moment
+  have_guest ci
+  from=$(lab guest where ci)
+  if on "$from" 'xenfold abort ci'; then die 'a guest that is not being migrated was aborted'; fi
+  for moment in first ': pass 1,' ': pass [2-9],'; do
+    start_migration "$from" ci
+    # Refused until the agent is there.
+    [ "$moment" = first ] || within 300 log_has "$from" "$moment"
+    if [ "$moment" = ': pass 1,' ]; then on "$from" 'xenfold jobinfo ci && xenfold jobinfo ci --json' | grep '"iteration":1,'; fi
+    within 30 on "$from" 'xenfold abort ci >/root/abort.log'
+    on "$from" grep 'runs on here' /root/abort.log
+    must_fail
+    must_be_well_on "$from" ci
+    on "$from" 'if ls /run/xenfold/* 2>/dev/null; then exit 1; fi'
+  done
+  must_have_stayed "$from" ci
+}
+
 # Nobody hears xl and the agent any more.
 lab_closed_terminal() {
   local from
@@ -193,7 +213,8 @@ other_kind() { # TYPE
 
 lab_debian_guest() {
   without_other_guests
-  lab guest create ci-debian --kind debian --on a
+  # What fills its page cache first takes minutes under emulation.
+  lab guest create ci-debian --kind debian --without cache --on a
   migrate a ci-debian --verify
   said a
   figures a "$COMPLETED" "$SAVED" "$VERIFIED"

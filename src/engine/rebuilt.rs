@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use crate::page::{PAGE_SIZE, Pfn};
 
-/// Rows that are certainly still in memory at the destination: the last this many that were carried (8 MiB). Rows of
+/// Rows that are certainly still in memory at the destination: the last this many that were carried (6 MiB). Rows of
 /// every kind count, so that no sort of page makes the destination keep more.
-pub const WINDOW_ROWS: usize = 2048;
+pub const WINDOW_ROWS: usize = 1536;
 
 /// At the source: which pages may be referred to although the destination cannot read frames.
 pub struct Window {

@@ -102,10 +102,17 @@ impl<R: Read + Send + 'static> Sending<R> {
             contents,
         });
         let (give_back, buffers) = bounded(records_under_way());
-        (0..records_under_way()).for_each(|_| {
-            // There is room for all.
-            let _ = give_back.try_send(Vec::new());
-        });
+        // There is room for all. New memory takes its time, page by page: all but the first buffer's is touched while xl's
+        // first record is read.
+        let _ = give_back.try_send(Vec::new());
+        let touched = give_back.clone();
+        spawn("xenfold-buffers", move || {
+            for _ in 1..records_under_way() {
+                let mut buffer = vec![1; MAX_RECORD_BODY];
+                buffer.clear();
+                let _ = touched.try_send(buffer);
+            }
+        })?;
         let back = Back {
             give_back,
             link,

@@ -133,6 +133,8 @@ pub struct Source {
     verdict: Option<Verdict>,
     /// Nothing comes from the other host any more.
     link_lost: bool,
+    /// GO has been sent: there is nothing left to stop.
+    handed_over: bool,
     to_xl: Box<dyn Write + Send>,
     failing: Option<Box<dyn FnOnce() + Send>>,
     key: ContentKey,
@@ -271,6 +273,7 @@ impl Source {
             inbox,
             verdict,
             link_lost,
+            handed_over: false,
             to_xl,
             failing: Some(failing),
             key,
@@ -460,6 +463,7 @@ impl Source {
         if let Err(error) = self.link.send(Kind::Go, &[&go]) {
             return Ending::Unknown(EngineError::Wire(error.into()));
         }
+        self.handed_over = true;
         self.result()
     }
 
@@ -622,6 +626,10 @@ impl Source {
             }
             Event::Streamed(end) => return Ok(Some(Signal::Streamed(end))),
             Event::Go(go) => return Ok(Some(Signal::Go(go))),
+            Event::Stop(reason) if self.handed_over => {
+                log::warn!("too late to stop ({reason}): the guest is the other host's to start");
+                return Ok(None);
+            }
             Event::Stop(reason) => return Err(EngineError::Stopped(reason)),
         };
         Ok(Some(match frame.kind {

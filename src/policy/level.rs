@@ -249,8 +249,11 @@ impl LevelPolicy {
             // less than what was waited for; who waits for half of the time sees all of it. In between what is known stays.
             let least = each(time.min(waiting * 2));
             let sample = self.link_ns.clamp(least, sample);
-            let weight = first_count_more(WEIGHT, &mut self.link_measured);
-            self.link_ns += weight * (sample - self.link_ns);
+            // A guess that may be right stays a guess.
+            if sample != self.link_ns {
+                let weight = first_count_more(WEIGHT, &mut self.link_measured);
+                self.link_ns += weight * (sample - self.link_ns);
+            }
         } else if self.link_measured == 0.0 {
             self.link_ns = sample.min(self.link_ns) / 2.0;
         } else {

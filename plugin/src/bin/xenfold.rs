@@ -7,7 +7,7 @@ use std::process::exit;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xenfold::config::{self, Config};
-use xenfold_plugin::{daemon_commands, receive, replay, resume, say};
+use xenfold_plugin::{daemon_commands, job, receive, replay, resume, say};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
@@ -22,6 +22,10 @@ enum Command {
     Receive(receive::Arguments),
     /// Set a guest going again that a broken migration left suspended here.
     Resume(resume::Arguments),
+    /// End a migration under way; the guest runs on here.
+    Abort(job::AbortArguments),
+    /// How far a migration under way is.
+    Jobinfo(job::InfoArguments),
     #[command(hide = true)]
     GuestState(resume::StateArguments),
     /// How the daemon of this host is.
@@ -57,6 +61,8 @@ fn run(command: Command) -> Result<i32> {
     match command {
         Command::Receive(arguments) => receive::run(&arguments, &configuration()?),
         Command::Resume(arguments) => resume::run(&arguments, &configuration()?).map(|()| 0),
+        Command::Abort(arguments) => job::abort(&arguments).map(|()| 0),
+        Command::Jobinfo(arguments) => job::info(&arguments).map(|()| 0),
         Command::GuestState(arguments) => resume::print_state(&arguments).map(|()| 0),
         Command::Status(arguments) => daemon_commands::status(&arguments).map(|()| 0),
         Command::Index(arguments) => daemon_commands::index(&arguments).map(|()| 0),
