@@ -100,7 +100,7 @@ lab_abort() {
     [ "$moment" = first ] || within 300 log_has "$from" "$moment"
     if [ "$moment" = ': pass 1,' ]; then on "$from" 'xenfold jobinfo ci && xenfold jobinfo ci --json' | grep '"iteration":1,'; fi
     within 30 on "$from" 'xenfold abort ci >/root/abort.log'
-    on "$from" grep 'runs on here' /root/abort.log
+    on "$from" 'grep "runs on here" /root/abort.log'
     must_fail
     must_be_well_on "$from" ci
     on "$from" 'if ls /run/xenfold/* 2>/dev/null; then exit 1; fi'
