@@ -213,8 +213,7 @@ other_kind() { # TYPE
 
 lab_debian_guest() {
   without_other_guests
-  # What fills its page cache first takes minutes under emulation.
-  lab guest create ci-debian --kind debian --without cache --on a
+  lab guest create ci-debian --kind debian --on a
   migrate a ci-debian --verify
   said a
   figures a "$COMPLETED" "$SAVED" "$VERIFIED"
