@@ -46,6 +46,14 @@ pub fn find(wanted: &str) -> Result<Option<Guest>> {
     Ok(None)
 }
 
+/// The same for a guest that xl may have renamed already because it goes away.
+pub fn find_going(wanted: &str) -> Result<Option<Guest>> {
+    match find(wanted)? {
+        Some(found) => Ok(Some(found)),
+        None => find(&format!("{wanted}{AWAY}")),
+    }
+}
+
 /// Whether a domain waits, suspended, for what becomes of its migration.
 pub fn is_suspended(info: &DomainInfo) -> bool {
     info.shutdown == Some(ShutdownReason::Suspend) && !info.dying

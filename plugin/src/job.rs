@@ -36,11 +36,7 @@ pub struct InfoArguments {
 
 /// The guest and its migration. Errors: there is no such guest here, or it is not being migrated.
 fn under_way(name: &str) -> Result<(Guest, Migration)> {
-    let found = match guest::find(name)? {
-        Some(found) => Some(found),
-        None => guest::find(&format!("{name}{AWAY}"))?,
-    };
-    let Some(found) = found else {
+    let Some(found) = guest::find_going(name)? else {
         bail!("there is no guest {name} on this host")
     };
     match record::under_way(&found.uuid)? {

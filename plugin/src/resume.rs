@@ -3,7 +3,7 @@ use anyhow::{Context, Result, bail};
 use xen_sys::{Xenctrl, Xenstore};
 use xenfold::config::Config;
 
-use crate::guest::{self, AWAY, Guest, INCOMING};
+use crate::guest::{self, Guest, INCOMING};
 use crate::record::{self, Migration};
 use crate::{arrival, repair, ssh};
 
@@ -79,11 +79,7 @@ fn held_here(uuid: &str) -> Result<Held> {
 
 /// Repairs a source. Errors: why not, who owns a runnable guest, and what to do next.
 pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
-    let found = match guest::find(&arguments.guest)? {
-        Some(found) => Some(found),
-        None => guest::find(&format!("{}{AWAY}", arguments.guest))?,
-    };
-    let Some(found) = found else {
+    let Some(found) = guest::find_going(&arguments.guest)? else {
         bail!("there is no guest {} on this host", arguments.guest)
     };
     let info = Xenctrl::open()?.domain(found.domid)?;

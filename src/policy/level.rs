@@ -8,8 +8,9 @@
 //!
 //! All of that is measured: how fast this machine is and how well this guest compresses while blocks are compressed,
 //! both against the reference figures below; what the other work costs, by the processor time of this process and of
-//! ssh; how much of the processors the guest, xl and others leave, by what is idle; the link, when the sender has to wait for it. A link that nobody waits for could take more, nobody knows how
-//! much: what is known of it is forgotten, at once where it never was more than a guess and slowly where it was measured.
+//! ssh; how much of the processors the guest, xl and others leave, by what is idle; the link, when the sender has to wait
+//! for it. A link that nobody waits for could take more, nobody knows how much: what is known of it is forgotten, at once
+//! where it never was more than a guess and slowly where it was measured.
 use std::time::Duration;
 
 use crate::codec::Level;
