@@ -11,6 +11,7 @@ pub mod control;
 pub mod engine;
 pub mod page;
 mod page_hash;
+pub mod page_set;
 pub mod policy;
 pub mod report;
 pub mod stream;
