@@ -38,6 +38,12 @@ pub struct Config {
     pub quiet: bool,
     /// The ssh to run.
     pub ssh: String,
+    /// Hold pages back that will be written again.
+    #[serde(deserialize_with = "boolean")]
+    pub hold: bool,
+    /// Seconds for which the guest's writes are watched before its migration begins.
+    #[serde(deserialize_with = "model_seconds")]
+    pub model_seconds: u32,
     /// Daemon: the folder of its contents and keys.
     pub store: PathBuf,
     /// Daemon: what contents may take on the disk; 0 means none are kept.
@@ -68,6 +74,8 @@ impl Default for Config {
             timeout: 15,
             quiet: false,
             ssh: "ssh".into(),
+            hold: true,
+            model_seconds: 2,
             store: "/var/lib/xenfold".into(),
             store_size: Size(4 << 30),
             auto_template: true,
@@ -100,6 +108,21 @@ fn timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> 
         .ok()
         .filter(|seconds| (1..=3600).contains(seconds))
         .ok_or_else(|| D::Error::custom(format!("timeout is {seconds} seconds, and must be 1 to 3600")))
+}
+
+/// Longer than the guest would be migrated in.
+const MAX_MODEL_SECONDS: u32 = 60;
+
+fn model_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let seconds = i64::deserialize(deserializer)?;
+    u32::try_from(seconds)
+        .ok()
+        .filter(|seconds| *seconds <= MAX_MODEL_SECONDS)
+        .ok_or_else(|| {
+            D::Error::custom(format!(
+                "model_seconds is {seconds}, and must be 0 to {MAX_MODEL_SECONDS}"
+            ))
+        })
 }
 
 /// A rate at which no host hashes; more is a mistake.
@@ -340,6 +363,8 @@ mod tests {
             ("\nstore_size = \"8GB\"", "8GiB"),
             ("\nstore_size = \"99999999TiB\"", "8GiB"),
             ("\ntimeout = 4000", "1 to 3600"),
+            ("\nmodel_seconds = 61", "0 to 60"),
+            ("\nhold = 2", "0 or 1"),
             ("\nindex_rate = 0", "index = false"),
             ("\nindex_size = 8", "8GiB"),
             ("\nindex_off = \"web\"", "sequence"),

@@ -39,6 +39,10 @@ pub struct Figures {
     pub peak_rss_bytes: u64,
     /// Pages that the destination could not find and that were sent after all.
     pub needed_pages: u64,
+    /// How long the guest was expected to stand still had it been suspended when the last pass but this one ended; `None`
+    /// where nothing is known of it.
+    pub expected_downtime_ms: Option<u64>,
+    pub holding: HoldingFigures,
     pub verify: Option<VerifyFigures>,
     pub destination: Option<DestinationFigures>,
     /// Why it failed.
@@ -77,6 +81,26 @@ impl Pages {
         };
         *count += 1;
     }
+}
+
+/// Pages that were held back because they were expected to be written again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HoldingFigures {
+    /// Pages with data in xl's stream, those that did not travel among them.
+    pub pages_from_xl: u64,
+    /// How often one of them was held back.
+    pub held_pages: u64,
+    /// Held pages that went while the guest ran, read from its frames.
+    pub released_pages: u64,
+    /// The same when it was suspended.
+    pub flushed_pages: u64,
+    /// Readings of the dirty bitmap, those that Xen was too busy for, and how long the guest was paused for them.
+    pub peeks: u64,
+    pub busy_peeks: u64,
+    pub peek_time_us: u64,
+    /// Pages that were dirty at the last reading.
+    pub dirty_pages: u64,
 }
 
 /// What `--verify` found.

@@ -967,6 +967,7 @@ fn memory_side() {
             failing: Box::new(|| {}),
             frames: None,
             verify: false,
+            holding: None,
             contents: None,
             figures: Arc::default(),
             events: source::events(),

@@ -16,10 +16,12 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --no-fallback    fail when the other host has no xenfold, instead of sending as plain xl does
   --stats FILE     write all figures of the migration to FILE as JSON
   --timeout SECONDS  silence after which the other host is given up (15)
+  --no-hold        send every page of each pass, also those that will be written again
   --quiet          no lines of progress, no summary
   --version, --help
 
-/etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout, quiet, ssh.";
+/etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout, hold,
+model_seconds, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -67,6 +69,7 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--version" => return Ok(Action::Version),
             "--verify" => parsed.config.verify = true,
             "--no-fallback" => parsed.config.fallback = false,
+            "--no-hold" => parsed.config.hold = false,
             "--quiet" => parsed.config.quiet = true,
             "--stats" => parsed.config.stats = Some(PathBuf::from(value()?)),
             "--timeout" => {

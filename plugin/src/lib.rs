@@ -29,3 +29,4 @@ pub mod signals;
 pub mod source;
 pub mod ssh;
 pub mod usage;
+pub mod writes;

@@ -12,12 +12,13 @@ use anyhow::{Context, Result};
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
-use rustix::pipe::fcntl_setpipe_size;
+use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use xen_sys::{DomainInfo, Xenctrl};
 use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
-use xenfold::engine::{Contents, EngineError, FrameSource, chain};
+use xenfold::engine::{Contents, EngineError, FrameSource, Holding, chain};
 use xenfold::page::{ContentKey, PAGE_SIZE};
+use xenfold::policy::DirtyAgain;
 use xenfold::report::Figures;
 use xenfold::wire::{Hello, WireError};
 
@@ -28,6 +29,7 @@ use crate::process::{self, Helper};
 use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
 use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
+use crate::writes::GuestWrites;
 use crate::{guest, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
@@ -38,6 +40,9 @@ const DYING: Duration = Duration::from_millis(200);
 
 /// Room in the pipe from xl.
 const PIPE_BYTES: usize = 256 << 10;
+
+/// A pipe cannot be larger, unless its reader has CAP_SYS_RESOURCE and asks for it (2 GiB at most).
+const MAX_PIPE_BYTES: u64 = 1 << 31;
 
 /// The words in which the destination is called; xl's command follows.
 const RECEIVE: [&str; 3] = ["xenfold", "receive", "--"];
@@ -231,12 +236,14 @@ impl Agent<'_> {
         let live = self.guest.as_ref().map(|guest| record::figures_path(&guest.uuid));
         let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet, live)?;
         let (from_xl, to_xl) = pipes_of_xl()?;
+        let holding = self.holding(&seen.domain, &from_xl);
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
             failing: Box::new(move || *was_dead.lock() = process::wait_for_end(xl, Some(DYING))),
             frames: self.frames(&seen.domain),
             verify: self.arguments.config.verify,
+            holding,
             contents: self.contents.take(),
             figures: figures.clone(),
             events,
@@ -281,6 +288,27 @@ impl Agent<'_> {
             Ok(frames) => Some(Box::new(frames)),
             Err(error) => {
                 log::warn!("the guest's frames cannot be read: {}", chain(&error));
+                None
+            }
+        }
+    }
+
+    /// What is needed to hold pages back. Where something of it is missing, each pass is sent whole.
+    fn holding(&self, domain: &KnownDomain, from_xl: &File) -> Option<Holding> {
+        let config = &self.arguments.config;
+        let guest = self.guest.as_ref().filter(|_| config.hold)?;
+        let opened = GuestWrites::open(guest).and_then(|log| Ok((log, GuestFrames::open(domain.clone())?)));
+        match opened {
+            Ok((log, frames)) => Some(Holding {
+                policy: Box::new(DirtyAgain),
+                log: Box::new(log),
+                frames: Box::new(frames),
+                // A pipe whose size is not known holds no more than the largest that anybody may have.
+                pipe_bytes: fcntl_getpipe_size(from_xl).map_or(MAX_PIPE_BYTES, |bytes| bytes as u64),
+                model_time: Duration::from_secs(config.model_seconds.into()),
+            }),
+            Err(error) => {
+                log::warn!("no page can be held back: {}", chain(&error));
                 None
             }
         }

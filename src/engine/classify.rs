@@ -56,8 +56,6 @@ pub(super) struct ReadyRows {
     /// Those of full pages, then those of deltas.
     pub blocks: Vec<Pending<ReadyBlock>>,
     pub pages: Pages,
-    pub first: Option<Pfn>,
-    pub last: Option<Pfn>,
 }
 
 pub(super) struct ReadyBlock {
@@ -249,18 +247,12 @@ impl Classifier {
         rows::encode(&record.entries, &kinds, &mut encoded);
         let mut blocks = self.compress(&record, &full);
         blocks.extend(self.compress_deltas(&record, deltas));
-        let (first, last) = (
-            record.list.first().map(|entry| entry.0),
-            record.list.last().map(|entry| entry.0),
-        );
         Ok(Ready::Rows(ReadyRows {
             record,
             frozen: self.frozen,
             rows: encoded,
             blocks,
             pages,
-            first,
-            last,
         }))
     }
 

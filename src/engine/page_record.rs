@@ -12,6 +12,8 @@ pub(super) struct PageRecord {
     /// Each entry's page number, type, and the index of its page among the record's pages.
     pub list: Vec<(Pfn, PageType, Option<usize>)>,
     pub reserved: u32,
+    /// The pass of xl's that it belongs to, from 1 on.
+    pub pass: u32,
 }
 
 impl PageRecord {
@@ -37,6 +39,45 @@ impl PageRecord {
             entries,
             list,
             reserved,
+            pass: 0,
+        })
+    }
+
+    /// The record without the entries, and their pages, for which `keep` has no `true`. It may become empty, which no record
+    /// of Xen's is.
+    pub fn retain(mut self, keep: &[bool]) -> Result<PageRecord, StreamError> {
+        let kept = |at: usize| keep.get(at) == Some(&true);
+        let list: Vec<(usize, Option<usize>)> = (0..)
+            .zip(&self.list)
+            .filter(|(at, _)| kept(*at))
+            .map(|(at, entry)| (at, entry.2))
+            .collect();
+        if list.is_empty() {
+            self.entries.clear();
+            self.list.clear();
+            self.body.truncate(self.pages_at.min(8));
+            self.pages_at = self.body.len();
+            return Ok(self);
+        }
+        // What stays moves towards the front only, so nothing is overwritten before it has been moved.
+        let (count, _) = self.body.split_at_mut(4);
+        count.copy_from_slice(&(list.len() as u32).to_le_bytes());
+        let mut end = 8;
+        for (at, _) in &list {
+            let from = 8 + at * 8;
+            self.body.copy_within(from..from + 8, end);
+            end += 8;
+        }
+        for page in list.iter().filter_map(|(_, index)| *index) {
+            let from = self.pages_at + page * PAGE_SIZE;
+            self.body.copy_within(from..from + PAGE_SIZE, end);
+            end += PAGE_SIZE;
+        }
+        self.body.truncate(end);
+        let pass = self.pass;
+        Ok(PageRecord {
+            pass,
+            ..PageRecord::parse(self.body, 0)?
         })
     }
 

@@ -14,6 +14,7 @@ use super::classify::{BlockData, Classifier, Classifying, FromXl, Ready, ReadyBl
 use super::contents::Holdings;
 use super::cpu::{Blocking, idle, process_cpu};
 use super::hashing::ids_of;
+use super::holding::{Held, Holding};
 use super::link::Link;
 use super::pacing::Pacing;
 use super::page_record::PageRecord;
@@ -29,7 +30,10 @@ use crate::table::PageTable;
 use crate::wire::{Block, Kind, Rows};
 
 /// The largest PAGE_DATA body that becomes rows: MAX_ROWS entries, all with a page. Xen sends no larger one.
-const MAX_RECORD_BODY: usize = 8 + MAX_ROWS * (8 + PAGE_SIZE);
+const MAX_RECORD_BODY: usize = MAX_HEAD + MAX_ROWS * PAGE_SIZE;
+
+/// What of it stands before the pages.
+const MAX_HEAD: usize = 8 + MAX_ROWS * 8;
 
 /// Bytes of other records that travel in one frame.
 const BYTES_PER_FRAME: usize = 1 << 20;
@@ -59,6 +63,8 @@ pub struct Sending<R> {
     pub holdings: Option<Arc<Holdings>>,
     /// What this host holds.
     pub contents: Option<Arc<dyn Contents>>,
+    /// What is needed to hold pages back.
+    pub holding: Option<Holding>,
     pub table: PageTable,
     pub figures: Arc<Mutex<Figures>>,
 }
@@ -85,6 +91,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             pacing,
             holdings,
             contents,
+            holding,
             table,
             figures,
         } = self;
@@ -114,12 +121,11 @@ impl<R: Read + Send + 'static> Sending<R> {
             }
         })?;
         let back = Back {
-            give_back,
-            link,
+            give_back: give_back.clone(),
+            link: link.clone(),
             policy,
-            figures,
+            figures: figures.clone(),
             pacing,
-            last_pfn: None,
             start: Instant::now(),
             written: Instant::now(),
             guest_bytes: 0,
@@ -131,6 +137,11 @@ impl<R: Read + Send + 'static> Sending<R> {
             pool,
             key,
             buffers,
+            link,
+            held: holding.map(|holding| Held::new(holding, figures)),
+            pass: 0,
+            last_pfn: None,
+            give_back,
             next: to_classifier,
         };
         let read = front.run();
@@ -154,6 +165,14 @@ struct Front<R> {
     key: ContentKey,
     /// One for each record of pages that may be under way; those that were used before need no new memory.
     buffers: Receiver<Vec<u8>>,
+    link: Link,
+    /// Pages held back, where the guest allows it.
+    held: Option<Held>,
+    /// Passes of xl's that were seen to begin.
+    pass: u32,
+    last_pfn: Option<Pfn>,
+    /// Where buffers come back to that were not needed.
+    give_back: Sender<Vec<u8>>,
     next: Sender<FromXl>,
 }
 
@@ -171,12 +190,19 @@ impl<R: Read> Front<R> {
                 }
                 Event::Record(header) if header.is(Layer::Libxc, libxc::PAGE_DATA) => self.page_data(&header)?,
                 Event::Record(header) => {
+                    if header.layer == Layer::Libxc {
+                        self.flush()?;
+                    }
                     self.other_record(&header)?;
                     if header.is(Layer::Libxc, libxc::VERIFY) {
                         self.pass(FromXl::Verify)?;
+                        // What follows is only compared.
+                        self.held = None;
                     }
                 }
                 Event::DomainHeader(header) => {
+                    // Only where frames are found by page number can a held page be read later.
+                    self.held = self.held.take().filter(|_| header.guest_type() == GuestType::Hvm);
                     self.pass(FromXl::Guest(header.guest_type()))?;
                     self.pass(FromXl::Bytes(header.as_bytes().to_vec()))?;
                 }
@@ -202,6 +228,7 @@ impl<R: Read> Front<R> {
             return self.other_record(header);
         }
         body.reserve(header.length as usize);
+        let runs = self.look(header, &mut body);
         self.stream.read_body(&mut body, MAX_RECORD_BODY)?;
         let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
         if count as usize > MAX_ROWS {
@@ -211,9 +238,83 @@ impl<R: Read> Front<R> {
         }
         // A valid record needs no padding; with it, one that is too short would be taken for valid and sent on mended.
         body.truncate(header.length as usize);
-        let record = Arc::new(PageRecord::parse(body, header.body_offset())?);
+        let mut record = PageRecord::parse(body, header.body_offset())?;
+        self.number(&mut record);
+        let Some(held) = &mut self.held else {
+            return self.pages(record);
+        };
+        let record = held.take_out(record, runs)?;
+        if record.list.is_empty() {
+            // There is room: it came from there.
+            let _ = self.give_back.try_send(record.into_buffer());
+        } else {
+            self.pages(record)?;
+        }
+        if runs { self.release() } else { Ok(()) }
+    }
+
+    /// Reads a record's list and leaves its pages in the pipe: while xl's helper cannot go on, the guest is looked at.
+    /// Whether it runs. What is wrong with the record shows when all of it is read.
+    fn look(&mut self, header: &RecordHeader, body: &mut Vec<u8>) -> bool {
+        let Some(held) = &mut self.held else { return false };
+        if self.stream.read_page_data_head(header, body, MAX_HEAD).is_err() {
+            return false;
+        }
+        let runs = held.guest_runs();
+        if runs {
+            held.look(self.stream.body_left());
+        }
+        runs
+    }
+
+    /// A pass begins where the page numbers fall (a hint: two short passes can ascend).
+    fn number(&mut self, record: &mut PageRecord) {
+        let first = record.list.first().map(|entry| entry.0);
+        if first <= self.last_pfn || self.last_pfn.is_none() {
+            self.pass += 1;
+            if let Some(held) = &mut self.held {
+                held.pass();
+            }
+        }
+        self.last_pfn = record.list.last().map(|entry| entry.0);
+        record.pass = self.pass;
+    }
+
+    fn pages(&self, record: PageRecord) -> Result<(), EngineError> {
+        let record = Arc::new(record);
         let ids = ids_of(&record, record.page_count(), PageRecord::pages, &self.key, &self.pool);
         self.pass(FromXl::Pages { record, ids })
+    }
+
+    /// Sends held pages for which waiting does not pay any more.
+    fn release(&mut self) -> Result<(), EngineError> {
+        let Some(held) = &mut self.held else { return Ok(()) };
+        let due = held.due(self.link.bytes());
+        if due.is_empty() { Ok(()) } else { self.held_pages(&due) }
+    }
+
+    /// Sends all pages that are still held: xl has sent all of its own.
+    fn flush(&mut self) -> Result<(), EngineError> {
+        while let Some(held) = &mut self.held {
+            let rest = held.rest();
+            if rest.is_empty() {
+                break;
+            }
+            if held.guest_runs() {
+                return Err(EngineError::Protocol("xl ended its passes while the guest runs"));
+            }
+            self.held_pages(&rest)?;
+        }
+        Ok(())
+    }
+
+    /// Sends these held pages as they are in the guest's frames.
+    fn held_pages(&mut self, pfns: &[Pfn]) -> Result<(), EngineError> {
+        let Some(held) = &mut self.held else { return Ok(()) };
+        let body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
+        let mut record = held.read(pfns, body)?;
+        record.pass = self.pass;
+        self.pages(record)
     }
 
     /// Bytes of any length as they are, in frames of a bounded size.
@@ -245,7 +346,6 @@ struct Back {
     policy: Arc<Mutex<LevelPolicy>>,
     figures: Arc<Mutex<Figures>>,
     pacing: Option<Arc<Pacing>>,
-    last_pfn: Option<Pfn>,
     start: Instant,
     /// When the rows before had gone.
     written: Instant,
@@ -337,7 +437,7 @@ impl Back {
         if let Some(ping) = ping {
             self.send(Kind::Ping, &[&ping])?;
         }
-        self.note(&blocks, ready.pages, ready.first, ready.last);
+        self.note(&blocks, ready.pages, ready.record.pass);
         self.guest_bytes += guest_bytes;
         if self.policy.lock().wants_spent(self.guest_bytes) {
             let spent = Spent {
@@ -353,14 +453,12 @@ impl Back {
         Ok(ready.record)
     }
 
-    fn note(&mut self, blocks: &[ReadyBlock], pages: Pages, first: Option<Pfn>, last: Option<Pfn>) {
+    fn note(&mut self, blocks: &[ReadyBlock], pages: Pages, pass: u32) {
         let mut figures = self.figures.lock();
-        // A pass begins where the page numbers fall (a hint: two short passes can ascend).
-        if first <= self.last_pfn || self.last_pfn.is_none() {
-            figures.iteration += 1;
+        if pass > figures.iteration {
+            figures.iteration = pass;
             figures.iteration_pages = 0;
         }
-        self.last_pfn = last;
         figures.add_rows(pages);
         for block in blocks {
             *figures.blocks.entry(block.name.clone()).or_default() += 1;

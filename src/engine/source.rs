@@ -29,7 +29,7 @@ use super::pool::Pool;
 use super::sending::{Sending, Sent};
 use super::threads::{join, spawn};
 use super::verify::read_back;
-use super::{Contents, EngineError, FrameSource, chain};
+use super::{Contents, EngineError, FrameSource, Holding, chain};
 use crate::codec::{Compressor, Level};
 use crate::page::ContentKey;
 use crate::report::{DestinationFigures, Figures, VerifyFigures};
@@ -144,6 +144,8 @@ pub struct Source {
     verify: bool,
     /// Keeps what the guest leaves here.
     leaving: Option<Leaving>,
+    /// What is needed to hold pages back.
+    holding: Option<Holding>,
     /// What this host holds beside the guest.
     contents: Option<Arc<dyn Contents>>,
     /// What the destination holds, where rows may name it.
@@ -182,6 +184,8 @@ pub struct SourceSetup {
     pub frames: Option<Box<dyn FrameSource>>,
     /// Count frames that are not what was carried any more.
     pub verify: bool,
+    /// Pages that will be written again are held back with this.
+    pub holding: Option<Holding>,
     /// What this host holds beside the guest.
     pub contents: Option<Arc<dyn Contents>>,
     pub figures: Arc<Mutex<Figures>>,
@@ -252,6 +256,7 @@ impl Source {
             failing,
             frames,
             verify,
+            holding,
             contents,
             figures,
             events: (event_sender, events),
@@ -281,6 +286,7 @@ impl Source {
             frames,
             verify,
             leaving: None,
+            holding,
             contents,
             holdings,
             told: false,
@@ -294,6 +300,11 @@ impl Source {
     /// Phase 1: the receiving xl is there (R0). xl waits for it before it does anything to the guest.
     fn wait_ready(&mut self) -> Result<(), EngineError> {
         let banner = self.message(xl::R0_BANNER.len())?;
+        if banner == xl::R0_BANNER
+            && let Some(holding) = &mut self.holding
+        {
+            holding.watch_guest();
+        }
         self.tell_xl(&banner)?;
         if banner != xl::R0_BANNER {
             return Err(EngineError::Protocol("the other host's xl did not send its banner"));
@@ -315,6 +326,7 @@ impl Source {
             pacing: self.agreement.peer.paces.then(|| self.pacing.clone()),
             holdings: self.holdings.clone(),
             contents: self.contents.clone(),
+            holding: self.holding.take(),
             table: PageTable::default(),
             figures: self.figures.clone(),
         };

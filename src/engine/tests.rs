@@ -47,6 +47,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         pacing: None,
         holdings: None,
         contents: None,
+        holding: None,
         table,
         figures: figures.clone(),
     };

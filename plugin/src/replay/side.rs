@@ -172,6 +172,7 @@ fn send(arguments: &SideArguments) -> Result<Figures> {
         failing: Box::new(|| {}),
         frames: None,
         verify: false,
+        holding: None,
         contents,
         figures: figures.clone(),
         events: source::events(),

@@ -1,0 +1,214 @@
+//! Pages held back: those that the guest is expected to write again before it is suspended.
+//!
+//! xl sends a page again when it was written after the current pass began. So the bytes of a page that is about to be
+//! written need not travel: a later record of xl's has newer ones. A page that was held and is *not* written again still
+//! holds what it held when its pass began: it is read from the guest's frames and goes into a record of our own, at any
+//! time, and all that is left right before xl's first record behind the pages, when the guest is suspended. No correctness
+//! rests on when a pass begins, on the policy, or on how old the dirty bitmap is.
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::page_record::PageRecord;
+use super::{DirtyLog, EngineError, FrameError, FrameSource};
+use crate::codec::MAX_ROWS;
+use crate::page::{PAGE_SIZE, Pfn};
+use crate::page_set::PageSet;
+use crate::policy::HoldPolicy;
+use crate::report::Figures;
+use crate::stream::PageType;
+
+/// Reading the dirty bitmap pauses the guest. It may take one part in so many of the time.
+const PEEK_SHARE: u32 = 100;
+
+/// The shortest time between two readings, however quick they are.
+const PEEK_EVERY: Duration = Duration::from_millis(50);
+
+/// The interval of the model's samples (Ruan et al., section 3: a state each 50 ms).
+const SAMPLE: Duration = Duration::from_millis(50);
+
+/// Pages of ours that go between two records of xl's: it must not wait long.
+const RELEASE_PAGES: usize = 256;
+
+/// What is needed to hold pages back.
+pub struct Holding {
+    /// Which pages the guest writes.
+    pub log: Box<dyn DirtyLog>,
+    /// The source's own frames.
+    pub frames: Box<dyn FrameSource>,
+    pub policy: Box<dyn HoldPolicy>,
+    /// Bytes that the pipe from xl can hold. With more of a record unread, xl's helper is inside its write.
+    pub pipe_bytes: u64,
+    /// How long to watch the guest before xl begins.
+    pub model_time: Duration,
+}
+
+impl Holding {
+    /// Learns how the guest writes, while xl waits for the destination's banner: later xl owns the dirty bitmap. Without
+    /// it the policy knows less, so what goes wrong is of no consequence.
+    pub(super) fn watch_guest(&mut self) {
+        let count = self.model_time.as_millis() / SAMPLE.as_millis();
+        let Holding { log, policy, .. } = self;
+        let mut sampled = |written: &PageSet| policy.sampled(written);
+        if let Err(error) = log.sample(SAMPLE, count as u32, &mut sampled) {
+            log::debug!("the guest's writes were not watched: {error}");
+        }
+    }
+}
+
+/// Holds pages of one stream back.
+pub(super) struct Held {
+    holding: Holding,
+    held: PageSet,
+    /// As last read in this pass.
+    dirty: Option<PageSet>,
+    next_peek: Instant,
+    start: Instant,
+    figures: Arc<Mutex<Figures>>,
+}
+
+impl Held {
+    pub fn new(holding: Holding, figures: Arc<Mutex<Figures>>) -> Held {
+        let start = Instant::now();
+        Held {
+            held: PageSet::new(holding.log.bound()),
+            dirty: None,
+            next_peek: start,
+            start,
+            figures,
+            holding,
+        }
+    }
+
+    /// xl's next pass has begun: what was written before it is in its list.
+    pub fn pass(&mut self) {
+        let expected = self.holding.policy.expected_downtime(&self.held, self.dirty.as_ref());
+        self.figures.lock().expected_downtime_ms = expected.map(|time| time.as_millis() as u64);
+        self.dirty = None;
+    }
+
+    /// Whether the guest runs. Then all that xl has written so far belongs to a live pass, since its last one comes after
+    /// the suspend.
+    pub fn guest_runs(&mut self) -> bool {
+        self.holding.log.running()
+    }
+
+    /// Reads the dirty bitmap, if it is time. `unread`: bytes of a record that xl's helper has still to write or that
+    /// wait in the pipe. Only while they are more than the pipe can hold is the helper certainly writing, and does not
+    /// read the bitmap itself: two readings at once would fail, and its own ends the migration.
+    pub fn look(&mut self, unread: u64) {
+        let begin = Instant::now();
+        if unread <= self.holding.pipe_bytes || begin < self.next_peek {
+            return;
+        }
+        let answer = self.holding.log.peek();
+        let took = begin.elapsed();
+        self.next_peek = begin + (took * PEEK_SHARE).max(PEEK_EVERY);
+        let mut figures = self.figures.lock();
+        figures.holding.peek_time_us += took.as_micros() as u64;
+        match answer {
+            Ok(Some(dirty)) => {
+                figures.holding.peeks += 1;
+                figures.holding.dirty_pages = dirty.len();
+                drop(figures);
+                self.dirty = Some(dirty);
+            }
+            Ok(None) => figures.holding.busy_peeks += 1,
+            Err(error) => {
+                log::debug!("the dirty bitmap cannot be read, so it is done without: {error}");
+                self.next_peek = begin + Duration::from_secs(3600);
+            }
+        }
+    }
+
+    /// Takes the pages out of a record that wait, which may be all. `running`: as [`Held::guest_runs`] said when its list had been read.
+    pub fn take_out(&mut self, record: PageRecord, running: bool) -> Result<PageRecord, EngineError> {
+        let now = self.start.elapsed();
+        let pfns: Vec<Pfn> = record.list.iter().map(|entry| entry.0).collect();
+        let wanted = if running {
+            self.holding.policy.hold(now, &pfns, self.dirty.as_ref())
+        } else {
+            Vec::new()
+        };
+        let mut wanted = wanted.into_iter();
+        let mut keep = Vec::with_capacity(pfns.len());
+        let (mut plain, mut held) = (0, 0);
+        for (pfn, page_type, index) in &record.list {
+            let wait = wanted.next() == Some(true) && index.is_some() && *page_type == PageType::NoTab;
+            let wait = wait && self.held.insert(*pfn);
+            if !wait {
+                self.held.remove(*pfn);
+            }
+            plain += u64::from(index.is_some());
+            held += u64::from(wait);
+            keep.push(!wait);
+        }
+        let mut figures = self.figures.lock();
+        figures.holding.pages_from_xl += plain;
+        figures.holding.held_pages += held;
+        drop(figures);
+        if held == 0 {
+            Ok(record)
+        } else {
+            Ok(record.retain(&keep)?)
+        }
+    }
+
+    /// Held pages that need not wait any longer, while the guest runs. `wire_bytes`: what has gone to the link so far.
+    pub fn due(&mut self, wire_bytes: u64) -> Vec<Pfn> {
+        let now = self.start.elapsed();
+        let pages = self.figures.lock().pages.carried();
+        self.holding.policy.sent(now, pages, wire_bytes);
+        if self.held.is_empty() {
+            return Vec::new();
+        }
+        let mut pfns = self
+            .holding
+            .policy
+            .release(now, &self.held, self.dirty.as_ref(), RELEASE_PAGES);
+        pfns.retain(|pfn| self.held.contains(*pfn));
+        pfns.truncate(RELEASE_PAGES);
+        self.figures.lock().holding.released_pages += pfns.len() as u64;
+        pfns
+    }
+
+    /// Pages that are still held when xl has sent all of its own, the guest being suspended: so many as go into a record.
+    pub fn rest(&mut self) -> Vec<Pfn> {
+        let pfns: Vec<Pfn> = self.held.iter().take(MAX_ROWS).collect();
+        self.figures.lock().holding.flushed_pages += pfns.len() as u64;
+        pfns
+    }
+
+    /// A PAGE_DATA record of these pages as they are now, which are then held no longer. One that is not there any more
+    /// goes without data, as xl sends it.
+    pub fn read(&mut self, pfns: &[Pfn], mut body: Vec<u8>) -> Result<PageRecord, EngineError> {
+        let mut pages = vec![0; pfns.len() * PAGE_SIZE];
+        let mut gone = vec![false; pfns.len()];
+        match self.holding.frames.read(pfns, &mut pages) {
+            Ok(()) => {}
+            Err(FrameError::Unreadable { .. }) => {
+                for ((pfn, page), gone) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)).zip(&mut gone) {
+                    match self.holding.frames.read(&[*pfn], page) {
+                        Ok(()) => {}
+                        Err(FrameError::Unreadable { .. }) => *gone = true,
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        body.clear();
+        body.extend_from_slice(&(pfns.len() as u32).to_le_bytes());
+        body.extend_from_slice(&[0; 4]);
+        for (pfn, gone) in pfns.iter().zip(&gone) {
+            let page_type = if *gone { PageType::XTab } else { PageType::NoTab };
+            body.extend_from_slice(&(pfn.get() | page_type.bits()).to_le_bytes());
+        }
+        for (page, _) in pages.chunks_exact(PAGE_SIZE).zip(&gone).filter(|(_, gone)| !**gone) {
+            body.extend_from_slice(page);
+        }
+        pfns.iter().for_each(|pfn| self.held.remove(*pfn));
+        Ok(PageRecord::parse(body, 0)?)
+    }
+}
