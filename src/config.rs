@@ -38,6 +38,8 @@ pub struct Config {
     pub quiet: bool,
     /// The ssh to run.
     pub ssh: String,
+    /// Bytes a second that a migration may take of the link; 0 means all it can get.
+    pub bandwidth: Size,
     /// Hold pages back that will be written again.
     #[serde(deserialize_with = "boolean")]
     pub hold: bool,
@@ -74,6 +76,7 @@ impl Default for Config {
             timeout: 15,
             quiet: false,
             ssh: "ssh".into(),
+            bandwidth: Size(0),
             hold: true,
             model_seconds: 2,
             store: "/var/lib/xenfold".into(),
@@ -365,6 +368,7 @@ mod tests {
             ("\ntimeout = 4000", "1 to 3600"),
             ("\nmodel_seconds = 61", "0 to 60"),
             ("\nhold = 2", "0 or 1"),
+            ("\nbandwidth = 10", "MiB"),
             ("\nindex_rate = 0", "index = false"),
             ("\nindex_size = 8", "8GiB"),
             ("\nindex_off = \"web\"", "sequence"),

@@ -968,6 +968,7 @@ fn memory_side() {
             frames: None,
             verify: false,
             holding: None,
+            bandwidth: None,
             contents: None,
             figures: Arc::default(),
             events: source::events(),

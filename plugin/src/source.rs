@@ -1,6 +1,7 @@
 //! `xenfold-ssh`: stands where xl expects ssh.
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::num::NonZeroU64;
 use std::os::unix::process::{CommandExt, parent_id};
 use std::path::Path;
 use std::process::Command;
@@ -244,6 +245,7 @@ impl Agent<'_> {
             frames: self.frames(&seen.domain),
             verify: self.arguments.config.verify,
             holding,
+            bandwidth: NonZeroU64::new(self.arguments.config.bandwidth.bytes()),
             contents: self.contents.take(),
             figures: figures.clone(),
             events,

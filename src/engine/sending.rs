@@ -4,6 +4,7 @@
 //! hashed, [`Classifier`] decides what each page is, and has those whose bytes travel compressed, [`Back`] writes frames
 //! in order. The workers of the pool do the hashing and compressing.
 use std::io::Read;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,7 +17,7 @@ use super::cpu::{Blocking, idle, process_cpu};
 use super::hashing::ids_of;
 use super::holding::{Held, Holding};
 use super::link::Link;
-use super::pacing::Pacing;
+use super::pacing::{Pacing, Throttle};
 use super::page_record::PageRecord;
 use super::pool::{Pending, Pool, processors};
 use super::threads::{first_cause, join, spawn};
@@ -59,6 +60,8 @@ pub struct Sending<R> {
     pub window_rows: u32,
     /// Bounds what is under way, where the destination answers.
     pub pacing: Option<Arc<Pacing>>,
+    /// Bytes a second that may go to the link.
+    pub bandwidth: Option<NonZeroU64>,
     /// What the destination holds elsewhere, where rows may name contents.
     pub holdings: Option<Arc<Holdings>>,
     /// What this host holds.
@@ -89,6 +92,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             frames,
             window_rows,
             pacing,
+            bandwidth,
             holdings,
             contents,
             holding,
@@ -126,6 +130,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             policy,
             figures: figures.clone(),
             pacing,
+            throttle: bandwidth.map(Throttle::new),
             start: Instant::now(),
             written: Instant::now(),
             guest_bytes: 0,
@@ -346,6 +351,7 @@ struct Back {
     policy: Arc<Mutex<LevelPolicy>>,
     figures: Arc<Mutex<Figures>>,
     pacing: Option<Arc<Pacing>>,
+    throttle: Option<Throttle>,
     start: Instant,
     /// When the rows before had gone.
     written: Instant,
@@ -390,7 +396,10 @@ impl Back {
         Ok(())
     }
 
-    fn send(&self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
+    fn send(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
+        if let Some(throttle) = &mut self.throttle {
+            throttle.before(parts.iter().map(|part| part.len()).sum());
+        }
         self.link
             .send(kind, parts)
             .map_err(|error| EngineError::Wire(error.into()))

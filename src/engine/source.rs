@@ -13,6 +13,7 @@
 //!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤  result
 //! ```
 use std::io::{Read, Write};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -146,6 +147,7 @@ pub struct Source {
     leaving: Option<Leaving>,
     /// What is needed to hold pages back.
     holding: Option<Holding>,
+    bandwidth: Option<NonZeroU64>,
     /// What this host holds beside the guest.
     contents: Option<Arc<dyn Contents>>,
     /// What the destination holds, where rows may name it.
@@ -186,6 +188,8 @@ pub struct SourceSetup {
     pub verify: bool,
     /// Pages that will be written again are held back with this.
     pub holding: Option<Holding>,
+    /// Bytes a second that the stream may take of the link.
+    pub bandwidth: Option<NonZeroU64>,
     /// What this host holds beside the guest.
     pub contents: Option<Arc<dyn Contents>>,
     pub figures: Arc<Mutex<Figures>>,
@@ -257,6 +261,7 @@ impl Source {
             frames,
             verify,
             holding,
+            bandwidth,
             contents,
             figures,
             events: (event_sender, events),
@@ -287,6 +292,7 @@ impl Source {
             verify,
             leaving: None,
             holding,
+            bandwidth,
             contents,
             holdings,
             told: false,
@@ -324,6 +330,7 @@ impl Source {
             frames: self.agreement.peer.frames,
             window_rows: self.agreement.peer.window_rows,
             pacing: self.agreement.peer.paces.then(|| self.pacing.clone()),
+            bandwidth: self.bandwidth,
             holdings: self.holdings.clone(),
             contents: self.contents.clone(),
             holding: self.holding.take(),

@@ -45,6 +45,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         frames: false,
         window_rows: u32::MAX,
         pacing: None,
+        bandwidth: None,
         holdings: None,
         contents: None,
         holding: None,

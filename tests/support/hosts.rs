@@ -669,6 +669,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                     frames: None,
                     verify: false,
                     holding,
+                    bandwidth: None,
                     contents: source_contents,
                     figures: noted,
                     events: source_events,

@@ -173,6 +173,7 @@ fn send(arguments: &SideArguments) -> Result<Figures> {
         frames: None,
         verify: false,
         holding: None,
+        bandwidth: None,
         contents,
         figures: figures.clone(),
         events: source::events(),
