@@ -43,6 +43,8 @@ pub struct Figures {
     /// where nothing is known of it.
     pub expected_downtime_ms: Option<u64>,
     pub holding: HoldingFigures,
+    /// Different pages of the guest that have been carried with data.
+    pub distinct_pages: u64,
     pub verify: Option<VerifyFigures>,
     pub destination: Option<DestinationFigures>,
     /// Why it failed.

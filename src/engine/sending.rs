@@ -143,7 +143,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             key,
             buffers,
             link,
-            held: holding.map(|holding| Held::new(holding, figures)),
+            held: holding.map(|holding| Held::new(holding, figures.clone())),
             pass: 0,
             last_pfn: None,
             give_back,
@@ -156,6 +156,7 @@ impl<R: Read + Send + 'static> Sending<R> {
         let classified = join(classifier);
         let sent = join(back);
         let (table, guest_type) = first_cause([read.err(), sent.err()], classified)?;
+        figures.lock().distinct_pages = table.ids().len();
         Ok(Sent {
             xl: stream.into_inner(),
             table: Arc::new(table),
