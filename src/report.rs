@@ -105,6 +105,13 @@ pub struct HoldingFigures {
     pub dirty_pages: u64,
 }
 
+impl HoldingFigures {
+    /// Held pages that came again from xl, so that they were not sent in between.
+    pub fn spared_pages(&self) -> u64 {
+        self.held_pages.saturating_sub(self.released_pages + self.flushed_pages)
+    }
+}
+
 /// What `--verify` found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

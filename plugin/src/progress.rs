@@ -181,6 +181,20 @@ pub fn summary(figures: &Figures) -> String {
             figures.needed_pages
         ));
     }
+    let holding = &figures.holding;
+    if holding.held_pages > 0 {
+        text.push_str(&format!(
+            "\nheld back {} of xl's {} pages: {} came again, {} were sent while the guest ran, {} when it was suspended; \
+             the dirty bitmap was read {} times in {} ms",
+            holding.held_pages,
+            holding.pages_from_xl,
+            holding.spared_pages(),
+            holding.released_pages,
+            holding.flushed_pages,
+            holding.peeks,
+            holding.peek_time_us / 1000
+        ));
+    }
     match &figures.verify {
         Some(verify) if verify.equal_pages == 0 => text.push_str(&format!(
             "\nverified nothing: {} cannot read the frames of this guest",

@@ -17,7 +17,7 @@ use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
 use crate::policy::HoldPolicy;
 use crate::report::Figures;
-use crate::stream::PageType;
+use crate::stream::{Entry, PageType};
 
 /// Reading the dirty bitmap pauses the guest. It may take one part in so many of the time.
 const PEEK_SHARE: u32 = 100;
@@ -122,37 +122,32 @@ impl Held {
         }
     }
 
-    /// Takes the pages out of a record that wait, which may be all. `running`: as [`Held::guest_runs`] said when its list had been read.
-    pub fn take_out(&mut self, record: PageRecord, running: bool) -> Result<PageRecord, EngineError> {
-        let now = self.start.elapsed();
-        let pfns: Vec<Pfn> = record.list.iter().map(|entry| entry.0).collect();
+    /// Decides which pages of a record of xl's stay in it; `None`: all. `running`: as [`Held::guest_runs`] said when the
+    /// list had been read.
+    pub fn keep(&mut self, list: &[Entry], running: bool) -> Option<Vec<bool>> {
         let wanted = if running {
-            self.holding.policy.hold(now, &pfns, self.dirty.as_ref())
+            let pfns: Vec<Pfn> = list.iter().map(|entry| entry.pfn).collect();
+            self.holding
+                .policy
+                .hold(self.start.elapsed(), &pfns, self.dirty.as_ref())
         } else {
             Vec::new()
         };
         let mut wanted = wanted.into_iter();
-        let mut keep = Vec::with_capacity(pfns.len());
-        let (mut plain, mut held) = (0, 0);
-        for (pfn, page_type, index) in &record.list {
-            let wait = wanted.next() == Some(true) && index.is_some() && *page_type == PageType::NoTab;
-            let wait = wait && self.held.insert(*pfn);
+        let mut holds = |entry: &Entry| {
+            let wait = wanted.next() == Some(true) && entry.has_data && entry.page_type == PageType::NoTab;
+            let wait = wait && self.held.insert(entry.pfn);
             if !wait {
-                self.held.remove(*pfn);
+                self.held.remove(entry.pfn);
             }
-            plain += u64::from(index.is_some());
-            held += u64::from(wait);
-            keep.push(!wait);
-        }
+            wait
+        };
+        let keep: Vec<bool> = list.iter().map(|entry| !holds(entry)).collect();
+        let held = keep.iter().filter(|keep| !**keep).count() as u64;
         let mut figures = self.figures.lock();
-        figures.holding.pages_from_xl += plain;
+        figures.holding.pages_from_xl += list.iter().filter(|entry| entry.has_data).count() as u64;
         figures.holding.held_pages += held;
-        drop(figures);
-        if held == 0 {
-            Ok(record)
-        } else {
-            Ok(record.retain(&keep)?)
-        }
+        (held > 0).then_some(keep)
     }
 
     /// Held pages that need not wait any longer, while the guest runs. `wire_bytes`: what has gone to the link so far.

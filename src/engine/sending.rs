@@ -26,7 +26,7 @@ use crate::codec::MAX_ROWS;
 use crate::page::{ContentKey, PAGE_SIZE, Pfn};
 use crate::policy::{LevelPolicy, Spent};
 use crate::report::{Figures, Pages};
-use crate::stream::{Event, GuestType, Layer, Reader, RecordHeader, libxc, libxl};
+use crate::stream::{Entry, Event, GuestType, Layer, PageDataHead, Reader, RecordHeader, libxc, libxl};
 use crate::table::PageTable;
 use crate::wire::{Block, Kind, Rows};
 
@@ -234,7 +234,9 @@ impl<R: Read> Front<R> {
             return self.other_record(header);
         }
         body.reserve(header.length as usize);
-        let runs = self.look(header, &mut body);
+        // What is wrong with it shows when all of it is read.
+        let list = self.stream.read_page_data_head(header, &mut body, MAX_HEAD).is_ok();
+        let keep = if list { self.hold_back(header, &body)? } else { None };
         self.stream.read_body(&mut body, MAX_RECORD_BODY)?;
         let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
         if count as usize > MAX_ROWS {
@@ -245,58 +247,58 @@ impl<R: Read> Front<R> {
         // A valid record needs no padding; with it, one that is too short would be taken for valid and sent on mended.
         body.truncate(header.length as usize);
         let mut record = PageRecord::parse(body, header.body_offset())?;
-        self.number(&mut record);
-        let Some(held) = &mut self.held else {
-            return self.pages(record);
-        };
-        let record = held.take_out(record, runs)?;
+        if let Some(keep) = keep {
+            record = record.retain(&keep)?;
+        }
         if record.list.is_empty() {
             // There is room: it came from there.
             let _ = self.give_back.try_send(record.into_buffer());
-        } else {
-            self.pages(record)?;
+            return Ok(());
         }
-        if runs { self.release() } else { Ok(()) }
+        self.pages(record)
     }
 
-    /// Reads a record's list and leaves its pages in the pipe: while xl's helper cannot go on, the guest is looked at.
-    /// Whether it runs. What is wrong with the record shows when all of it is read.
-    fn look(&mut self, header: &RecordHeader, body: &mut Vec<u8>) -> bool {
-        let Some(held) = &mut self.held else { return false };
-        if self.stream.read_page_data_head(header, body, MAX_HEAD).is_err() {
-            return false;
-        }
+    /// With a record's list read and its pages still in the pipe, so that xl's helper waits: looks at the guest, decides
+    /// which of the pages stay in the record, and sends earlier ones that need not wait any longer. `None`: all stay.
+    fn hold_back(&mut self, header: &RecordHeader, body: &[u8]) -> Result<Option<Vec<bool>>, EngineError> {
+        let Ok(head) = PageDataHead::parse(body, header.length, header.body_offset()) else {
+            return Ok(None);
+        };
+        let list: Vec<Entry> = head.entries().collect();
+        self.number(&list);
+        let Some(held) = &mut self.held else { return Ok(None) };
         let runs = held.guest_runs();
         if runs {
             held.look(self.stream.body_left());
         }
-        runs
+        let keep = held.keep(&list, runs);
+        while let Some(held) = self.held.as_mut().filter(|_| runs) {
+            let due = held.due(self.link.bytes());
+            if due.is_empty() {
+                break;
+            }
+            self.held_pages(&due)?;
+        }
+        Ok(keep)
     }
 
     /// A pass begins where the page numbers fall (a hint: two short passes can ascend).
-    fn number(&mut self, record: &mut PageRecord) {
-        let first = record.list.first().map(|entry| entry.0);
+    fn number(&mut self, list: &[Entry]) {
+        let first = list.first().map(|entry| entry.pfn);
         if first <= self.last_pfn || self.last_pfn.is_none() {
             self.pass += 1;
             if let Some(held) = &mut self.held {
                 held.pass();
             }
         }
-        self.last_pfn = record.list.last().map(|entry| entry.0);
-        record.pass = self.pass;
+        self.last_pfn = list.last().map(|entry| entry.pfn);
     }
 
-    fn pages(&self, record: PageRecord) -> Result<(), EngineError> {
+    fn pages(&self, mut record: PageRecord) -> Result<(), EngineError> {
+        record.pass = self.pass;
         let record = Arc::new(record);
         let ids = ids_of(&record, record.page_count(), PageRecord::pages, &self.key, &self.pool);
         self.pass(FromXl::Pages { record, ids })
-    }
-
-    /// Sends held pages for which waiting does not pay any more.
-    fn release(&mut self) -> Result<(), EngineError> {
-        let Some(held) = &mut self.held else { return Ok(()) };
-        let due = held.due(self.link.bytes());
-        if due.is_empty() { Ok(()) } else { self.held_pages(&due) }
     }
 
     /// Sends all pages that are still held: xl has sent all of its own.
@@ -318,8 +320,7 @@ impl<R: Read> Front<R> {
     fn held_pages(&mut self, pfns: &[Pfn]) -> Result<(), EngineError> {
         let Some(held) = &mut self.held else { return Ok(()) };
         let body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
-        let mut record = held.read(pfns, body)?;
-        record.pass = self.pass;
+        let record = held.read(pfns, body)?;
         self.pages(record)
     }
 
