@@ -1,4 +1,11 @@
 //! Decisions: numbers in, a choice out. Nothing here reads a clock, a file or a guest.
+//!
+//! - [`LevelPolicy`]: how strongly blocks are compressed.
+//! - [`Filter`](filter::Filter): which pages are held back while the guest runs. It knows what a [`model`] learnt before
+//!   the migration, and goes on learning from the passes ([`gaps`]).
+//! - [`simulate`]: the filter and others over [`trace`]s, recorded or [`generate`]d.
 mod level;
+pub mod packed;
+pub mod trace;
 
 pub use level::{LevelPolicy, Spent};
