@@ -17,9 +17,9 @@ use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use xen_sys::{DomainInfo, Xenctrl};
 use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
-use xenfold::engine::{Contents, EngineError, FrameSource, Holding, chain};
+use xenfold::engine::{Contents, DirtyLog, EngineError, FrameSource, Holding, SAMPLE, chain};
 use xenfold::page::{ContentKey, PAGE_SIZE};
-use xenfold::policy::DirtyAgain;
+use xenfold::policy::Forecast;
 use xenfold::report::Figures;
 use xenfold::wire::{Hello, WireError};
 
@@ -237,7 +237,8 @@ impl Agent<'_> {
         let live = self.guest.as_ref().map(|guest| record::figures_path(&guest.uuid));
         let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet, live)?;
         let (from_xl, to_xl) = pipes_of_xl()?;
-        let holding = self.holding(&seen.domain, &from_xl);
+        let guest_pages = figures.lock().memory_total_bytes / PAGE_SIZE as u64;
+        let holding = self.holding(&seen.domain, &from_xl, guest_pages);
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
@@ -296,13 +297,13 @@ impl Agent<'_> {
     }
 
     /// What is needed to hold pages back. Where something of it is missing, each pass is sent whole.
-    fn holding(&self, domain: &KnownDomain, from_xl: &File) -> Option<Holding> {
+    fn holding(&self, domain: &KnownDomain, from_xl: &File, guest_pages: u64) -> Option<Holding> {
         let config = &self.arguments.config;
         let guest = self.guest.as_ref().filter(|_| config.hold)?;
         let opened = GuestWrites::open(guest).and_then(|log| Ok((log, GuestFrames::open(domain.clone())?)));
         match opened {
             Ok((log, frames)) => Some(Holding {
-                policy: Box::new(DirtyAgain),
+                policy: Box::new(Forecast::new(log.bound(), guest_pages, SAMPLE)),
                 log: Box::new(log),
                 frames: Box::new(frames),
                 // A pipe whose size is not known holds no more than the largest that anybody may have.

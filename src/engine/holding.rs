@@ -26,9 +26,9 @@ const PEEK_SHARE: u32 = 100;
 const PEEK_EVERY: Duration = Duration::from_millis(50);
 
 /// The interval of the model's samples (Ruan et al., section 3: a state each 50 ms).
-const SAMPLE: Duration = Duration::from_millis(50);
+pub const SAMPLE: Duration = Duration::from_millis(50);
 
-/// Pages of ours that go between two records of xl's: it must not wait long.
+/// Held pages that go in one record. A record has room for more, but the guest writes on while they are read.
 const RELEASE_PAGES: usize = 256;
 
 /// What is needed to hold pages back.
@@ -61,8 +61,6 @@ impl Holding {
 pub(super) struct Held {
     holding: Holding,
     held: PageSet,
-    /// As last read in this pass.
-    dirty: Option<PageSet>,
     next_peek: Instant,
     start: Instant,
     figures: Arc<Mutex<Figures>>,
@@ -73,7 +71,6 @@ impl Held {
         let start = Instant::now();
         Held {
             held: PageSet::new(holding.log.bound()),
-            dirty: None,
             next_peek: start,
             start,
             figures,
@@ -81,11 +78,10 @@ impl Held {
         }
     }
 
-    /// xl's next pass has begun: what was written before it is in its list.
+    /// One of xl's passes has ended, and the next begins.
     pub fn pass(&mut self) {
-        let expected = self.holding.policy.expected_downtime(&self.held, self.dirty.as_ref());
+        let expected = self.holding.policy.expected_downtime(self.start.elapsed());
         self.figures.lock().expected_downtime_ms = expected.map(|time| time.as_millis() as u64);
-        self.dirty = None;
     }
 
     /// Whether the guest runs. Then all that xl has written so far belongs to a live pass, since its last one comes after
@@ -97,10 +93,10 @@ impl Held {
     /// Reads the dirty bitmap, if it is time. `unread`: bytes of a record that xl's helper has still to write or that
     /// wait in the pipe. Only while they are more than the pipe can hold is the helper certainly writing, and does not
     /// read the bitmap itself: two readings at once would fail, and its own ends the migration.
-    pub fn look(&mut self, unread: u64) {
+    fn look(&mut self, unread: u64) -> Option<PageSet> {
         let begin = Instant::now();
         if unread <= self.holding.pipe_bytes || begin < self.next_peek {
-            return;
+            return None;
         }
         let answer = self.holding.log.peek();
         let took = begin.elapsed();
@@ -111,8 +107,7 @@ impl Held {
             Ok(Some(dirty)) => {
                 figures.holding.peeks += 1;
                 figures.holding.dirty_pages = dirty.len();
-                drop(figures);
-                self.dirty = Some(dirty);
+                return Some(dirty);
             }
             Ok(None) => figures.holding.busy_peeks += 1,
             Err(error) => {
@@ -120,18 +115,19 @@ impl Held {
                 self.next_peek = begin + Duration::from_secs(3600);
             }
         }
+        None
     }
 
-    /// Decides which pages of a record of xl's stay in it; `None`: all. `running`: as [`Held::guest_runs`] said when the
-    /// list had been read.
-    pub fn keep(&mut self, list: &[Entry], running: bool) -> Option<Vec<bool>> {
-        let wanted = if running {
-            let pfns: Vec<Pfn> = list.iter().map(|entry| entry.pfn).collect();
-            self.holding
-                .policy
-                .hold(self.start.elapsed(), &pfns, self.dirty.as_ref())
-        } else {
-            Vec::new()
+    /// Decides which pages of a record of xl's stay in it; `None`: all. `unread`: bytes of it that have not been read, while
+    /// the guest runs; `None`: it does not any more.
+    pub fn keep(&mut self, list: &[Entry], unread: Option<u64>) -> Option<Vec<bool>> {
+        let wanted = match unread {
+            Some(unread) => {
+                let peek = self.look(unread);
+                let pfns: Vec<Pfn> = list.iter().map(|entry| entry.pfn).collect();
+                self.holding.policy.hold(self.start.elapsed(), &pfns, peek.as_ref())
+            }
+            None => Vec::new(),
         };
         let mut wanted = wanted.into_iter();
         let mut holds = |entry: &Entry| {
@@ -155,17 +151,15 @@ impl Held {
         let now = self.start.elapsed();
         let pages = self.figures.lock().pages.carried();
         self.holding.policy.sent(now, pages, wire_bytes);
-        if self.held.is_empty() {
-            return Vec::new();
+        loop {
+            let mut pfns = self.holding.policy.release(RELEASE_PAGES);
+            let last = pfns.is_empty();
+            pfns.retain(|pfn| self.held.contains(*pfn));
+            if last || !pfns.is_empty() {
+                self.figures.lock().holding.released_pages += pfns.len() as u64;
+                return pfns;
+            }
         }
-        let mut pfns = self
-            .holding
-            .policy
-            .release(now, &self.held, self.dirty.as_ref(), RELEASE_PAGES);
-        pfns.retain(|pfn| self.held.contains(*pfn));
-        pfns.truncate(RELEASE_PAGES);
-        self.figures.lock().holding.released_pages += pfns.len() as u64;
-        pfns
     }
 
     /// Pages that are still held when xl has sent all of its own, the guest being suspended: so many as go into a record.

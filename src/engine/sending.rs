@@ -268,10 +268,7 @@ impl<R: Read> Front<R> {
         self.number(&list);
         let Some(held) = &mut self.held else { return Ok(None) };
         let runs = held.guest_runs();
-        if runs {
-            held.look(self.stream.body_left());
-        }
-        let keep = held.keep(&list, runs);
+        let keep = held.keep(&list, runs.then(|| self.stream.body_left()));
         while let Some(held) = self.held.as_mut().filter(|_| runs) {
             let due = held.due(self.link.bytes());
             if due.is_empty() {
