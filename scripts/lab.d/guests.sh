@@ -122,7 +122,7 @@ guest_load() {
   local name=${1:?usage: lab guest load NAME WORKLOAD} load=${2:?usage: lab guest load NAME WORKLOAD} host
   host=$(guest_where "$name")
   on "$host" "echo $load >\"\$(xenstore-read /local/domain/\$(xl domid $name)/console/tty)\"" </dev/null
-  for _ in $(seq 30); do
+  for _ in $(seq 120); do
     if guest_console "$name" 50 | grep -q "guest load: $load"; then return; fi
     sleep 1
   done
