@@ -38,6 +38,11 @@ pub struct Config {
     pub quiet: bool,
     /// The ssh to run.
     pub ssh: String,
+    /// Milliseconds for which a guest may stand still.
+    #[serde(deserialize_with = "downtime_limit")]
+    pub downtime_limit: u32,
+    /// What becomes of a guest that would stand still longer.
+    pub on_no_convergence: NoConvergence,
     /// Bytes a second that a migration may take of the link; 0 means all it can get.
     pub bandwidth: Size,
     /// Hold pages back that will be written again.
@@ -76,6 +81,8 @@ impl Default for Config {
             timeout: 15,
             quiet: false,
             ssh: "ssh".into(),
+            downtime_limit: 300,
+            on_no_convergence: NoConvergence::GoOn,
             bandwidth: Size(0),
             hold: true,
             model_seconds: 2,
@@ -111,6 +118,28 @@ fn timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> 
         .ok()
         .filter(|seconds| (1..=3600).contains(seconds))
         .ok_or_else(|| D::Error::custom(format!("timeout is {seconds} seconds, and must be 1 to 3600")))
+}
+
+/// What becomes of a guest that writes faster than the link takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NoConvergence {
+    /// It is suspended all the same, as plain xl does.
+    #[default]
+    GoOn,
+    /// It stays where it is.
+    Abort,
+}
+
+/// A day: more is a mistake.
+pub const MAX_DOWNTIME_MS: u32 = 86_400_000;
+
+fn downtime_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let ms = i64::deserialize(deserializer)?;
+    u32::try_from(ms)
+        .ok()
+        .filter(|ms| (1..=MAX_DOWNTIME_MS).contains(ms))
+        .ok_or_else(|| D::Error::custom(format!("downtime_limit is {ms} ms, and must be 1 to {MAX_DOWNTIME_MS}")))
 }
 
 /// Longer than the guest would be migrated in.
@@ -368,6 +397,8 @@ mod tests {
             ("\ntimeout = 4000", "1 to 3600"),
             ("\nmodel_seconds = 61", "0 to 60"),
             ("\nhold = 2", "0 or 1"),
+            ("\ndowntime_limit = 0", "1 to 86400000"),
+            ("\non_no_convergence = \"stop\"", "go-on"),
             ("\nbandwidth = 10", "MiB"),
             ("\nindex_rate = 0", "index = false"),
             ("\nindex_size = 8", "8GiB"),

@@ -39,9 +39,11 @@ pub struct Figures {
     pub peak_rss_bytes: u64,
     /// Pages that the destination could not find and that were sent after all.
     pub needed_pages: u64,
-    /// How long the guest was expected to stand still had it been suspended when the last pass but this one ended; `None`
+    /// How long the guest was expected to stand still had it been suspended when the pass before this one ended; `None`
     /// where nothing is known of it.
     pub expected_downtime_ms: Option<u64>,
+    /// Whether that was within the limit after the last of five passes; `None`: xl made fewer, or it is not known.
+    pub converged: Option<bool>,
     pub holding: HoldingFigures,
     /// Different pages of the guest that have been carried with data.
     pub distinct_pages: u64,

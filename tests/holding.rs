@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use support::{Batch, Guest, Start, StreamSpec, build_stream};
 use xenfold::engine::source::Ending;
-use xenfold::engine::{DirtyLog, FrameError, FrameSource, Holding, SAMPLE};
+use xenfold::engine::{DirtyLog, DowntimeLimit, EngineError, FrameError, FrameSource, Holding, SAMPLE};
 use xenfold::page::{PAGE_SIZE, Pfn};
 use xenfold::page_set::PageSet;
 use xenfold::policy::{Forecast, HoldPolicy};
@@ -158,7 +158,7 @@ impl HoldPolicy for Anything {
     }
 
     fn expected_downtime(&self, _: Duration) -> Option<Duration> {
-        Some(Duration::ZERO)
+        Some(Duration::from_millis(700))
     }
 }
 
@@ -239,7 +239,14 @@ struct Case {
     hold_percent: u64,
     release_percent: u64,
     forecast: bool,
+    downtime: DowntimeLimit,
 }
+
+/// What any guest keeps.
+const NO_LIMIT: DowntimeLimit = DowntimeLimit {
+    limit: Duration::ZERO,
+    abort: false,
+};
 
 fn case() -> impl Strategy<Value = Case> {
     (
@@ -260,6 +267,7 @@ fn case() -> impl Strategy<Value = Case> {
                 hold_percent,
                 release_percent,
                 forecast,
+                downtime: NO_LIMIT,
             },
         )
 }
@@ -317,9 +325,13 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
             policy,
             pipe_bytes: PIPE_BYTES,
             model_time: Duration::from_millis(200),
+            downtime: case.downtime,
         }),
         ..Plan::new(Vec::new())
     });
+    if matches!(outcome.ending, Ending::SourceOwns(EngineError::NoConvergence { .. })) {
+        return Ok((outcome, 0));
+    }
     if !matches!(outcome.ending, Ending::Completed { status: 0 })
         || (outcome.source_xl, outcome.destination_xl) != (SourceXl::Gone, DestinationXl::Running)
     {
@@ -379,6 +391,7 @@ fn pages_written_again_are_not_sent_again() {
         hold_percent: 0,
         release_percent: 0,
         forecast: true,
+        downtime: NO_LIMIT,
     };
     let (outcome, _) = live(&case).unwrap();
     let figures = outcome.figures;
@@ -388,4 +401,29 @@ fn pages_written_again_are_not_sent_again() {
     // Those that the guest has given up meanwhile go without data.
     let sent = held.pages_from_xl - held.held_pages + held.released_pages + held.flushed_pages;
     assert!((sent - 200..=sent).contains(&figures.pages.carried()), "{figures:?}");
+}
+
+#[test]
+fn a_guest_that_does_not_converge_stays_where_that_is_wanted() {
+    let case = Case {
+        seed: 4,
+        pages: 2000,
+        batch: 300,
+        passes: 5,
+        hold_percent: 50,
+        release_percent: 10,
+        forecast: false,
+        downtime: DowntimeLimit {
+            limit: Duration::from_millis(699),
+            abort: true,
+        },
+    };
+    let (outcome, _) = live(&case).unwrap();
+    assert!(
+        matches!(outcome.ending, Ending::SourceOwns(EngineError::NoConvergence { .. })),
+        "{:?}",
+        outcome.ending
+    );
+    assert_eq!(outcome.source_xl, SourceXl::Resumed);
+    assert_ne!(outcome.destination_xl, DestinationXl::Running);
 }

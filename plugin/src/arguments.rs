@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
-use xenfold::config::{Config, Size};
+use xenfold::config::{Config, MAX_DOWNTIME_MS, Size};
 
 /// ssh's options that take a value (ssh(1), OpenSSH 9).
 const SSH_OPTIONS_WITH_VALUE: &str = "BbcDEeFIiJLlmOoPpQRSWw";
@@ -17,12 +17,14 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --stats FILE     write all figures of the migration to FILE as JSON
   --timeout SECONDS  silence after which the other host is given up (15)
   --bandwidth MIB  MiB a second that the migration may take of the link (all it can get)
+  --downtime-limit MS  how long the guest may stand still (300); what happens when it would be longer is on_no_convergence
+                   in the configuration: go-on (and say so), or abort
   --no-hold        send every page of each pass, also those that will be written again
   --quiet          no lines of progress, no summary
   --version, --help
 
 /etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout, bandwidth,
-hold, model_seconds, quiet, ssh.";
+downtime_limit, on_no_convergence, hold, model_seconds, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -74,6 +76,7 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--quiet" => parsed.config.quiet = true,
             "--stats" => parsed.config.stats = Some(PathBuf::from(value()?)),
             "--timeout" => parsed.config.timeout = number(&argument, value()?, 3600)?,
+            "--downtime-limit" => parsed.config.downtime_limit = number(&argument, value()?, MAX_DOWNTIME_MS)?,
             "--bandwidth" => {
                 let mib = number(&argument, value()?, MAX_BANDWIDTH_MIB)?;
                 parsed.config.bandwidth = Size::new(u64::from(mib) << 20);

@@ -175,6 +175,12 @@ pub fn summary(figures: &Figures) -> String {
             blocks.join(", ")
         },
     );
+    if figures.converged == Some(false) {
+        text.push_str(&format!(
+            "\nthe guest writes faster than the link takes: after the last pass it was expected to stand still for {} ms",
+            figures.expected_downtime_ms.unwrap_or_default()
+        ));
+    }
     if figures.needed_pages > 0 {
         text.push_str(&format!(
             "\n{} pages were not there any more at the destination and were sent after all",

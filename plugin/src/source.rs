@@ -15,9 +15,10 @@ use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use xen_sys::{DomainInfo, Xenctrl};
+use xenfold::config::NoConvergence;
 use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
-use xenfold::engine::{Contents, DirtyLog, EngineError, FrameSource, Holding, SAMPLE, chain};
+use xenfold::engine::{Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, SAMPLE, chain};
 use xenfold::page::{ContentKey, PAGE_SIZE};
 use xenfold::policy::Forecast;
 use xenfold::report::Figures;
@@ -308,6 +309,10 @@ impl Agent<'_> {
                 frames: Box::new(frames),
                 // A pipe whose size is not known holds no more than the largest that anybody may have.
                 pipe_bytes: fcntl_getpipe_size(from_xl).map_or(MAX_PIPE_BYTES, |bytes| bytes as u64),
+                downtime: DowntimeLimit {
+                    limit: Duration::from_millis(config.downtime_limit.into()),
+                    abort: config.on_no_convergence == NoConvergence::Abort,
+                },
                 model_time: Duration::from_secs(config.model_seconds.into()),
             }),
             Err(error) => {

@@ -42,6 +42,16 @@ pub struct Holding {
     pub pipe_bytes: u64,
     /// How long to watch the guest before xl begins.
     pub model_time: Duration,
+    pub downtime: DowntimeLimit,
+}
+
+/// How long the guest may stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DowntimeLimit {
+    pub limit: Duration,
+    /// A guest that would stand still longer, after the last of xl's passes over it, stays where it is. Otherwise this is
+    /// only said.
+    pub abort: bool,
 }
 
 impl Holding {
@@ -82,6 +92,24 @@ impl Held {
     pub fn pass(&mut self) {
         let expected = self.holding.policy.expected_downtime(self.start.elapsed());
         self.figures.lock().expected_downtime_ms = expected.map(|time| time.as_millis() as u64);
+    }
+
+    /// xl's last pass over the running guest is done, but for the record that it waits with: it suspends the guest next.
+    pub fn last_pass(&mut self) -> Result<(), EngineError> {
+        let Some(expected) = self.holding.policy.expected_downtime(self.start.elapsed()) else {
+            return Ok(());
+        };
+        let DowntimeLimit { limit, abort } = self.holding.downtime;
+        let mut figures = self.figures.lock();
+        figures.expected_downtime_ms = Some(expected.as_millis() as u64);
+        figures.converged = Some(expected <= limit);
+        if expected > limit && abort {
+            return Err(EngineError::NoConvergence {
+                expected_ms: expected.as_millis() as u64,
+                limit_ms: limit.as_millis() as u64,
+            });
+        }
+        Ok(())
     }
 
     /// Whether the guest runs. Then all that xl has written so far belongs to a live pass, since its last one comes after

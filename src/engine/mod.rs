@@ -32,7 +32,7 @@ mod verify;
 
 pub use contents::Contents;
 pub use error::{EngineError, FrameError, chain};
-pub use holding::{Holding, SAMPLE};
+pub use holding::{DowntimeLimit, Holding, SAMPLE};
 pub use link::{Carrier, Hangup, LinkEnds};
 pub use rebuilt::WINDOW_ROWS;
 

@@ -24,6 +24,7 @@ use super::threads::{first_cause, join, spawn};
 use super::{Contents, EngineError};
 use crate::codec::MAX_ROWS;
 use crate::page::{ContentKey, PAGE_SIZE, Pfn};
+use crate::policy::filter::LIVE_PASSES;
 use crate::policy::{LevelPolicy, Spent};
 use crate::report::{Figures, Pages};
 use crate::stream::{Entry, Event, GuestType, Layer, PageDataHead, Reader, RecordHeader, libxc, libxl};
@@ -275,6 +276,12 @@ impl<R: Read> Front<R> {
                 break;
             }
             self.held_pages(&due)?;
+        }
+        if let Some(held) = self.held.as_mut().filter(|_| runs)
+            && self.pass >= LIVE_PASSES
+            && list.len() < MAX_ROWS
+        {
+            held.last_pass()?;
         }
         Ok(keep)
     }
