@@ -4,7 +4,8 @@
 //! hashed, [`Classifier`] decides what each page is, and has those whose bytes travel compressed, [`Back`] writes frames
 //! in order. The workers of the pool do the hashing and compressing.
 use std::io::Read;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -43,12 +44,57 @@ fn records_under_way() -> usize {
     if processors() == 1 { 2 } else { 5 }
 }
 
+/// What takes its time to make and needs no peer: made while ssh connects and xl starts on the other host.
+pub struct Prepared {
+    pool: Pool,
+    give_back: Sender<Vec<u8>>,
+    buffers: Receiver<Vec<u8>>,
+    touching: Option<JoinHandle<()>>,
+}
+
+impl Prepared {
+    /// Starts the workers, and a thread that touches the buffers: each page of new memory is a fault, and all of them
+    /// together take longer than reading a record.
+    pub fn start() -> Result<Prepared, EngineError> {
+        let pool = Pool::start()?;
+        let together = Arc::new(Barrier::new(pool.workers()));
+        for _ in 0..pool.workers() {
+            let together = together.clone();
+            // Each worker does it once.
+            pool.run(move |tools| {
+                tools.compressor.warm_up();
+                together.wait();
+            });
+        }
+        let (give_back, buffers) = bounded(records_under_way());
+        let touched = give_back.clone();
+        let touching = spawn("xenfold-buffers", move || {
+            for _ in 0..records_under_way() {
+                // There is room for all.
+                let _ = touched.try_send(vec![1; MAX_RECORD_BODY]);
+            }
+        })?;
+        Ok(Prepared {
+            pool,
+            give_back,
+            buffers,
+            touching: Some(touching),
+        })
+    }
+
+    /// Waits until all is there; who does not wait starts with what is there.
+    pub fn wait(&mut self) {
+        // It cannot fail, and buffers that do not come would show when one is needed.
+        let _ = self.touching.take().map(JoinHandle::join);
+    }
+}
+
 /// What is needed to send a stream.
 pub struct Sending<R> {
     pub stream: Reader<R>,
     pub link: Link,
     pub key: ContentKey,
-    pub pool: Pool,
+    pub prepared: Prepared,
     /// The destination can read the guest's frames back, so references may go to any distance.
     pub frames: bool,
     /// Rows that the destination keeps in memory.
@@ -79,7 +125,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             stream,
             link,
             key,
-            pool,
+            prepared,
             frames,
             window_rows,
             pacing,
@@ -88,6 +134,12 @@ impl<R: Read + Send + 'static> Sending<R> {
             table,
             figures,
         } = self;
+        let Prepared {
+            pool,
+            give_back,
+            buffers,
+            ..
+        } = prepared;
         let (to_classifier, from_front) = bounded(STAGE_DEPTH);
         let (to_back, from_classifier) = bounded(STAGE_DEPTH);
         let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers(), processors())));
@@ -101,18 +153,6 @@ impl<R: Read + Send + 'static> Sending<R> {
             holdings,
             contents,
         });
-        let (give_back, buffers) = bounded(records_under_way());
-        // There is room for all. New memory takes its time, page by page: all but the first buffer's is touched while xl's
-        // first record is read.
-        let _ = give_back.try_send(Vec::new());
-        let touched = give_back.clone();
-        spawn("xenfold-buffers", move || {
-            for _ in 1..records_under_way() {
-                let mut buffer = vec![1; MAX_RECORD_BODY];
-                buffer.clear();
-                let _ = touched.try_send(buffer);
-            }
-        })?;
         let back = Back {
             give_back,
             link,
@@ -196,22 +236,25 @@ impl<R: Read> Front<R> {
     }
 
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
-        let mut body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
+        let mut buffer = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
         if header.length as usize > MAX_RECORD_BODY {
             self.pass(FromXl::Forget)?;
             return self.other_record(header);
         }
-        body.reserve(header.length as usize);
-        self.stream.read_body(&mut body, MAX_RECORD_BODY)?;
+        // The buffer's old bytes are written over: to make all of it zero first takes as long as to read it.
+        let length = self.stream.body_left() as usize;
+        buffer.resize(buffer.len().max(length), 0);
+        let body = buffer.get_mut(..length).unwrap_or_default();
+        self.stream.read_body_part(body)?;
         let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
         if count as usize > MAX_ROWS {
             self.pass(FromXl::Forget)?;
             self.pass(FromXl::Bytes(header.bytes().to_vec()))?;
-            return self.parts(&body);
+            return self.parts(body);
         }
         // A valid record needs no padding; with it, one that is too short would be taken for valid and sent on mended.
-        body.truncate(header.length as usize);
-        let record = Arc::new(PageRecord::parse(body, header.body_offset())?);
+        let length = length.min(header.length as usize);
+        let record = Arc::new(PageRecord::parse(buffer, length, header.body_offset())?);
         let ids = ids_of(&record, record.page_count(), PageRecord::pages, &self.key, &self.pool);
         self.pass(FromXl::Pages { record, ids })
     }
@@ -267,7 +310,7 @@ impl Back {
                     self.send(Kind::Guest, &[&number.to_le_bytes()])?;
                 }
                 Ready::Rows(rows) => {
-                    stream_bytes = 8 + rows.record.body.len();
+                    stream_bytes = 8 + rows.record.length();
                     let record = self.rows(rows)?;
                     // It may be kept until the destination has answered. Whether Front has ended does not matter here.
                     let body = Arc::try_unwrap(record).map_or_else(|_| Vec::new(), PageRecord::into_buffer);
@@ -320,7 +363,7 @@ impl Back {
                 })
                 .collect(),
         };
-        let guest_bytes = ready.record.body.len() as u64;
+        let guest_bytes = ready.record.length() as u64;
         let blocking = Blocking::start();
         let ping = self
             .pacing
