@@ -199,7 +199,7 @@ impl Held {
 
     /// A PAGE_DATA record of these pages as they are now, which are then held no longer. One that is not there any more
     /// goes without data, as xl sends it.
-    pub fn read(&mut self, pfns: &[Pfn], mut body: Vec<u8>) -> Result<PageRecord, EngineError> {
+    pub fn read(&mut self, pfns: &[Pfn], mut buffer: Vec<u8>) -> Result<PageRecord, EngineError> {
         let mut pages = vec![0; pfns.len() * PAGE_SIZE];
         let mut gone = vec![false; pfns.len()];
         match self.holding.frames.read(pfns, &mut pages) {
@@ -215,17 +215,22 @@ impl Held {
             }
             Err(error) => return Err(error.into()),
         }
-        body.clear();
-        body.extend_from_slice(&(pfns.len() as u32).to_le_bytes());
-        body.extend_from_slice(&[0; 4]);
-        for (pfn, gone) in pfns.iter().zip(&gone) {
+        // The buffer's old bytes are written over, as where xl's records are read.
+        let with_data = gone.iter().filter(|gone| !**gone).count();
+        let length = 8 + pfns.len() * 8 + with_data * PAGE_SIZE;
+        buffer.resize(buffer.len().max(length), 0);
+        let (head, rest) = buffer.split_at_mut(8);
+        head.copy_from_slice(&(pfns.len() as u64).to_le_bytes());
+        let (list, data) = rest.split_at_mut(pfns.len() * 8);
+        for ((pfn, gone), entry) in pfns.iter().zip(&gone).zip(list.chunks_exact_mut(8)) {
             let page_type = if *gone { PageType::XTab } else { PageType::NoTab };
-            body.extend_from_slice(&(pfn.get() | page_type.bits()).to_le_bytes());
+            entry.copy_from_slice(&(pfn.get() | page_type.bits()).to_le_bytes());
         }
-        for (page, _) in pages.chunks_exact(PAGE_SIZE).zip(&gone).filter(|(_, gone)| !**gone) {
-            body.extend_from_slice(page);
+        let there = pages.chunks_exact(PAGE_SIZE).zip(&gone).filter(|(_, gone)| !**gone);
+        for ((page, _), place) in there.zip(data.chunks_exact_mut(PAGE_SIZE)) {
+            place.copy_from_slice(page);
         }
         pfns.iter().for_each(|pfn| self.held.remove(*pfn));
-        Ok(PageRecord::parse(body, 0)?)
+        Ok(PageRecord::parse(buffer, length, 0)?)
     }
 }

@@ -5,7 +5,8 @@
 //! in order. The workers of the pool do the hashing and compressing.
 use std::io::Read;
 use std::num::NonZeroU64;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -49,12 +50,57 @@ fn records_under_way() -> usize {
     if processors() == 1 { 2 } else { 5 }
 }
 
+/// What takes its time to make and needs no peer: made while ssh connects and xl starts on the other host.
+pub struct Prepared {
+    pool: Pool,
+    give_back: Sender<Vec<u8>>,
+    buffers: Receiver<Vec<u8>>,
+    touching: Option<JoinHandle<()>>,
+}
+
+impl Prepared {
+    /// Starts the workers, and a thread that touches the buffers: each page of new memory is a fault, and all of them
+    /// together take longer than reading a record.
+    pub fn start() -> Result<Prepared, EngineError> {
+        let pool = Pool::start()?;
+        let together = Arc::new(Barrier::new(pool.workers()));
+        for _ in 0..pool.workers() {
+            let together = together.clone();
+            // Each worker does it once.
+            pool.run(move |tools| {
+                tools.compressor.warm_up();
+                together.wait();
+            });
+        }
+        let (give_back, buffers) = bounded(records_under_way());
+        let touched = give_back.clone();
+        let touching = spawn("xenfold-buffers", move || {
+            for _ in 0..records_under_way() {
+                // There is room for all.
+                let _ = touched.try_send(vec![1; MAX_RECORD_BODY]);
+            }
+        })?;
+        Ok(Prepared {
+            pool,
+            give_back,
+            buffers,
+            touching: Some(touching),
+        })
+    }
+
+    /// Waits until all is there; who does not wait starts with what is there.
+    pub fn wait(&mut self) {
+        // It cannot fail, and buffers that do not come would show when one is needed.
+        let _ = self.touching.take().map(JoinHandle::join);
+    }
+}
+
 /// What is needed to send a stream.
 pub struct Sending<R> {
     pub stream: Reader<R>,
     pub link: Link,
     pub key: ContentKey,
-    pub pool: Pool,
+    pub prepared: Prepared,
     /// The destination can read the guest's frames back, so references may go to any distance.
     pub frames: bool,
     /// Rows that the destination keeps in memory.
@@ -89,7 +135,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             stream,
             link,
             key,
-            pool,
+            prepared,
             frames,
             window_rows,
             pacing,
@@ -100,6 +146,12 @@ impl<R: Read + Send + 'static> Sending<R> {
             table,
             figures,
         } = self;
+        let Prepared {
+            pool,
+            give_back,
+            buffers,
+            ..
+        } = prepared;
         let (to_classifier, from_front) = bounded(STAGE_DEPTH);
         let (to_back, from_classifier) = bounded(STAGE_DEPTH);
         let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers(), processors())));
@@ -113,18 +165,6 @@ impl<R: Read + Send + 'static> Sending<R> {
             holdings,
             contents,
         });
-        let (give_back, buffers) = bounded(records_under_way());
-        // There is room for all. New memory takes its time, page by page: all but the first buffer's is touched while xl's
-        // first record is read.
-        let _ = give_back.try_send(Vec::new());
-        let touched = give_back.clone();
-        spawn("xenfold-buffers", move || {
-            for _ in 1..records_under_way() {
-                let mut buffer = vec![1; MAX_RECORD_BODY];
-                buffer.clear();
-                let _ = touched.try_send(buffer);
-            }
-        })?;
         let back = Back {
             give_back: give_back.clone(),
             link: link.clone(),
@@ -229,25 +269,34 @@ impl<R: Read> Front<R> {
     }
 
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
-        let mut body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
+        let mut buffer = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
         if header.length as usize > MAX_RECORD_BODY {
             self.pass(FromXl::Forget)?;
             return self.other_record(header);
         }
-        body.reserve(header.length as usize);
-        // What is wrong with it shows when all of it is read.
-        let list = self.stream.read_page_data_head(header, &mut body, MAX_HEAD).is_ok();
-        let keep = if list { self.hold_back(header, &body)? } else { None };
-        self.stream.read_body(&mut body, MAX_RECORD_BODY)?;
+        // The buffer's old bytes are written over: to make all of it zero first takes as long as to read it.
+        let length = self.stream.body_left() as usize;
+        buffer.resize(buffer.len().max(length), 0);
+        let body = buffer.get_mut(..length).unwrap_or_default();
+        // What is wrong with the list shows when all of the record has been read.
+        let mut list = Vec::new();
+        let head = self.stream.read_page_data_head(header, &mut list, MAX_HEAD);
+        let keep = match head {
+            Ok(()) => self.hold_back(header, &list)?,
+            Err(_) => None,
+        };
+        let (start, pages) = body.split_at_mut(list.len().min(length));
+        start.copy_from_slice(list.get(..start.len()).unwrap_or_default());
+        self.stream.read_body_part(pages)?;
         let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
         if count as usize > MAX_ROWS {
             self.pass(FromXl::Forget)?;
             self.pass(FromXl::Bytes(header.bytes().to_vec()))?;
-            return self.parts(&body);
+            return self.parts(body);
         }
         // A valid record needs no padding; with it, one that is too short would be taken for valid and sent on mended.
-        body.truncate(header.length as usize);
-        let mut record = PageRecord::parse(body, header.body_offset())?;
+        let length = length.min(header.length as usize);
+        let mut record = PageRecord::parse(buffer, length, header.body_offset())?;
         if let Some(keep) = keep {
             record = record.retain(&keep)?;
         }
@@ -379,7 +428,7 @@ impl Back {
                     self.send(Kind::Guest, &[&number.to_le_bytes()])?;
                 }
                 Ready::Rows(rows) => {
-                    stream_bytes = 8 + rows.record.body.len();
+                    stream_bytes = 8 + rows.record.length();
                     let record = self.rows(rows)?;
                     // It may be kept until the destination has answered. Whether Front has ended does not matter here.
                     let body = Arc::try_unwrap(record).map_or_else(|_| Vec::new(), PageRecord::into_buffer);
@@ -435,7 +484,7 @@ impl Back {
                 })
                 .collect(),
         };
-        let guest_bytes = ready.record.body.len() as u64;
+        let guest_bytes = ready.record.length() as u64;
         let blocking = Blocking::start();
         let ping = self
             .pacing

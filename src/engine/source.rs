@@ -26,8 +26,7 @@ use super::error::peer_words;
 use super::leaving::Leaving;
 use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pacing::{self, Pacing};
-use super::pool::Pool;
-use super::sending::{Sending, Sent};
+use super::sending::{Prepared, Sending, Sent};
 use super::threads::{join, spawn};
 use super::verify::read_back;
 use super::{Contents, EngineError, FrameSource, Holding, chain};
@@ -157,6 +156,8 @@ pub struct Source {
     compressor: Compressor,
     figures: Arc<Mutex<Figures>>,
     pacing: Arc<Pacing>,
+    /// Until the stream is sent.
+    prepared: Option<Prepared>,
     start: Instant,
 }
 
@@ -299,8 +300,18 @@ impl Source {
             compressor: Compressor::default(),
             figures,
             pacing: Arc::new(Pacing::new(bound)),
+            prepared: Some(Prepared::start()?),
             start,
         })
+    }
+
+    /// Waits for what [`Source::new`] has set going. Nobody has to: xl sends nothing before the other host's xl has started,
+    /// which takes longer. A measurement without xl does.
+    pub fn wait_prepared(&mut self) -> Result<(), EngineError> {
+        if let Some(prepared) = &mut self.prepared {
+            prepared.wait();
+        }
+        self.wait_have()
     }
 
     /// Phase 1: the receiving xl is there (R0). xl waits for it before it does anything to the guest.
@@ -322,11 +333,12 @@ impl Source {
     /// Phase 2: all of xl's stream, as rows.
     pub fn send_stream(&mut self, from_xl: Box<dyn Read + Send>) -> Result<StreamEnd, EngineError> {
         self.wait_have()?;
+        let prepared = self.prepared.take().map_or_else(Prepared::start, Ok)?;
         let sending = Sending {
             stream: Reader::new(from_xl).pass_unknown(true),
             link: self.link.clone(),
             key: self.key.clone(),
-            pool: Pool::start()?,
+            prepared,
             frames: self.agreement.peer.frames,
             window_rows: self.agreement.peer.window_rows,
             pacing: self.agreement.peer.paces.then(|| self.pacing.clone()),

@@ -37,6 +37,10 @@ enum Command {
     /// Images whose contents stay.
     Template(daemon_commands::TemplateArguments),
     /// Carry a saved guest through both engines and compare with plain copy, zstd and lz4.
+    ///
+    /// The seconds of each mode count from the first byte of the stream, when both sides are ready, until both have closed
+    /// the link; what they took to get ready is the column `setup`. In a migration that goes by while ssh connects and xl
+    /// starts on the other host. Memory for what comes out is there before, as a guest's is Xen's to give.
     Replay(replay::Arguments),
     #[command(hide = true)]
     ReplaySide(replay::SideArguments),
