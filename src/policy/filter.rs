@@ -18,7 +18,7 @@
 //! Memory: 4 bytes and 2 bits for each page below the bound, and the model's regions.
 use std::time::Duration;
 
-use super::gaps::{self, BINS, Gaps, NEVER, REGIONS, Regions, Seen};
+use super::gaps::{self, BINS, Curve, Gaps, NEVER, REGIONS, Regions, Seen};
 use super::model::Model;
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
@@ -33,6 +33,9 @@ pub const FEW_DIRTY: u64 = 50;
 
 /// A page likelier to be written again than this is held.
 const HOLD: f64 = 0.3;
+
+/// With more writes expected since its first one in a pass, a page's last one may have been any time.
+const AGAIN: f64 = 0.7;
 
 /// What a page less in the stop phase is worth, in pages sent.
 const STOP_WORTH: f64 = 1.0;
@@ -67,11 +70,14 @@ pub struct Filter {
     modelled: bool,
     /// Added to times, so that ages from before the migration have a time.
     past_ms: u32,
-    /// When each page was written last, in ms; 0: not known.
-    last_ms: Vec<u32>,
+    /// When each page was written last.
+    last: Vec<Written>,
     /// The pass under way, from 1; 0: none yet.
     pass: u32,
     pass_began: f64,
+    /// When the pass before began, and its last peek.
+    before_began: f64,
+    before_peeked: f64,
     /// Offered by xl in this pass so far.
     offered: u64,
     previous: Option<Pfn>,
@@ -82,6 +88,9 @@ pub struct Filter {
     peeked: f64,
     /// Newly dirty pages a second, at the last peek.
     dirtying: f64,
+    /// Of each region, writes that were expected and that were seen, in so many seconds.
+    judged: Vec<(f64, f64)>,
+    judged_seconds: f64,
     held: PageSet,
     held_pages: u64,
     /// To be released, the last one first.
@@ -107,14 +116,13 @@ impl Filter {
     /// them hold memory.
     pub fn new(model: Option<Model>, pages_bound: u64, guest_pages: u64) -> Filter {
         let guest_pages = guest_pages.min(pages_bound);
-        let mut last_ms = vec![0; usize::try_from(pages_bound).unwrap_or(0)];
+        let mut last = vec![Written::UNKNOWN; usize::try_from(pages_bound).unwrap_or(0)];
         let model = model.filter(|model| model.bound() == pages_bound);
         let past_ms = model.as_ref().map_or(0, |model| model.watched().as_millis() as u32);
         if let Some(model) = &model {
-            for (page, last) in last_ms.iter_mut().enumerate() {
-                // The model's first moment would be 0.
-                let before = |age: Duration| past_ms.saturating_sub(age.as_millis() as u32).max(1);
-                *last = model.age(page as u64).map_or(0, before);
+            for (page, last) in last.iter_mut().enumerate() {
+                let at = |age: Duration| Written::at((model.watched().saturating_sub(age)).as_secs_f64());
+                *last = model.age(page as u64).map_or(Written::UNKNOWN, at);
             }
         }
         let regions = model.as_ref().map(Model::regions);
@@ -127,15 +135,19 @@ impl Filter {
             gaps: gaps.unwrap_or_else(|| Gaps::unknown(regions.count())),
             modelled: model.is_some(),
             past_ms,
-            last_ms,
+            last,
             pass: 0,
             pass_began: 0.0,
+            before_began: 0.0,
+            before_peeked: 0.0,
             offered: 0,
             previous: None,
             may_be_last: false,
             dirty: PageSet::new(pages_bound),
             peeked: 0.0,
             dirtying: 0.0,
+            judged: Vec::new(),
+            judged_seconds: 0.0,
             held: PageSet::new(pages_bound),
             held_pages: 0,
             queue: Vec::new(),
@@ -195,15 +207,10 @@ impl Filter {
     }
 
     fn begin_pass(&mut self, now: f64, pages: usize) {
-        // Dirty pages as last seen: this pass has at least those.
-        let known = if self.peeked > self.pass_began {
-            self.dirty.len()
-        } else {
-            u64::MAX
-        };
         self.pass += 1;
-        self.may_be_last =
-            self.pass >= LIVE_PASSES || self.pass > 1 && ((pages as u64) < FEW_DIRTY || known < FEW_DIRTY);
+        self.may_be_last = self.pass >= LIVE_PASSES || self.pass > 1 && (pages as u64) < FEW_DIRTY;
+        self.before_began = self.pass_began;
+        self.before_peeked = self.peeked.max(self.pass_began);
         self.pass_began = now;
         self.offered = 0;
         self.previous = None;
@@ -214,24 +221,22 @@ impl Filter {
     }
 
     fn hold_one(&mut self, now: f64, ahead: f64, pfn: Pfn) -> bool {
-        let Some(last_ms) = usize::try_from(pfn.get())
-            .ok()
-            .and_then(|page| self.last_ms.get_mut(page))
-        else {
+        let Some(last) = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get_mut(page)) else {
             return false;
         };
         let curve = self.gaps.curve(self.regions.of(pfn.get()));
-        if self.pass > 1 && !self.dirty.contains(pfn) {
-            // xl offers it, so it was written in the pass before; when, is known to the peeks of that pass at best.
-            let seen = f64::from(*last_ms) / 1e3;
-            let written = if curve.written_within(0.0, self.pass_began - seen) > 0.5 {
-                self.pass_began
-            } else {
-                seen
+        let dirty = self.dirty.contains(pfn);
+        if self.pass > 1 && !dirty {
+            // xl offers it, so it was written in the pass before. When it was first is known to that pass's peeks, if at
+            // all; it may have been written again since.
+            let first = last.time().filter(|first| *first >= self.before_began);
+            let first = first.unwrap_or((self.before_peeked + self.pass_began) / 2.0);
+            *last = match curve.expected(0.0, self.pass_began - first) > AGAIN {
+                true => Written::sometime_before(self.pass_began),
+                false => Written::at(first),
             };
-            *last_ms = ms(written);
         }
-        let hold = self.dirty.contains(pfn) || curve.written_within(age(now, *last_ms), ahead) > HOLD;
+        let hold = dirty || 1.0 - (-last.expected(curve, now, ahead)).exp() > HOLD;
         if hold != self.held.contains(pfn) {
             if hold {
                 self.held.insert(pfn);
@@ -261,29 +266,31 @@ impl Filter {
     fn learn(&mut self, now: f64, peek: &PageSet) {
         let from = self.peeked.max(self.pass_began);
         let seconds = now - from;
-        let middle = ms((now + from) / 2.0);
+        let middle = Written::at((now + from) / 2.0);
         let mut counts = vec![[(0u32, 0u32); BINS]; self.regions.count()];
         let words = peek.words().iter().zip(self.dirty.words()).zip(0u64..);
         let mut newly = 0;
-        let parts = self.last_ms.chunks_mut(64);
+        let parts = self.last.chunks_mut(64);
         for (((new, old), word), pages) in words.zip(parts) {
             if *old == u64::MAX {
                 continue;
             }
-            for (last_ms, bit) in pages.iter_mut().zip(0..) {
+            for (last, bit) in pages.iter_mut().zip(0..) {
                 if old >> bit & 1 == 1 {
                     continue;
                 }
                 let written = new >> bit & 1 == 1;
-                let region = counts.get_mut(self.regions.of(word * 64 + bit));
-                let bin = gaps::bin(age(from, *last_ms));
-                if let Some(count) = region.and_then(|region| region.get_mut(bin)) {
-                    count.0 += 1;
-                    count.1 += u32::from(written);
+                if !last.is_sometime() {
+                    let region = counts.get_mut(self.regions.of(word * 64 + bit));
+                    let bin = gaps::bin(last.age(from));
+                    if let Some(count) = region.and_then(|region| region.get_mut(bin)) {
+                        count.0 += 1;
+                        count.1 += u32::from(written);
+                    }
                 }
                 if written {
                     newly += 1;
-                    *last_ms = middle;
+                    *last = middle;
                 }
             }
         }
@@ -308,27 +315,35 @@ impl Filter {
         self.gaps.learn(&seen);
     }
 
-    /// Forgets what the model said where a peek shows something else: the guest has changed its ways.
+    /// Forgets what the model said where peeks show something else: the guest has changed its ways. Peeks are judged
+    /// together until they cover a second: in less a guest does not write everywhere it writes.
     fn compare(&mut self, seconds: f64, counts: &[[(u32, u32); BINS]]) {
         if !self.modelled {
             return;
         }
-        let (mut apart, mut all) = (0.0, 0.0);
-        for (region, counts) in counts.iter().enumerate() {
+        self.judged.resize(self.regions.count(), (0.0, 0.0));
+        self.judged_seconds += seconds;
+        for (region, (counts, judged)) in counts.iter().zip(&mut self.judged).enumerate() {
             let curve = self.gaps.curve(region);
-            let pages = counts.iter().enumerate().filter(|(_, (pages, _))| *pages > 0);
-            let (expected, written) = pages.fold((0.0, 0.0), |(expected, all), (bin, (pages, written))| {
-                let likely = curve.written_within(gaps::typical(bin), seconds);
-                (expected + f64::from(*pages) * likely, all + f64::from(*written))
-            });
-            apart += (expected - written).abs();
-            all += expected + written;
+            for (bin, (pages, written)) in counts.iter().enumerate().filter(|(_, (pages, _))| *pages > 0) {
+                judged.0 += f64::from(*pages) * curve.written_within(gaps::typical(bin), seconds);
+                judged.1 += f64::from(*written);
+            }
         }
+        if self.judged_seconds < 1.0 {
+            return;
+        }
+        let sums = |(apart, all): (f64, f64), (expected, written): &(f64, f64)| {
+            (apart + (expected - written).abs(), all + expected + written)
+        };
+        let (apart, all) = self.judged.iter().fold((0.0, 0.0), sums);
         if all > 2.0 * FEW_WRITES && apart / all > MOST_DEVIATION {
             log::debug!("the model of writes does not hold: {apart:.0} of {all:.0} pages are not as expected");
             self.modelled = false;
             self.gaps = Gaps::unknown(self.regions.count());
         }
+        self.judged.clear();
+        self.judged_seconds = 0.0;
     }
 
     /// Queues what is to be released now that xl waits with the last record of a pass.
@@ -337,9 +352,9 @@ impl Filter {
         let ahead = (candidates / 2.0 / self.rate.pages).max(SOON);
         let mut heats: Vec<Vec<(Pfn, f64)>> = vec![Vec::new(); HEATS];
         for pfn in self.held.iter().filter(|pfn| !self.dirty.contains(*pfn)) {
-            let last_ms = usize::try_from(pfn.get()).ok().and_then(|page| self.last_ms.get(page));
+            let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
             let curve = self.gaps.curve(self.regions.of(pfn.get()));
-            let expected = curve.expected(age(now, last_ms.copied().unwrap_or(0)), ahead);
+            let expected = last.map_or(0.0, |last| last.expected(curve, now, ahead));
             if let Some(heat) = heats.get_mut(heat(expected)) {
                 heat.push((pfn, expected / ahead));
             }
@@ -434,14 +449,41 @@ fn worth_releasing(heats: &[Vec<(Pfn, f64)>], rate: f64) -> usize {
     best.1
 }
 
-fn ms(seconds: f64) -> u32 {
-    // 0 stands for a page of which nothing is known; times past 49 days stay there.
-    (seconds * 1e3).max(1.0) as u32
-}
+/// When a page was written last: milliseconds above bit 0, which says whether it may as well have been a while before. 0:
+/// not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Written(u32);
 
-fn age(now: f64, last_ms: u32) -> f64 {
-    match last_ms {
-        0 => NEVER,
-        last => (now - f64::from(last) / 1e3).max(0.0),
+impl Written {
+    const UNKNOWN: Written = Written(0);
+
+    /// Times past 24 days stay there.
+    fn at(seconds: f64) -> Written {
+        Written(((seconds * 1e3).max(1.0) as u32).min(u32::MAX / 2) << 1)
+    }
+
+    fn sometime_before(seconds: f64) -> Written {
+        Written(Written::at(seconds).0 | 1)
+    }
+
+    fn is_sometime(self) -> bool {
+        self.0 & 1 == 1
+    }
+
+    fn time(self) -> Option<f64> {
+        (self != Written::UNKNOWN).then(|| f64::from(self.0 >> 1) / 1e3)
+    }
+
+    /// At most so old.
+    fn age(self, now: f64) -> f64 {
+        self.time().map_or(NEVER, |time| (now - time).max(0.0))
+    }
+
+    /// Writes expected in the next `seconds`.
+    fn expected(self, curve: &Curve, now: f64, seconds: f64) -> f64 {
+        match self.is_sometime() {
+            false => curve.expected(self.age(now), seconds),
+            true => curve.expected_sometime(self.age(now), seconds),
+        }
     }
 }

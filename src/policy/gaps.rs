@@ -19,8 +19,11 @@ const GUEST_PRIOR: f64 = 0.5;
 /// Writes a second of a page of which nothing is known.
 const UNKNOWN: f64 = 0.01;
 
-/// What an earlier observation still counts when the next comes.
-const FADE: f64 = 0.8;
+/// Nothing is written never.
+const LEAST: f64 = 1e-6;
+
+/// What an earlier observation counts less by for one of the same size.
+const FADE: f32 = 0.5;
 
 /// An age: seconds since a page's last write. Pages that have not been seen written are [`NEVER`] years old.
 pub const NEVER: f64 = 1e9;
@@ -103,9 +106,14 @@ impl Seen {
         }
     }
 
-    fn fade(&mut self) {
-        let all = self.seconds.iter_mut().chain(&mut self.writes);
-        all.for_each(|number| *number *= FADE as f32);
+    /// Lets what was seen at each age count less, the more is about to be added.
+    fn fade(&mut self, more: &Seen) {
+        let all = self.seconds.iter_mut().zip(&mut self.writes).zip(more.seconds);
+        for ((seconds, writes), new) in all {
+            let keep = 1.0 - FADE * new / (*seconds + new).max(f32::MIN_POSITIVE);
+            *seconds *= keep;
+            *writes *= keep;
+        }
     }
 
     fn add(&mut self, other: &Seen) {
@@ -127,6 +135,8 @@ pub struct Curve {
     hazards: [f64; BINS],
     /// Writes expected of a page from its last one until it reaches each age.
     until: [f64; BINS],
+    /// Seconds from one write to the next, on average.
+    mean: f64,
 }
 
 impl Curve {
@@ -137,17 +147,26 @@ impl Curve {
         let all = hazards.iter_mut().zip(seen.seconds).zip(seen.writes).enumerate();
         for (index, ((hazard, seconds), writes)) in all.rev() {
             let prior = prior(index, older);
-            *hazard = (f64::from(writes) + weight * prior) / (f64::from(seconds) + weight);
+            *hazard = ((f64::from(writes) + weight * prior) / (f64::from(seconds) + weight)).max(LEAST);
             older = *hazard;
         }
         let mut until = [0.0; BINS];
-        let (mut sum, mut before) = (0.0, 0.0);
+        let (mut sum, mut before, mut mean) = (0.0f64, 0.0, 0.0);
         for ((until, hazard), end) in until.iter_mut().zip(hazards).zip(AGES.into_iter().chain([NEVER])) {
-            sum += hazard * (end - before);
+            let more = hazard * (end - before);
+            // Those not written so far spend their time here.
+            mean += (-sum).exp() * (1.0 - (-more).exp()) / hazard;
+            sum += more;
             before = end;
             *until = sum;
         }
-        Curve { hazards, until }
+        Curve { hazards, until, mean }
+    }
+
+    /// Writes expected in the next `seconds` of a page that was written within a time in which pages may be written more
+    /// than once, and not since `clean` seconds: whether it was just before that or a good while is not known.
+    pub fn expected_sometime(&self, clean: f64, seconds: f64) -> f64 {
+        self.expected(clean, seconds).max(seconds / self.mean)
     }
 
     /// Writes expected in the next `seconds` of a page of this age, were each to leave the page's age as it is.
@@ -206,7 +225,7 @@ impl Gaps {
     /// Adds what was seen since; earlier observations fade.
     pub fn learn(&mut self, more: &[Seen]) {
         for (seen, more) in self.seen.iter_mut().zip(more) {
-            seen.fade();
+            seen.fade(more);
             seen.add(more);
         }
         self.draw();

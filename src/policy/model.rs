@@ -27,6 +27,9 @@ const NOT_WRITTEN: u8 = u8::MAX;
 /// Where more than this share of writes is elsewhere than expected, or more or fewer, the model does not hold.
 const MOST_DEVIATION: f64 = 0.5;
 
+/// A shorter time shows where a guest writes just then, not where it writes.
+const SHORT: Duration = Duration::from_secs(1);
+
 /// Writes that a pass must have, or be expected to have, to tell anything about the model.
 const FEW_WRITES: f64 = 64.0;
 
@@ -289,6 +292,7 @@ pub struct Model {
 pub struct Fit {
     pub expected_pages: f64,
     pub written_pages: u64,
+    pub over: Duration,
     /// 0: as expected, region by region; 1: nothing is.
     pub deviation: f64,
 }
@@ -297,7 +301,7 @@ impl Fit {
     /// Whether the model still holds: else it is to be dropped, or built anew (paper, section 3.3).
     pub fn holds(&self) -> bool {
         let few = self.expected_pages < FEW_WRITES && (self.written_pages as f64) < FEW_WRITES;
-        few || self.deviation <= MOST_DEVIATION
+        few || self.over < SHORT || self.deviation <= MOST_DEVIATION
     }
 }
 
@@ -417,6 +421,7 @@ impl Model {
         Fit {
             expected_pages,
             written_pages: written.len(),
+            over,
             deviation: if all > 0.0 { apart / all } else { 0.0 },
         }
     }

@@ -46,6 +46,12 @@ impl FromStr for Rate {
     }
 }
 
+impl Rate {
+    pub fn bytes_a_second(self) -> Option<f64> {
+        self.0
+    }
+}
+
 impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {

@@ -147,13 +147,19 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     Ok(u8::from(runs.iter().any(|run| !run.equal)))
 }
 
-/// The error of a file that is not a saved guest.
+/// The error of a file that is not what it has to be.
 #[derive(Debug)]
-pub struct BadInput;
+pub enum BadInput {
+    Save,
+    Trace,
+}
 
 impl std::fmt::Display for BadInput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the file is not a guest that `xl save` wrote")
+        f.write_str(match self {
+            BadInput::Save => "the file is not a guest that `xl save` wrote",
+            BadInput::Trace => "the file is not a trace that `xenfold trace` wrote",
+        })
     }
 }
 
@@ -161,7 +167,7 @@ impl std::fmt::Display for BadInput {
 fn check(path: &PathBuf) -> Result<u64> {
     let file = File::open(path)
         .with_context(|| format!("{} cannot be opened", path.display()))
-        .context(BadInput)?;
+        .context(BadInput::Save)?;
     let mut stream = Reader::new(io::BufReader::with_capacity(1 << 20, file));
     let mut part = vec![0; 1 << 20];
     let mut walk = || -> Result<u64> {
@@ -178,7 +184,9 @@ fn check(path: &PathBuf) -> Result<u64> {
         );
         Ok(offset)
     };
-    walk().with_context(|| path.display().to_string()).context(BadInput)
+    walk()
+        .with_context(|| path.display().to_string())
+        .context(BadInput::Save)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -207,7 +215,7 @@ fn index_base(save: &Path) -> Result<tempfile::NamedTempFile> {
     let mut writer = io::BufWriter::new(index.as_file_mut());
     base::write_index(save, &side::key(), &mut writer)
         .with_context(|| save.display().to_string())
-        .context(BadInput)?;
+        .context(BadInput::Save)?;
     io::Write::flush(&mut writer)?;
     drop(writer);
     Ok(index)
