@@ -174,3 +174,13 @@ lab_capture() {
   mv "$file.tmp" "$file"
   say "captured $name from $host: $(stat -c %s "$file") bytes in $file"
 }
+
+lab_trace() {
+  [ $# -ge 2 ] || die "usage: lab trace NAME FILE [SECONDS]"
+  local name=$1 file=$2 seconds=${3:-60} host
+  host=$(guest_where "$name")
+  on "$host" "xenfold trace $name /root/dirty.trace --seconds $seconds >&2" </dev/null || die "no trace of $name on $host"
+  on "$host" 'cat /root/dirty.trace; rm -f /root/dirty.trace' </dev/null >"$file.tmp"
+  mv "$file.tmp" "$file"
+  say "traced $name on $host: $(stat -c %s "$file") bytes in $file; look at it with xenfold simulate"
+}
