@@ -38,7 +38,7 @@ const HOLD: f64 = 0.3;
 const AGAIN: f64 = 0.7;
 
 /// What a page less in the stop phase is worth, in pages sent.
-const STOP_WORTH: f64 = 1.0;
+const STOP_WORTH: f64 = 2.0;
 
 /// Pages a second before any have been sent: a link of 1 Gbit/s.
 const FIRST_RATE: f64 = 30_000.0;
@@ -327,7 +327,7 @@ impl Filter {
         self.forecast.remembered = None;
     }
 
-    /// Forgets what the model said where peeks show something else: the guest has changed its ways. Peeks are judged
+    /// Drops the model where peeks show something else: the guest has changed its ways, and what comes counts more. Peeks are judged
     /// together until they cover a second: in less a guest does not write everywhere it writes.
     fn compare(&mut self, seconds: f64, counts: &[[(u32, u32); BINS]]) {
         if !self.modelled {
@@ -349,10 +349,12 @@ impl Filter {
             (apart + (expected - written).abs(), all + expected + written)
         };
         let (apart, all) = self.judged.iter().fold((0.0, 0.0), sums);
-        if all > 2.0 * FEW_WRITES && apart / all > MOST_DEVIATION {
+        // Hundredths of the guest are not worth a judgement.
+        let few = FEW_WRITES.max(self.guest_pages as f64 / 100.0);
+        if all > 2.0 * few && apart / all > MOST_DEVIATION {
             log::debug!("the model of writes does not hold: {apart:.0} of {all:.0} pages are not as expected");
             self.modelled = false;
-            self.gaps = Gaps::unknown(self.regions.count());
+            self.gaps.doubt();
         }
         self.judged.clear();
         self.judged_seconds = 0.0;

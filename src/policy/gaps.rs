@@ -22,6 +22,9 @@ const UNKNOWN: f64 = 0.01;
 /// Nothing is written never.
 const LEAST: f64 = 1e-6;
 
+/// What observations count that are no more believed in.
+const DOUBT: f32 = 0.1;
+
 /// What an earlier observation counts less by for one of the same size.
 const FADE: f32 = 0.5;
 
@@ -252,6 +255,15 @@ impl Gaps {
         for (seen, more) in self.seen.iter_mut().zip(more) {
             seen.fade(more);
             seen.add(more);
+        }
+        self.draw();
+    }
+
+    /// Lets all that was seen so far count for little beside what comes.
+    pub fn doubt(&mut self) {
+        for seen in &mut self.seen {
+            let all = seen.seconds.iter_mut().chain(&mut seen.writes);
+            all.for_each(|number| *number *= DOUBT);
         }
         self.draw();
     }
