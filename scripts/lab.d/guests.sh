@@ -123,7 +123,7 @@ guest_load() {
   host=$(guest_where "$name")
   on "$host" "echo $load >\"\$(xenstore-read /local/domain/\$(xl domid $name)/console/tty)\"" </dev/null
   for _ in $(seq 120); do
-    if guest_console "$name" 50 | grep -q "guest load: $load"; then return; fi
+    [[ $(guest_console "$name" 50) != *"guest load: $load"* ]] || return 0
     sleep 1
   done
   die "guest $name does not run $load: is it a Debian guest?"
