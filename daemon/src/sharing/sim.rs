@@ -108,8 +108,8 @@ impl World {
     fn meanwhile(&mut self) {
         while self.below(1000) < self.restless {
             self.races += 1;
-            let count = self.p2m.len() as u64;
-            let Some(page) = self.p2m.keys().nth(self.below(count) as usize).copied() else {
+            let at = self.below(self.p2m.len() as u64) as usize;
+            let Some(page) = self.p2m.keys().nth(at).copied() else {
                 return;
             };
             match self.below(400) {
@@ -269,7 +269,9 @@ impl MemShr for SimXen {
             .map(|(page, _)| *page)
             .collect();
         assert_eq!(moving.len(), references as usize);
-        moving.into_iter().for_each(|page| drop(world.p2m.insert(page, to)));
+        for page in moving {
+            world.p2m.insert(page, to);
+        }
         world.frames.remove(&from);
         if let Some(Frame {
             shared: Some((_, count)),
