@@ -1,14 +1,16 @@
 //! `xenfold dedup`: memory that guests of this host share.
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use xenfold::config::Size;
 use xenfold::control::{DedupStats, DedupStatus};
 
 use crate::daemon_commands::{Asking, PATIENCE, duration, mib, uuid_of};
+use crate::dedup_page;
 
-const PAGE_BYTES: u64 = 4096;
+pub(crate) const PAGE_BYTES: u64 = 4096;
 
 /// Without a page given back for this long, `disable` does not wait any more.
 const GIVE_BACK_PATIENCE: Duration = Duration::from_secs(30);
@@ -39,7 +41,11 @@ enum Command {
         guest: String,
     },
     /// What is shared between which guests, and how it went over time.
-    Report,
+    Report {
+        /// Write a page with charts to this file.
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+    },
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
@@ -78,7 +84,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             client.dedup_scan(&uuid)?;
             asking.print(&client.dedup()?, status_text)
         }
-        Command::Report => asking.print(&client.dedup()?, report_text),
+        Command::Report { html } => {
+            let status = client.dedup()?;
+            match html {
+                Some(path) => {
+                    let written = std::fs::write(path, dedup_page::page(&status));
+                    written.with_context(|| format!("{} cannot be written", path.display()))
+                }
+                None => asking.print(&status, report_text),
+            }
+        }
     }
 }
 
@@ -86,7 +101,7 @@ fn pages(count: u64) -> String {
     mib(count.saturating_mul(PAGE_BYTES))
 }
 
-fn status_text(status: &DedupStatus) -> String {
+pub(crate) fn status_text(status: &DedupStatus) -> String {
     let stats = match status {
         DedupStatus::Running(stats) => stats,
         DedupStatus::Absent(absent) if absent.failed => {

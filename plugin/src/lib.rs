@@ -17,6 +17,7 @@ pub mod arrival;
 pub mod contents;
 pub mod daemon_commands;
 pub mod dedup;
+mod dedup_page;
 pub mod guest;
 pub mod job;
 pub mod process;

@@ -248,7 +248,8 @@ pub struct DedupStats {
     /// Pages found written to in the last second.
     pub breaks_per_s: u64,
     pub guests: Vec<DedupGuest>,
-    /// Pages that two guests have in one frame, the numbers ascending; the same number twice: one guest's own.
+    /// Pages that two guests have in one frame, the numbers ascending; the same number twice: one guest's own. The 1000
+    /// pairs with the most pages.
     pub pairs: Vec<DedupPair>,
     /// The oldest first.
     pub samples: Vec<DedupSample>,

@@ -19,6 +19,7 @@ mod samples;
 #[cfg(test)]
 mod sim;
 mod state;
+mod sweep;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -35,8 +36,12 @@ use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 
 pub(crate) use self::host::{GuestPage, MemShr, Nominated};
 use self::state::State;
+use self::sweep::Sweeps;
 use crate::index::{Host, Identity, LeftOut, Seen};
 use crate::membership::Membership;
+
+/// Pairs of guests that the status has, those with the most pages first.
+const MOST_PAIRS: usize = 1000;
 
 /// The key of a page of zeros. Ids are never zero but by chance, and bytes are compared anyway.
 pub const ZERO: u64 = 0;
@@ -116,6 +121,7 @@ impl Sharing {
         }
         let mut state = self.state.lock();
         (state.enabled, state.unshare_all) = (enable, !enable);
+        state.sweeps = Sweeps::default();
         self.enabled.store(enable, Ordering::Relaxed);
         Ok(())
     }
@@ -132,8 +138,9 @@ impl Sharing {
 
     /// What there is of guests, once a second.
     pub fn look(&self, host: &Mutex<Box<dyn Host>>, now: Duration, judged: &[Judged]) {
-        if self.missing.is_none() {
-            self.state.lock().look(host, now, judged);
+        let mut state = self.state.lock();
+        if self.missing.is_none() && state.looks() {
+            state.look(host, now, judged);
         }
     }
 
@@ -162,7 +169,9 @@ impl Sharing {
         let memory = host.lock().memory().ok().or(state.memory).unwrap_or_default();
         let page_bytes = PAGE_SIZE as u64;
         let name = |domid: xen_sys::DomId| domid.get();
-        let pairs = state.table.pairs().into_iter();
+        let mut pairs: Vec<_> = state.table.pairs().into_iter().collect();
+        pairs.sort_by_key(|(domids, pages)| (std::cmp::Reverse(*pages), *domids));
+        pairs.truncate(MOST_PAIRS);
         DedupStatus::Running(DedupStats {
             enabled: state.enabled,
             returning: state.unshare_all,
@@ -183,6 +192,7 @@ impl Sharing {
             breaks_per_s: state.breaks_per_s,
             guests: state.guests(),
             pairs: pairs
+                .into_iter()
                 .map(|((a, b), pages)| DedupPair {
                     domids: [name(a), name(b)],
                     pages,

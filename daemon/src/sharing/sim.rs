@@ -336,7 +336,7 @@ impl Host for SimXen {
 
     fn end_of_frames(&mut self, domid: DomId) -> Result<u64, XenError> {
         let world = self.0.lock();
-        let last = world.p2m.keys().filter(|page| page.domid == domid).next_back();
+        let last = world.p2m.keys().rfind(|page| page.domid == domid);
         Ok(last.map_or(0, |page| page.pfn().get() + 1))
     }
 

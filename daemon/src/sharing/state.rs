@@ -12,6 +12,7 @@ use super::history::History;
 use super::host::GuestPage;
 use super::reserve::Reserve;
 use super::samples::Samples;
+use super::sweep::Sweeps;
 use super::table::{GroupNo, SharedTable};
 use super::{Judged, Sighting, ZERO};
 use crate::index::{Host, Identity, LeftOut};
@@ -67,15 +68,18 @@ pub struct State {
     zeros: HashMap<GroupNo, GuestPage>,
     /// Guests by uuid whose migration has called, and how often.
     pub held: BTreeMap<String, u64>,
+    /// Guests that xl was sending or saving at the last look.
+    departing: BTreeSet<DomId>,
     /// The least stable pages, which go back while memory is short.
     returning: Vec<GuestPage>,
+    pub sweeps: Sweeps,
     /// Nothing can be given back before the next look.
     waiting: bool,
     pub breaks_per_s: u64,
     looked: Option<(Duration, u64)>,
 }
 
-type HostLock = Mutex<Box<dyn Host>>;
+pub type HostLock = Mutex<Box<dyn Host>>;
 
 impl State {
     pub fn new(enabled: bool, reserve_bytes: u64) -> State {
@@ -91,7 +95,9 @@ impl State {
             samples: Samples::default(),
             zeros: HashMap::new(),
             held: BTreeMap::new(),
+            departing: BTreeSet::new(),
             returning: Vec::new(),
+            sweeps: Sweeps::default(),
             waiting: false,
             breaks_per_s: 0,
             looked: None,
@@ -107,13 +113,22 @@ impl State {
         GroupNo::try_from(no).unwrap_or(GroupNo::MAX)
     }
 
+    /// Whether guests are of interest.
+    pub fn looks(&self) -> bool {
+        self.enabled || self.unshare_all || !self.guests.is_empty()
+    }
+
+    pub fn is_held(&self, domid: DomId, uuid: &str) -> bool {
+        self.departing.contains(&domid) || self.held.contains_key(uuid)
+    }
+
     pub fn history_bytes(&self) -> u64 {
         self.guests.values().map(|guest| guest.history.bytes()).sum()
     }
 
     /// Takes what there is of guests and memory, once a second.
     pub fn look(&mut self, host: &HostLock, now: Duration, judged: &[Judged]) {
-        let departing: BTreeSet<DomId> = host.lock().departing().into_iter().collect();
+        self.departing = host.lock().departing().into_iter().collect();
         self.part_from_others(judged);
         for (seen, verdict) in judged {
             match verdict {
@@ -122,8 +137,9 @@ impl State {
             }
         }
         for (domid, guest) in &mut self.guests {
-            guest.held = departing.contains(domid) || self.held.contains_key(&guest.identity.uuid);
+            guest.held = self.departing.contains(domid) || self.held.contains_key(&guest.identity.uuid);
         }
+        self.plan_sweeps(judged);
         self.waiting = false;
         self.look_at_memory(host, now);
         let broken = self.counts.broken;
@@ -259,18 +275,25 @@ impl State {
         if self.waiting {
             return false;
         }
-        let pages = self.to_give_back();
+        let pages = self.due_back();
         if pages.is_empty() {
             // Those of guests that are held come later.
-            self.unshare_all &= self.table.pages() > 0;
-            self.waiting = true;
-            return false;
+            self.unshare_all &= self.table.pages() > 0 || !self.sweeps.done();
+            if !self.unshare_all {
+                self.waiting = true;
+                return false;
+            }
         }
         let memory = host.lock().memory();
         let allowed = memory.map_or(0, |memory| {
             self.memory = Some(memory);
             self.reserve.may_unshare(&memory)
         });
+        if pages.is_empty() {
+            let more = self.sweep(host, allowed);
+            self.waiting = !more;
+            return more;
+        }
         let allowed = usize::try_from(allowed).unwrap_or(usize::MAX);
         let count = pages.len().min(allowed);
         let done = self.unshare(host, pages.get(..count).unwrap_or(&pages));
@@ -278,7 +301,7 @@ impl State {
         done > 0
     }
 
-    fn to_give_back(&mut self) -> Vec<GuestPage> {
+    fn due_back(&mut self) -> Vec<GuestPage> {
         let guests = &self.guests;
         let everything = self.unshare_all;
         let wanted = |page: &GuestPage| {
@@ -390,7 +413,7 @@ impl State {
             };
             if let Some(id) = self.table.find(page) {
                 let same = self.table.row(id).is_some_and(|row| row.key == key);
-                if (same && !lost) || self.still_shared(host, page, takes_part) {
+                if (same && !(lost && takes_part)) || self.still_shared(host, page, takes_part) {
                     if !same {
                         self.table.rekey(id, key);
                     }

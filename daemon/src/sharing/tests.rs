@@ -243,6 +243,32 @@ fn the_table_is_found_again_after_a_restart() {
 }
 
 #[test]
+fn what_the_table_does_not_know_is_given_back_too() {
+    let mut lab = Lab::new(1, 200, 10, |world| {
+        world.add_guest(1, "web-1", &[1; 50]);
+        world.add_guest(2, "web-2", &[1; 50]);
+        world.add_guest(3, "database", &[2; 30]);
+    });
+    lab.rounds(2);
+    assert_eq!(lab.xen.0.lock().saved(), 128);
+    lab.restart();
+    lab.index.sharing().enable(false).unwrap();
+    let hold = lab.index.sharing().hold(&uuid(2));
+    lab.run(3 * SECOND);
+    assert_eq!(
+        lab.xen.0.lock().saved(),
+        49,
+        "of a guest that is being migrated nothing is taken"
+    );
+    assert!(!lab.stats().returning);
+    drop(hold);
+    lab.index.sharing().enable(false).unwrap();
+    lab.run(3 * SECOND);
+    assert_eq!((lab.xen.0.lock().saved(), lab.stats().xen_frames), (0, 0));
+    lab.xen.0.lock().check();
+}
+
+#[test]
 fn memory_for_writes_is_kept() {
     let contents = vec![5; 400];
     let mut lab = Lab::new(1, 0, 100, |world| {
