@@ -38,6 +38,19 @@ pub struct Config {
     pub quiet: bool,
     /// The ssh to run.
     pub ssh: String,
+    /// Milliseconds for which a guest may stand still.
+    #[serde(deserialize_with = "downtime_limit")]
+    pub downtime_limit: u32,
+    /// What becomes of a guest that would stand still longer.
+    pub on_no_convergence: NoConvergence,
+    /// Bytes a second that a migration may take of the link; 0 means all it can get.
+    pub bandwidth: Size,
+    /// Hold pages back that will be written again.
+    #[serde(deserialize_with = "boolean")]
+    pub hold: bool,
+    /// Seconds for which the guest's writes are watched before its migration begins.
+    #[serde(deserialize_with = "model_seconds")]
+    pub model_seconds: u32,
     /// Daemon: the folder of its contents and keys.
     pub store: PathBuf,
     /// Daemon: what contents may take on the disk; 0 means none are kept.
@@ -73,6 +86,11 @@ impl Default for Config {
             timeout: 15,
             quiet: false,
             ssh: "ssh".into(),
+            downtime_limit: 300,
+            on_no_convergence: NoConvergence::GoOn,
+            bandwidth: Size(0),
+            hold: true,
+            model_seconds: 2,
             store: "/var/lib/xenfold".into(),
             store_size: Size(4 << 30),
             auto_template: true,
@@ -107,6 +125,43 @@ fn timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> 
         .ok()
         .filter(|seconds| (1..=3600).contains(seconds))
         .ok_or_else(|| D::Error::custom(format!("timeout is {seconds} seconds, and must be 1 to 3600")))
+}
+
+/// What becomes of a guest that writes faster than the link takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NoConvergence {
+    /// It is suspended all the same, as plain xl does.
+    #[default]
+    GoOn,
+    /// It stays where it is.
+    Abort,
+}
+
+/// A day: more is a mistake.
+pub const MAX_DOWNTIME_MS: u32 = 86_400_000;
+
+fn downtime_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let ms = i64::deserialize(deserializer)?;
+    u32::try_from(ms)
+        .ok()
+        .filter(|ms| (1..=MAX_DOWNTIME_MS).contains(ms))
+        .ok_or_else(|| D::Error::custom(format!("downtime_limit is {ms} ms, and must be 1 to {MAX_DOWNTIME_MS}")))
+}
+
+/// Longer than the guest would be migrated in.
+const MAX_MODEL_SECONDS: u32 = 60;
+
+fn model_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let seconds = i64::deserialize(deserializer)?;
+    u32::try_from(seconds)
+        .ok()
+        .filter(|seconds| *seconds <= MAX_MODEL_SECONDS)
+        .ok_or_else(|| {
+            D::Error::custom(format!(
+                "model_seconds is {seconds}, and must be 0 to {MAX_MODEL_SECONDS}"
+            ))
+        })
 }
 
 /// A rate at which no host hashes; more is a mistake.
@@ -347,6 +402,11 @@ mod tests {
             ("\nstore_size = \"8GB\"", "8GiB"),
             ("\nstore_size = \"99999999TiB\"", "8GiB"),
             ("\ntimeout = 4000", "1 to 3600"),
+            ("\nmodel_seconds = 61", "0 to 60"),
+            ("\nhold = 2", "0 or 1"),
+            ("\ndowntime_limit = 0", "1 to 86400000"),
+            ("\non_no_convergence = \"stop\"", "go-on"),
+            ("\nbandwidth = 10", "MiB"),
             ("\nindex_rate = 0", "index = false"),
             ("\nindex_size = 8", "8GiB"),
             ("\nindex_off = \"web\"", "sequence"),

@@ -58,6 +58,23 @@ impl PageSet {
         }
     }
 
+    /// Adds the pages of a range, as far as they are below the bound.
+    pub fn insert_run(&mut self, run: std::ops::Range<u64>) {
+        let end = run.end.min(self.pages);
+        let mut at = run.start;
+        while at < end {
+            let here = (64 - at % 64).min(end - at);
+            let bits = (u64::MAX >> (64 - here)) << (at % 64);
+            if let Some(word) = usize::try_from(at / 64)
+                .ok()
+                .and_then(|index| self.words.get_mut(index))
+            {
+                *word |= bits;
+            }
+            at += here;
+        }
+    }
+
     pub fn clear(&mut self) {
         self.words.fill(0);
     }
@@ -124,6 +141,16 @@ mod tests {
         assert_eq!((pages, set.len()), (vec![0, 64, 129], 3));
         assert!(set.contains(pfn(64)) && !set.contains(pfn(63)));
         assert_eq!(PageSet::from_words(set.words(), 130), set);
+    }
+
+    #[test]
+    fn runs_are_added_whole() {
+        let mut set = PageSet::new(200);
+        set.insert_run(60..130);
+        set.insert_run(199..u64::MAX);
+        set.insert_run(5..5);
+        let pages: Vec<u64> = set.iter().map(Pfn::get).collect();
+        assert_eq!(pages, (60..130).chain([199]).collect::<Vec<_>>());
     }
 
     #[test]

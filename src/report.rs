@@ -39,6 +39,14 @@ pub struct Figures {
     pub peak_rss_bytes: u64,
     /// Pages that the destination could not find and that were sent after all.
     pub needed_pages: u64,
+    /// How long the guest was expected to stand still had it been suspended when the pass before this one ended; `None`
+    /// where nothing is known of it.
+    pub expected_downtime_ms: Option<u64>,
+    /// Whether that was within the limit after the last of five passes; `None`: xl made fewer, or it is not known.
+    pub converged: Option<bool>,
+    pub holding: HoldingFigures,
+    /// Different pages of the guest that have been carried with data.
+    pub distinct_pages: u64,
     pub verify: Option<VerifyFigures>,
     pub destination: Option<DestinationFigures>,
     /// Why it failed.
@@ -76,6 +84,33 @@ impl Pages {
             Row::Delta(_) => &mut self.delta,
         };
         *count += 1;
+    }
+}
+
+/// Pages that were held back because they were expected to be written again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HoldingFigures {
+    /// Pages with data in xl's stream, those that did not travel among them.
+    pub pages_from_xl: u64,
+    /// How often one of them was held back.
+    pub held_pages: u64,
+    /// Held pages that went while the guest ran, read from its frames.
+    pub released_pages: u64,
+    /// The same when it was suspended.
+    pub flushed_pages: u64,
+    /// Readings of the dirty bitmap, those that Xen was too busy for, and how long the guest was paused for them.
+    pub peeks: u64,
+    pub busy_peeks: u64,
+    pub peek_time_us: u64,
+    /// Pages that were dirty at the last reading.
+    pub dirty_pages: u64,
+}
+
+impl HoldingFigures {
+    /// Held pages that came again from xl, so that they were not sent in between.
+    pub fn spared_pages(&self) -> u64 {
+        self.held_pages.saturating_sub(self.released_pages + self.flushed_pages)
     }
 }
 

@@ -967,6 +967,8 @@ fn memory_side() {
             failing: Box::new(|| {}),
             frames: None,
             verify: false,
+            holding: None,
+            bandwidth: None,
             contents: None,
             figures: Arc::default(),
             events: source::events(),

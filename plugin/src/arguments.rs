@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
-use xenfold::config::Config;
+use xenfold::config::{Config, MAX_DOWNTIME_MS, Size};
 
 /// ssh's options that take a value (ssh(1), OpenSSH 9).
 const SSH_OPTIONS_WITH_VALUE: &str = "BbcDEeFIiJLlmOoPpQRSWw";
@@ -16,18 +16,23 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --no-fallback    fail when the other host has no xenfold, instead of sending as plain xl does
   --stats FILE     write all figures of the migration to FILE as JSON
   --timeout SECONDS  silence after which the other host is given up (15)
+  --bandwidth MIB  MiB a second that the migration may take of the link (all it can get)
+  --downtime-limit MS  how long the guest may stand still (300); what happens when it would be longer is on_no_convergence
+                   in the configuration: go-on (and say so), or abort
+  --no-hold        send every page of each pass, also those that will be written again
   --quiet          no lines of progress, no summary
   --version, --help
 
-/etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout, quiet, ssh.";
+/etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout, bandwidth,
+downtime_limit, on_no_convergence, hold, model_seconds, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ArgumentError {
     #[error("{0} needs a value")]
     ValueMissing(String),
-    #[error("{option} takes a number of seconds from 1 to 3600, not `{value}`")]
-    BadNumber { option: String, value: String },
+    #[error("{option} takes a number from 1 to {most}, not `{value}`")]
+    BadNumber { option: String, value: String, most: u32 },
     #[error("no host and command: xenfold-ssh is called by `xl migrate -s xenfold-ssh GUEST HOST`")]
     NoCommand,
     #[error("unknown option {0}; xenfold-ssh --help lists them")]
@@ -67,15 +72,14 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--version" => return Ok(Action::Version),
             "--verify" => parsed.config.verify = true,
             "--no-fallback" => parsed.config.fallback = false,
+            "--no-hold" => parsed.config.hold = false,
             "--quiet" => parsed.config.quiet = true,
             "--stats" => parsed.config.stats = Some(PathBuf::from(value()?)),
-            "--timeout" => {
-                let text = value()?;
-                let seconds = text.parse().ok().filter(|seconds| (1..=3600).contains(seconds));
-                parsed.config.timeout = seconds.ok_or(ArgumentError::BadNumber {
-                    option: argument.clone(),
-                    value: text,
-                })?;
+            "--timeout" => parsed.config.timeout = number(&argument, value()?, 3600)?,
+            "--downtime-limit" => parsed.config.downtime_limit = number(&argument, value()?, MAX_DOWNTIME_MS)?,
+            "--bandwidth" => {
+                let mib = number(&argument, value()?, MAX_BANDWIDTH_MIB)?;
+                parsed.config.bandwidth = Size::new(u64::from(mib) << 20);
             }
             "--" => {}
             long if long.starts_with("--") => return Err(ArgumentError::Unknown(argument)),
@@ -100,6 +104,19 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
         return Err(ArgumentError::NoCommand);
     }
     Ok(Action::Migrate(Box::new(parsed)))
+}
+
+/// A terabyte a second: more is a mistake.
+const MAX_BANDWIDTH_MIB: u32 = 1 << 20;
+
+/// A value from 1 to `most`.
+fn number(option: &str, value: String, most: u32) -> Result<u32, ArgumentError> {
+    let number = value.parse().ok().filter(|number| (1..=most).contains(number));
+    number.ok_or_else(|| ArgumentError::BadNumber {
+        option: option.into(),
+        value,
+        most,
+    })
 }
 
 impl Arguments {

@@ -1,6 +1,7 @@
 //! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
 //! ([`receive`], [`arrival`]), and on the administrator's terminal `xenfold resume`, `xenfold abort` and `xenfold
-//! jobinfo` ([`job`]), `xenfold replay`, and what is asked of the daemon ([`daemon_commands`], [`dedup`]).
+//! jobinfo` ([`job`]), `xenfold replay`, `xenfold trace` and `xenfold simulate`, and what is asked of the daemon
+//! ([`daemon_commands`], [`dedup`]).
 #![forbid(unsafe_code)]
 
 /// Says something to the administrator. Unlike `eprintln!`, which panics when the terminal has been closed, it goes on
@@ -28,6 +29,9 @@ pub mod repair;
 pub mod replay;
 pub mod resume;
 pub mod signals;
+pub mod simulate;
 pub mod source;
 pub mod ssh;
+pub mod trace;
 pub mod usage;
+pub mod writes;

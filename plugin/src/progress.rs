@@ -175,10 +175,30 @@ pub fn summary(figures: &Figures) -> String {
             blocks.join(", ")
         },
     );
+    if figures.converged == Some(false) {
+        text.push_str(&format!(
+            "\nthe guest writes faster than the link takes: after the last pass it was expected to stand still for {} ms",
+            figures.expected_downtime_ms.unwrap_or_default()
+        ));
+    }
     if figures.needed_pages > 0 {
         text.push_str(&format!(
             "\n{} pages were not there any more at the destination and were sent after all",
             figures.needed_pages
+        ));
+    }
+    let holding = &figures.holding;
+    if holding.held_pages > 0 {
+        text.push_str(&format!(
+            "\nheld back {} of xl's {} pages: {} came again, {} were sent while the guest ran, {} when it was suspended; \
+             the dirty bitmap was read {} times in {} ms",
+            holding.held_pages,
+            holding.pages_from_xl,
+            holding.spared_pages(),
+            holding.released_pages,
+            holding.flushed_pages,
+            holding.peeks,
+            holding.peek_time_us / 1000
         ));
     }
     match &figures.verify {

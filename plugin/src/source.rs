@@ -1,6 +1,7 @@
 //! `xenfold-ssh`: stands where xl expects ssh.
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::num::NonZeroU64;
 use std::os::unix::process::{CommandExt, parent_id};
 use std::path::Path;
 use std::process::Command;
@@ -12,12 +13,14 @@ use anyhow::{Context, Result};
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
-use rustix::pipe::fcntl_setpipe_size;
+use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use xen_sys::{DomainInfo, Xenctrl};
+use xenfold::config::NoConvergence;
 use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
-use xenfold::engine::{Contents, EngineError, FrameSource, chain};
+use xenfold::engine::{Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, SAMPLE, chain};
 use xenfold::page::{ContentKey, PAGE_SIZE};
+use xenfold::policy::Forecast;
 use xenfold::report::Figures;
 use xenfold::wire::{Hello, WireError};
 
@@ -28,6 +31,7 @@ use crate::process::{self, Helper};
 use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
 use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
+use crate::writes::GuestWrites;
 use crate::{guest, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
@@ -38,6 +42,9 @@ const DYING: Duration = Duration::from_millis(200);
 
 /// Room in the pipe from xl.
 const PIPE_BYTES: usize = 256 << 10;
+
+/// A pipe cannot be larger, unless its reader has CAP_SYS_RESOURCE and asks for it (2 GiB at most).
+const MAX_PIPE_BYTES: u64 = 1 << 31;
 
 /// The words in which the destination is called; xl's command follows.
 const RECEIVE: [&str; 3] = ["xenfold", "receive", "--"];
@@ -231,12 +238,16 @@ impl Agent<'_> {
         let live = self.guest.as_ref().map(|guest| record::figures_path(&guest.uuid));
         let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet, live)?;
         let (from_xl, to_xl) = pipes_of_xl()?;
+        let guest_pages = figures.lock().memory_total_bytes / PAGE_SIZE as u64;
+        let holding = self.holding(&seen.domain, &from_xl, guest_pages);
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
             failing: Box::new(move || *was_dead.lock() = process::wait_for_end(xl, Some(DYING))),
             frames: self.frames(&seen.domain),
             verify: self.arguments.config.verify,
+            holding,
+            bandwidth: NonZeroU64::new(self.arguments.config.bandwidth.bytes()),
             contents: self.contents.take(),
             figures: figures.clone(),
             events,
@@ -281,6 +292,31 @@ impl Agent<'_> {
             Ok(frames) => Some(Box::new(frames)),
             Err(error) => {
                 log::warn!("the guest's frames cannot be read: {}", chain(&error));
+                None
+            }
+        }
+    }
+
+    /// What is needed to hold pages back. Where something of it is missing, each pass is sent whole.
+    fn holding(&self, domain: &KnownDomain, from_xl: &File, guest_pages: u64) -> Option<Holding> {
+        let config = &self.arguments.config;
+        let guest = self.guest.as_ref().filter(|_| config.hold)?;
+        let opened = GuestWrites::open(guest).and_then(|log| Ok((log, GuestFrames::open(domain.clone())?)));
+        match opened {
+            Ok((log, frames)) => Some(Holding {
+                policy: Box::new(Forecast::new(log.bound(), guest_pages, SAMPLE)),
+                log: Box::new(log),
+                frames: Box::new(frames),
+                // A pipe whose size is not known holds no more than the largest that anybody may have.
+                pipe_bytes: fcntl_getpipe_size(from_xl).map_or(MAX_PIPE_BYTES, |bytes| bytes as u64),
+                downtime: DowntimeLimit {
+                    limit: Duration::from_millis(config.downtime_limit.into()),
+                    abort: config.on_no_convergence == NoConvergence::Abort,
+                },
+                model_time: Duration::from_secs(config.model_seconds.into()),
+            }),
+            Err(error) => {
+                log::warn!("no page can be held back: {}", chain(&error));
                 None
             }
         }

@@ -5,8 +5,8 @@ lab_guest() {
   local command=${1:-}
   [ $# = 0 ] || shift
   case $command in
-    create | where | check | console | list | destroy) "guest_$command" "$@" ;;
-    *) die "usage: lab guest create|where|check|console|list|destroy …" ;;
+    create | where | check | console | load | list | destroy) "guest_$command" "$@" ;;
+    *) die "usage: lab guest create|where|check|console|load|list|destroy …" ;;
   esac
 }
 
@@ -116,6 +116,17 @@ guest_console() {
     on "$host" "cd /var/log/xen/console 2>/dev/null && for f in \$(ls -tr guest-$name.log guest-$name--incoming.log 2>/dev/null); do tail -n $lines \$f; done" </dev/null |
       tr -d '\r' | sed "s/^/$name on $host| /"
   done
+}
+
+guest_load() {
+  local name=${1:?usage: lab guest load NAME WORKLOAD} load=${2:?usage: lab guest load NAME WORKLOAD} host
+  host=$(guest_where "$name")
+  on "$host" "echo $load >\"\$(xenstore-read /local/domain/\$(xl domid $name)/console/tty)\"" </dev/null
+  for _ in $(seq 120); do
+    if guest_console "$name" 50 | grep -q "guest load: $load"; then return; fi
+    sleep 1
+  done
+  die "guest $name does not run $load: is it a Debian guest?"
 }
 
 guest_list() {

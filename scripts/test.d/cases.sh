@@ -221,6 +221,13 @@ lab_debian_guest() {
   lab guest destroy ci-debian
 }
 
+# Pages held back, and the dirty bitmap read beside xl.
+lab_hold() {
+  without_other_guests
+  lab hold 3
+  lab guest destroy hold
+}
+
 # Migrations back and forth, some killed at a random moment.
 lab_soak() {
   without_other_guests

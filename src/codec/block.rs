@@ -30,6 +30,8 @@ impl Level {
 #[derive(Default)]
 pub struct Compressor {
     zstd: Option<(i32, zstd::bulk::Compressor<'static>)>,
+    /// What comes out, until its size is known.
+    out: Vec<u8>,
 }
 
 impl Compressor {
@@ -37,21 +39,29 @@ impl Compressor {
     /// the block is then sent raw.
     pub fn compress(&mut self, level: Level, pages: &[u8]) -> Option<Vec<u8>> {
         let bound = pages.len() - pages.len() / 32;
-        let mut out = vec![0; bound];
-        let length = match level {
+        let room = match level {
             Level::Raw => return None,
-            Level::Lz4 => {
-                out.resize(lz4_flex::block::get_maximum_output_size(pages.len()), 0);
-                lz4_flex::block::compress_into(pages, &mut out).ok()?
-            }
-            Level::Zstd(level) => self.zstd(level)?.compress_to_buffer(pages, &mut out[..]).ok()?,
+            Level::Lz4 => lz4_flex::block::get_maximum_output_size(pages.len()),
+            Level::Zstd(_) => bound,
         };
-        if length >= bound {
-            return None;
-        }
-        out.truncate(length);
-        out.shrink_to_fit();
-        Some(out)
+        let mut out = std::mem::take(&mut self.out);
+        out.resize(out.len().max(room), 0);
+        let length = out.get_mut(..room).and_then(|out| match level {
+            Level::Zstd(level) => self.zstd(level)?.compress_to_buffer(pages, out).ok(),
+            _ => lz4_flex::block::compress_into(pages, out).ok(),
+        });
+        self.out = out;
+        self.out
+            .get(..length.filter(|length| *length < bound)?)
+            .map(<[u8]>::to_vec)
+    }
+
+    /// Takes the memory that the first block would have to wait for.
+    pub fn warm_up(&mut self) {
+        let pages = (0..(BLOCK_PAGES * PAGE_SIZE / 8) as u64)
+            .flat_map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes())
+            .collect::<Vec<u8>>();
+        self.compress(Level::Zstd(1), &pages);
     }
 
     fn zstd(&mut self, level: i32) -> Option<&mut zstd::bulk::Compressor<'static>> {

@@ -1,8 +1,8 @@
 //! Delta blocks: pages that differ from bases of the same number and order which both ends have.
 //!
-//! Two ways, whichever comes out smaller: the XOR of pages and bases, whose runs of zeros cost zstd nothing, for words
-//! that changed in place; the bases as zstd's prefix, for bytes that moved. (Svärd et al.'s XBRLE is the first of them;
-//! zstd codes the run lengths.)
+//! Two ways: the bases as zstd's prefix, for bytes that moved and pages that changed much; the XOR of pages and bases,
+//! whose runs of zeros cost zstd nothing, where hardly a word differs. (Svärd et al.'s XBRLE is the second; zstd codes the
+//! run lengths.) A look at the words decides, so that nothing is compressed twice.
 use zstd::zstd_safe::{CCtx, CParameter, DCtx};
 
 use super::CodecError;
@@ -14,8 +14,8 @@ const XOR: u8 = 3;
 /// zstd with the bases as prefix.
 const PREFIX: u8 = 4;
 
-/// An XOR that comes out smaller than this share of the pages is not worth a second try.
-const GOOD: usize = 64;
+/// Words of 8 bytes of which at most 1 in so many differs make an XOR that comes out as small and costs less.
+const HARDLY: usize = 10;
 
 /// Whether a block of this codec needs its bases to be decompressed.
 pub fn needs_bases(codec: u8) -> bool {
@@ -26,18 +26,14 @@ impl Compressor {
     /// Compresses `pages` against `bases` of the same length; the codec's number and the block. `None` where the pages
     /// are better sent as they are.
     pub fn delta(&mut self, pages: &[u8], bases: &[u8], level: i32) -> Option<(u8, Vec<u8>)> {
+        let words = pages.as_chunks::<8>().0.iter().zip(bases.as_chunks::<8>().0);
+        let different = words.filter(|(new, old)| new != old).count();
+        if different * HARDLY > pages.len() / 8 {
+            return Some((PREFIX, with_prefix(pages, bases, level)?));
+        }
         let mut difference = pages.to_vec();
         xor(&mut difference, bases);
-        let xored = self.compress(Level::Zstd(level), &difference);
-        if xored.as_ref().is_some_and(|block| block.len() < pages.len() / GOOD) {
-            return Some((XOR, xored?));
-        }
-        let prefixed = with_prefix(pages, bases, level);
-        match (xored, prefixed) {
-            (Some(xored), Some(prefixed)) if prefixed.len() < xored.len() => Some((PREFIX, prefixed)),
-            (Some(xored), _) => Some((XOR, xored)),
-            (None, prefixed) => Some((PREFIX, prefixed?)),
-        }
+        Some((XOR, self.compress(Level::Zstd(level), &difference)?))
     }
 }
 
@@ -62,10 +58,24 @@ fn xor(pages: &mut [u8], bases: &[u8]) {
     pages.iter_mut().zip(bases).for_each(|(byte, base)| *byte ^= base);
 }
 
+/// From this level on zstd's own parameters find matches in the bases.
+const STRONG: i32 = 3;
+
+/// Below it the table of what may match has about a place for every 8 bytes of pages and bases.
+const HASH_LOG: (u32, u32) = (14, 18);
+
 /// A context of its own: it borrows the prefix.
 fn with_prefix(pages: &[u8], bases: &[u8], level: i32) -> Option<Vec<u8>> {
     let mut context = CCtx::try_create()?;
     context.set_parameter(CParameter::CompressionLevel(level)).ok()?;
+    // By itself a weak level looks back less far than to the page's base, and finds nothing there.
+    let window = (pages.len() + bases.len()).next_power_of_two().ilog2();
+    context.set_parameter(CParameter::WindowLog(window)).ok()?;
+    if level < STRONG {
+        let hash = (window - 3).clamp(HASH_LOG.0, HASH_LOG.1);
+        context.set_parameter(CParameter::HashLog(hash)).ok()?;
+        context.set_parameter(CParameter::MinMatch(5)).ok()?;
+    }
     context.ref_prefix(bases).ok()?;
     let mut out = vec![0; pages.len() - pages.len() / 32];
     let length = context.compress2(&mut out[..], pages).ok()?;

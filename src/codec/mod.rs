@@ -3,7 +3,7 @@
 pub mod block;
 pub mod delta;
 pub mod rows;
-mod varint;
+pub(crate) mod varint;
 
 pub use block::{Compressor, Decompressor, Level};
 pub use rows::{Base, MAX_ROWS, Row};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 
-use super::contents::{Holdings, Rewritten, read_checked};
+use super::contents::{Holdings, Rewritten};
 use super::cpu::thread_cpu;
 use super::digest::{ABSENT, Digest};
 use super::hashing::Ids;
@@ -24,6 +24,9 @@ use crate::wire::{End, Kind};
 
 /// zstd's level for deltas where the link asks for none.
 const DELTA_LEVEL: i32 = 1;
+
+/// And the strongest: what differences leave is mostly zeros, or bytes that no level makes smaller.
+const DELTA_LEVEL_MAX: i32 = 3;
 
 /// From the front to the classifier.
 pub(super) enum FromXl {
@@ -56,8 +59,6 @@ pub(super) struct ReadyRows {
     /// Those of full pages, then those of deltas.
     pub blocks: Vec<Pending<ReadyBlock>>,
     pub pages: Pages,
-    pub first: Option<Pfn>,
-    pub last: Option<Pfn>,
 }
 
 pub(super) struct ReadyBlock {
@@ -80,8 +81,8 @@ struct Candidate {
     at: usize,
     index: usize,
     base: Base,
-    /// What it is made against, once that is known.
-    bytes: Vec<u8>,
+    /// What it is made against, once that is known: a page of some that were read together.
+    bytes: Option<(Arc<Vec<u8>>, usize)>,
 }
 
 /// Bases that a worker reads in one go.
@@ -249,18 +250,12 @@ impl Classifier {
         rows::encode(&record.entries, &kinds, &mut encoded);
         let mut blocks = self.compress(&record, &full);
         blocks.extend(self.compress_deltas(&record, deltas));
-        let (first, last) = (
-            record.list.first().map(|entry| entry.0),
-            record.list.last().map(|entry| entry.0),
-        );
         Ok(Ready::Rows(ReadyRows {
             record,
             frozen: self.frozen,
             rows: encoded,
             blocks,
             pages,
-            first,
-            last,
         }))
     }
 
@@ -285,7 +280,7 @@ impl Classifier {
                 at,
                 index,
                 base: Base::Page,
-                bytes: page.to_vec(),
+                bytes: Some((Arc::new(page.to_vec()), 0)),
             });
         }
         let base = self.contents.as_ref()?.last_seen(pfn)?;
@@ -293,34 +288,40 @@ impl Classifier {
             at,
             index,
             base: Base::Content(base),
-            bytes: Vec::new(),
+            bytes: None,
         })
     }
 
     /// Reads the bases that are not here yet, and keeps the pages that are close enough to theirs.
     fn similar(&self, record: &Arc<PageRecord>, mut candidates: Vec<Candidate>) -> Result<Vec<Candidate>, EngineError> {
+        candidates.retain(|candidate| match candidate.base() {
+            Some(base) => is_similar(record.pages(candidate.index..candidate.index + 1), base),
+            None => self.contents.is_some(),
+        });
         let mut reads = Vec::new();
         if let Some(contents) = &self.contents {
-            let wanted: Vec<ContentId> = candidates.iter().filter_map(Candidate::content).collect();
-            for ids in wanted.chunks(READ_PAGES) {
-                let (contents, key, ids) = (contents.clone(), self.key.clone(), ids.to_vec());
-                reads.push(self.pool.run(move |_| read_checked(contents.as_ref(), &key, &ids)));
+            let unread = candidates
+                .iter()
+                .filter_map(|candidate| Some((candidate.index, candidate.content()?)));
+            let wanted: Vec<(usize, ContentId)> = unread.collect();
+            for wanted in wanted.chunks(READ_PAGES) {
+                let (contents, key, record, wanted) =
+                    (contents.clone(), self.key.clone(), record.clone(), wanted.to_vec());
+                let read = move |_: &mut Tools| read_similar(contents.as_ref(), &key, &record, &wanted);
+                reads.push(self.pool.run(read));
             }
         }
-        let mut unread = candidates.iter_mut().filter(|candidate| candidate.bytes.is_empty());
+        let mut unread = candidates.iter_mut().filter(|candidate| candidate.bytes.is_none());
         for read in reads {
             let (pages, right) = read.wait()?;
-            for (page, right) in pages.chunks_exact(PAGE_SIZE).zip(right) {
+            let pages = Arc::new(pages);
+            for (at, right) in right.into_iter().enumerate() {
                 if let (Some(candidate), true) = (unread.next(), right) {
-                    candidate.bytes = page.to_vec();
+                    candidate.bytes = Some((pages.clone(), at * PAGE_SIZE));
                 }
             }
         }
-        candidates.retain(|candidate| {
-            let page = record.pages(candidate.index..candidate.index + 1);
-            let words = page.chunks_exact(8).zip(candidate.bytes.chunks_exact(8));
-            words.filter(|(new, old)| new == old).count() * SIMILAR >= PAGE_SIZE / 8
-        });
+        candidates.retain(|candidate| candidate.bytes.is_some());
         Ok(candidates)
     }
 
@@ -390,9 +391,12 @@ impl Classifier {
             blocks.push(self.pool.run(move |tools| {
                 let indices: Vec<usize> = part.iter().map(|delta| delta.index).collect();
                 let pages = record.gather(indices.iter().copied());
-                let bases: Vec<u8> = part.into_iter().flat_map(|delta| delta.bytes).collect();
+                let mut bases = Vec::with_capacity(pages.len());
+                part.iter()
+                    .filter_map(Candidate::base)
+                    .for_each(|base| bases.extend_from_slice(base));
                 let strength = if let Level::Zstd(level) = level {
-                    level
+                    level.min(DELTA_LEVEL_MAX)
                 } else {
                     DELTA_LEVEL
                 };
@@ -417,6 +421,41 @@ impl Candidate {
             Base::Page => None,
         }
     }
+
+    fn base(&self) -> Option<&[u8]> {
+        let (pages, at) = self.bytes.as_ref()?;
+        pages.get(*at..at + PAGE_SIZE)
+    }
+}
+
+/// Whether a difference of the page to its base would be smaller than the page.
+fn is_similar(page: &[u8], base: &[u8]) -> bool {
+    let words = page.as_chunks::<8>().0.iter().zip(base.as_chunks::<8>().0);
+    words.filter(|(new, old)| new == old).count() * SIMILAR >= PAGE_SIZE / 8
+}
+
+/// Reads the contents that pages of the record may be made against: one behind the other, and which of them are similar
+/// and what their ids say. Only the similar ones are hashed.
+fn read_similar(
+    contents: &dyn Contents,
+    key: &ContentKey,
+    record: &PageRecord,
+    wanted: &[(usize, ContentId)],
+) -> (Vec<u8>, Vec<bool>) {
+    let ids: Vec<ContentId> = wanted.iter().map(|(_, id)| *id).collect();
+    let mut pages = vec![0; ids.len() * PAGE_SIZE];
+    let mut right = contents.read(&ids, &mut pages);
+    right.resize(ids.len(), false);
+    let (bases, _) = pages.as_chunks::<PAGE_SIZE>();
+    for ((right, base), (index, _)) in right.iter_mut().zip(bases).zip(wanted) {
+        *right = *right && is_similar(record.pages(*index..*index + 1), base);
+    }
+    let similar = bases.iter().zip(&right).filter(|(_, similar)| **similar);
+    let mut read = key.ids(similar.map(|(base, _)| base)).into_iter();
+    for (right, id) in right.iter_mut().zip(&ids).filter(|(right, _)| **right) {
+        *right = read.next().as_ref() == Some(id);
+    }
+    (pages, right)
 }
 
 /// Pages of each block when `count` are split evenly.

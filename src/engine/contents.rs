@@ -82,14 +82,14 @@ impl Holdings {
     /// Keeps a record that names contents until the destination has settled it.
     pub fn retain(&self, number: u64, record: Arc<PageRecord>) {
         let mut retained = self.retained.lock();
-        retained.bytes += record.body.len();
+        retained.bytes += record.length();
         retained.records.insert(number, record);
     }
 
     pub fn settled(&self, number: u64) {
         let mut retained = self.retained.lock();
         if let Some(record) = retained.records.remove(&number) {
-            retained.bytes -= record.body.len();
+            retained.bytes -= record.length();
         }
     }
 

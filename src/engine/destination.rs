@@ -200,12 +200,14 @@ fn tell_contents(link: &Link, agreement: &Agreement, contents: Option<&dyn Conte
     })
 }
 
-/// Rebuilds a stream that goes to a file, where no xl has to be waited for, and settles it.
+/// Rebuilds a stream that goes to a file, where no xl has to be waited for, and settles it. Calls `ready` when all is
+/// there that the stream's first byte needs.
 pub fn rebuild(
     negotiated: Negotiated,
     input: XlInput,
     frames: Frames,
     contents: Option<Arc<dyn Contents>>,
+    ready: impl FnOnce(),
 ) -> Result<DestinationFigures, EngineError> {
     let Negotiated {
         link,
@@ -239,6 +241,7 @@ pub fn rebuild(
         key,
         verify: agreement.peer.verify,
     };
+    ready();
     let (rebuilt, _) = destination.wait_rebuilt()?;
     destination.settle(rebuilt, None)?;
     let figures = figures.lock().clone();

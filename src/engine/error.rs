@@ -54,6 +54,10 @@ pub enum EngineError {
     PeerAborted(String),
     #[error("xl on the other host ended with status {0}")]
     RemoteEnded(i32),
+    #[error(
+        "the guest writes faster than the link takes: it would stand still for about {expected_ms} ms, and no more than {limit_ms} are allowed"
+    )]
+    NoConvergence { expected_ms: u64, limit_ms: u64 },
     #[error("stopped: {0}")]
     Stopped(String),
     #[error("it cannot be noted that the guest starts here")]

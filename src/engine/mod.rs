@@ -14,6 +14,7 @@ pub mod destination;
 mod digest;
 mod error;
 mod hashing;
+mod holding;
 mod leaving;
 mod link;
 mod outlet;
@@ -31,13 +32,34 @@ mod verify;
 
 pub use contents::Contents;
 pub use error::{EngineError, FrameError, chain};
+pub use holding::{DowntimeLimit, Holding, SAMPLE};
 pub use link::{Carrier, Hangup, LinkEnds};
 pub use rebuilt::WINDOW_ROWS;
 
+use std::time::Duration;
+
 use crate::page::Pfn;
+use crate::page_set::PageSet;
 
 /// A guest's frames, where they can be read.
 pub type Frames = Option<Box<dyn FrameSource>>;
+
+/// Which pages of the guest are written, as Xen's log-dirty mode tells while xl migrates it.
+pub trait DirtyLog: Send {
+    /// One more than the highest page number that it tells of.
+    fn bound(&self) -> u64;
+
+    /// Whether the guest has not been suspended yet, nor ended.
+    fn running(&mut self) -> bool;
+
+    /// Which pages have been written since xl last emptied the bitmap; `None`: Xen is busy. Pauses the guest for the
+    /// duration. Only while xl's helper certainly does not read the bitmap itself.
+    fn peek(&mut self) -> Result<Option<PageSet>, FrameError>;
+
+    /// Watches which pages are written in each of `count` intervals. Only while xl provably waits: log-dirty mode is turned
+    /// on for it, and off again.
+    fn sample(&mut self, every: Duration, count: u32, each: &mut dyn FnMut(&PageSet)) -> Result<(), FrameError>;
+}
 
 /// Reads guest memory by page number: the frames of a guest under construction, of a suspended one, or a file's.
 pub trait FrameSource: Send {

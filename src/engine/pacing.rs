@@ -5,6 +5,7 @@
 //! Ping that the destination answers when it takes it up, and what is not answered is bounded: by what it lately took
 //! up in [`AHEAD`], and never below [`LEAST_BYTES`].
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -103,9 +104,43 @@ impl Pacing {
     }
 }
 
+/// Keeps what is sent below a rate that the administrator set.
+pub struct Throttle {
+    bytes_per_s: f64,
+    /// When all that was sent so far has had its time.
+    free: Instant,
+}
+
+impl Throttle {
+    pub fn new(bytes_per_s: NonZeroU64) -> Throttle {
+        Throttle {
+            bytes_per_s: bytes_per_s.get() as f64,
+            free: Instant::now(),
+        }
+    }
+
+    /// Waits until what was sent before has had its time, then counts `bytes` more. What was not used is lost.
+    pub fn before(&mut self, bytes: usize) {
+        std::thread::sleep(self.free.saturating_duration_since(Instant::now()));
+        self.free = self.free.max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / self.bytes_per_s);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rate_is_kept_to() {
+        let begin = Instant::now();
+        let mut throttle = Throttle::new(NonZeroU64::new(1 << 20).unwrap());
+        (0..5).for_each(|_| throttle.before(10 << 10));
+        assert!(
+            begin.elapsed() >= Duration::from_micros(39_000),
+            "{:?}",
+            begin.elapsed()
+        );
+    }
 
     #[test]
     fn what_is_under_way_is_bounded() {

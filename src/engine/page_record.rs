@@ -5,18 +5,23 @@ use crate::page::{PAGE_SIZE, Pfn};
 use crate::stream::{PageData, PageType, StreamError};
 
 pub(super) struct PageRecord {
-    pub body: Vec<u8>,
-    /// Where its pages start in `body`.
+    /// The body, and behind its length what stood in the buffer before.
+    buffer: Vec<u8>,
+    length: usize,
+    /// Where its pages start in the body.
     pages_at: usize,
     pub entries: Vec<u64>,
     /// Each entry's page number, type, and the index of its page among the record's pages.
     pub list: Vec<(Pfn, PageType, Option<usize>)>,
     pub reserved: u32,
+    /// The pass of xl's that it belongs to, from 1 on.
+    pub pass: u32,
 }
 
 impl PageRecord {
-    pub fn parse(body: Vec<u8>, offset: u64) -> Result<PageRecord, StreamError> {
-        let data = PageData::parse(&body, offset)?;
+    /// The record whose body are the first `length` bytes of the buffer.
+    pub fn parse(buffer: Vec<u8>, length: usize, offset: u64) -> Result<PageRecord, StreamError> {
+        let data = PageData::parse(buffer.get(..length).unwrap_or_default(), offset)?;
         let entries = data.raw_entries().collect();
         let reserved = data.reserved();
         let mut pages = 0..;
@@ -30,26 +35,72 @@ impl PageRecord {
                 )
             })
             .collect();
-        let pages_at = body.len() - data.pages().len();
+        let pages_at = length - data.pages().len();
         Ok(PageRecord {
-            body,
+            buffer,
+            length,
             pages_at,
             entries,
             list,
             reserved,
+            pass: 0,
         })
     }
 
-    /// Its memory, empty.
-    pub fn into_buffer(mut self) -> Vec<u8> {
-        self.body.clear();
-        self.body
+    /// The record without the entries, and their pages, for which `keep` has no `true`. It may become empty, which no record
+    /// of Xen's is.
+    pub fn retain(mut self, keep: &[bool]) -> Result<PageRecord, StreamError> {
+        let kept = |at: usize| keep.get(at) == Some(&true);
+        let list: Vec<(usize, Option<usize>)> = (0..)
+            .zip(&self.list)
+            .filter(|(at, _)| kept(*at))
+            .map(|(at, entry)| (at, entry.2))
+            .collect();
+        if list.is_empty() {
+            return Ok(PageRecord {
+                length: 0,
+                pages_at: 0,
+                entries: Vec::new(),
+                list: Vec::new(),
+                ..self
+            });
+        }
+        // What stays moves towards the front only, so nothing is overwritten before it has been moved.
+        let (count, _) = self.buffer.split_at_mut(4);
+        count.copy_from_slice(&(list.len() as u32).to_le_bytes());
+        let mut end = 8;
+        for (at, _) in &list {
+            let from = 8 + at * 8;
+            self.buffer.copy_within(from..from + 8, end);
+            end += 8;
+        }
+        for page in list.iter().filter_map(|(_, index)| *index) {
+            let from = self.pages_at + page * PAGE_SIZE;
+            self.buffer.copy_within(from..from + PAGE_SIZE, end);
+            end += PAGE_SIZE;
+        }
+        let pass = self.pass;
+        Ok(PageRecord {
+            pass,
+            ..PageRecord::parse(self.buffer, end, 0)?
+        })
+    }
+
+    /// Its memory, with what is in it.
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.buffer
+    }
+
+    /// Bytes of the body.
+    pub fn length(&self) -> usize {
+        self.length
     }
 
     /// The bytes of pages `range`, empty outside the record.
     pub fn pages(&self, range: Range<usize>) -> &[u8] {
         let at = |page: usize| self.pages_at + page * PAGE_SIZE;
-        self.body.get(at(range.start)..at(range.end)).unwrap_or_default()
+        let body = self.buffer.get(..self.length).unwrap_or_default();
+        body.get(at(range.start)..at(range.end)).unwrap_or_default()
     }
 
     /// The bytes of the pages with these indices, one behind the other.
@@ -62,6 +113,6 @@ impl PageRecord {
     }
 
     pub fn page_count(&self) -> usize {
-        (self.body.len() - self.pages_at) / PAGE_SIZE
+        (self.length - self.pages_at) / PAGE_SIZE
     }
 }

@@ -4,7 +4,9 @@
 //! hashed, [`Classifier`] decides what each page is, and has those whose bytes travel compressed, [`Back`] writes frames
 //! in order. The workers of the pool do the hashing and compressing.
 use std::io::Read;
-use std::sync::Arc;
+use std::num::NonZeroU64;
+use std::sync::{Arc, Barrier};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -14,22 +16,27 @@ use super::classify::{BlockData, Classifier, Classifying, FromXl, Ready, ReadyBl
 use super::contents::Holdings;
 use super::cpu::{Blocking, idle, process_cpu};
 use super::hashing::ids_of;
+use super::holding::{Held, Holding};
 use super::link::Link;
-use super::pacing::Pacing;
+use super::pacing::{Pacing, Throttle};
 use super::page_record::PageRecord;
 use super::pool::{Pending, Pool, processors};
 use super::threads::{first_cause, join, spawn};
 use super::{Contents, EngineError};
 use crate::codec::MAX_ROWS;
 use crate::page::{ContentKey, PAGE_SIZE, Pfn};
+use crate::policy::filter::LIVE_PASSES;
 use crate::policy::{LevelPolicy, Spent};
 use crate::report::{Figures, Pages};
-use crate::stream::{Event, GuestType, Layer, Reader, RecordHeader, libxc, libxl};
+use crate::stream::{Entry, Event, GuestType, Layer, PageDataHead, Reader, RecordHeader, libxc, libxl};
 use crate::table::PageTable;
 use crate::wire::{Block, Kind, Rows};
 
 /// The largest PAGE_DATA body that becomes rows: MAX_ROWS entries, all with a page. Xen sends no larger one.
-const MAX_RECORD_BODY: usize = 8 + MAX_ROWS * (8 + PAGE_SIZE);
+const MAX_RECORD_BODY: usize = MAX_HEAD + MAX_ROWS * PAGE_SIZE;
+
+/// What of it stands before the pages.
+const MAX_HEAD: usize = 8 + MAX_ROWS * 8;
 
 /// Bytes of other records that travel in one frame.
 const BYTES_PER_FRAME: usize = 1 << 20;
@@ -43,22 +50,71 @@ fn records_under_way() -> usize {
     if processors() == 1 { 2 } else { 5 }
 }
 
+/// What takes its time to make and needs no peer: made while ssh connects and xl starts on the other host.
+pub struct Prepared {
+    pool: Pool,
+    give_back: Sender<Vec<u8>>,
+    buffers: Receiver<Vec<u8>>,
+    touching: Option<JoinHandle<()>>,
+}
+
+impl Prepared {
+    /// Starts the workers, and a thread that touches the buffers: each page of new memory is a fault, and all of them
+    /// together take longer than reading a record.
+    pub fn start() -> Result<Prepared, EngineError> {
+        let pool = Pool::start()?;
+        let together = Arc::new(Barrier::new(pool.workers()));
+        for _ in 0..pool.workers() {
+            let together = together.clone();
+            // Each worker does it once.
+            pool.run(move |tools| {
+                tools.compressor.warm_up();
+                together.wait();
+            });
+        }
+        let (give_back, buffers) = bounded(records_under_way());
+        let touched = give_back.clone();
+        let touching = spawn("xenfold-buffers", move || {
+            for _ in 0..records_under_way() {
+                // There is room for all.
+                let _ = touched.try_send(vec![1; MAX_RECORD_BODY]);
+            }
+        })?;
+        Ok(Prepared {
+            pool,
+            give_back,
+            buffers,
+            touching: Some(touching),
+        })
+    }
+
+    /// Waits until all is there; who does not wait starts with what is there.
+    pub fn wait(&mut self) {
+        // It cannot fail, and buffers that do not come would show when one is needed.
+        let _ = self.touching.take().map(JoinHandle::join);
+    }
+}
+
 /// What is needed to send a stream.
 pub struct Sending<R> {
     pub stream: Reader<R>,
     pub link: Link,
     pub key: ContentKey,
-    pub pool: Pool,
+    pub prepared: Prepared,
     /// The destination can read the guest's frames back, so references may go to any distance.
     pub frames: bool,
     /// Rows that the destination keeps in memory.
     pub window_rows: u32,
     /// Bounds what is under way, where the destination answers.
     pub pacing: Option<Arc<Pacing>>,
+    /// Bytes a second that may go to the link.
+    pub bandwidth: Option<NonZeroU64>,
     /// What the destination holds elsewhere, where rows may name contents.
     pub holdings: Option<Arc<Holdings>>,
     /// What this host holds.
     pub contents: Option<Arc<dyn Contents>>,
+    /// What is needed to hold pages back.
+    pub holding: Option<Holding>,
     pub table: PageTable,
     pub figures: Arc<Mutex<Figures>>,
 }
@@ -79,15 +135,23 @@ impl<R: Read + Send + 'static> Sending<R> {
             stream,
             link,
             key,
-            pool,
+            prepared,
             frames,
             window_rows,
             pacing,
+            bandwidth,
             holdings,
             contents,
+            holding,
             table,
             figures,
         } = self;
+        let Prepared {
+            pool,
+            give_back,
+            buffers,
+            ..
+        } = prepared;
         let (to_classifier, from_front) = bounded(STAGE_DEPTH);
         let (to_back, from_classifier) = bounded(STAGE_DEPTH);
         let policy = Arc::new(Mutex::new(LevelPolicy::new(pool.workers(), processors())));
@@ -101,25 +165,13 @@ impl<R: Read + Send + 'static> Sending<R> {
             holdings,
             contents,
         });
-        let (give_back, buffers) = bounded(records_under_way());
-        // There is room for all. New memory takes its time, page by page: all but the first buffer's is touched while xl's
-        // first record is read.
-        let _ = give_back.try_send(Vec::new());
-        let touched = give_back.clone();
-        spawn("xenfold-buffers", move || {
-            for _ in 1..records_under_way() {
-                let mut buffer = vec![1; MAX_RECORD_BODY];
-                buffer.clear();
-                let _ = touched.try_send(buffer);
-            }
-        })?;
         let back = Back {
-            give_back,
-            link,
+            give_back: give_back.clone(),
+            link: link.clone(),
             policy,
-            figures,
+            figures: figures.clone(),
             pacing,
-            last_pfn: None,
+            throttle: bandwidth.map(Throttle::new),
             start: Instant::now(),
             written: Instant::now(),
             guest_bytes: 0,
@@ -131,6 +183,11 @@ impl<R: Read + Send + 'static> Sending<R> {
             pool,
             key,
             buffers,
+            link,
+            held: holding.map(|holding| Held::new(holding, figures.clone())),
+            pass: 0,
+            last_pfn: None,
+            give_back,
             next: to_classifier,
         };
         let read = front.run();
@@ -140,6 +197,7 @@ impl<R: Read + Send + 'static> Sending<R> {
         let classified = join(classifier);
         let sent = join(back);
         let (table, guest_type) = first_cause([read.err(), sent.err()], classified)?;
+        figures.lock().distinct_pages = table.ids().len();
         Ok(Sent {
             xl: stream.into_inner(),
             table: Arc::new(table),
@@ -154,6 +212,14 @@ struct Front<R> {
     key: ContentKey,
     /// One for each record of pages that may be under way; those that were used before need no new memory.
     buffers: Receiver<Vec<u8>>,
+    link: Link,
+    /// Pages held back, where the guest allows it.
+    held: Option<Held>,
+    /// Passes of xl's that were seen to begin.
+    pass: u32,
+    last_pfn: Option<Pfn>,
+    /// Where buffers come back to that were not needed.
+    give_back: Sender<Vec<u8>>,
     next: Sender<FromXl>,
 }
 
@@ -171,12 +237,19 @@ impl<R: Read> Front<R> {
                 }
                 Event::Record(header) if header.is(Layer::Libxc, libxc::PAGE_DATA) => self.page_data(&header)?,
                 Event::Record(header) => {
+                    if header.layer == Layer::Libxc {
+                        self.flush()?;
+                    }
                     self.other_record(&header)?;
                     if header.is(Layer::Libxc, libxc::VERIFY) {
                         self.pass(FromXl::Verify)?;
+                        // What follows is only compared.
+                        self.held = None;
                     }
                 }
                 Event::DomainHeader(header) => {
+                    // Only where frames are found by page number can a held page be read later.
+                    self.held = self.held.take().filter(|_| header.guest_type() == GuestType::Hvm);
                     self.pass(FromXl::Guest(header.guest_type()))?;
                     self.pass(FromXl::Bytes(header.as_bytes().to_vec()))?;
                 }
@@ -196,24 +269,112 @@ impl<R: Read> Front<R> {
     }
 
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
-        let mut body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
+        let mut buffer = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
         if header.length as usize > MAX_RECORD_BODY {
             self.pass(FromXl::Forget)?;
             return self.other_record(header);
         }
-        body.reserve(header.length as usize);
-        self.stream.read_body(&mut body, MAX_RECORD_BODY)?;
+        // The buffer's old bytes are written over: to make all of it zero first takes as long as to read it.
+        let length = self.stream.body_left() as usize;
+        buffer.resize(buffer.len().max(length), 0);
+        let body = buffer.get_mut(..length).unwrap_or_default();
+        // What is wrong with the list shows when all of the record has been read.
+        let mut list = Vec::new();
+        let head = self.stream.read_page_data_head(header, &mut list, MAX_HEAD);
+        let keep = match head {
+            Ok(()) => self.hold_back(header, &list)?,
+            Err(_) => None,
+        };
+        let (start, pages) = body.split_at_mut(list.len().min(length));
+        start.copy_from_slice(list.get(..start.len()).unwrap_or_default());
+        self.stream.read_body_part(pages)?;
         let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
         if count as usize > MAX_ROWS {
             self.pass(FromXl::Forget)?;
             self.pass(FromXl::Bytes(header.bytes().to_vec()))?;
-            return self.parts(&body);
+            return self.parts(body);
         }
         // A valid record needs no padding; with it, one that is too short would be taken for valid and sent on mended.
-        body.truncate(header.length as usize);
-        let record = Arc::new(PageRecord::parse(body, header.body_offset())?);
+        let length = length.min(header.length as usize);
+        let mut record = PageRecord::parse(buffer, length, header.body_offset())?;
+        if let Some(keep) = keep {
+            record = record.retain(&keep)?;
+        }
+        if record.list.is_empty() {
+            // There is room: it came from there.
+            let _ = self.give_back.try_send(record.into_buffer());
+            return Ok(());
+        }
+        self.pages(record)
+    }
+
+    /// With a record's list read and its pages still in the pipe, so that xl's helper waits: looks at the guest, decides
+    /// which of the pages stay in the record, and sends earlier ones that need not wait any longer. `None`: all stay.
+    fn hold_back(&mut self, header: &RecordHeader, body: &[u8]) -> Result<Option<Vec<bool>>, EngineError> {
+        let Ok(head) = PageDataHead::parse(body, header.length, header.body_offset()) else {
+            return Ok(None);
+        };
+        let list: Vec<Entry> = head.entries().collect();
+        self.number(&list);
+        let Some(held) = &mut self.held else { return Ok(None) };
+        let runs = held.guest_runs();
+        let keep = held.keep(&list, runs.then(|| self.stream.body_left()));
+        while let Some(held) = self.held.as_mut().filter(|_| runs) {
+            let due = held.due(self.link.bytes());
+            if due.is_empty() {
+                break;
+            }
+            self.held_pages(&due)?;
+        }
+        if let Some(held) = self.held.as_mut().filter(|_| runs)
+            && self.pass >= LIVE_PASSES
+            && list.len() < MAX_ROWS
+        {
+            held.last_pass()?;
+        }
+        Ok(keep)
+    }
+
+    /// A pass begins where the page numbers fall (a hint: two short passes can ascend).
+    fn number(&mut self, list: &[Entry]) {
+        let first = list.first().map(|entry| entry.pfn);
+        if first <= self.last_pfn || self.last_pfn.is_none() {
+            self.pass += 1;
+            if let Some(held) = &mut self.held {
+                held.pass();
+            }
+        }
+        self.last_pfn = list.last().map(|entry| entry.pfn);
+    }
+
+    fn pages(&self, mut record: PageRecord) -> Result<(), EngineError> {
+        record.pass = self.pass;
+        let record = Arc::new(record);
         let ids = ids_of(&record, record.page_count(), PageRecord::pages, &self.key, &self.pool);
         self.pass(FromXl::Pages { record, ids })
+    }
+
+    /// Sends all pages that are still held: xl has sent all of its own.
+    fn flush(&mut self) -> Result<(), EngineError> {
+        while let Some(held) = &mut self.held {
+            let rest = held.rest();
+            if rest.is_empty() {
+                break;
+            }
+            if held.guest_runs() {
+                return Err(EngineError::Protocol("xl ended its passes while the guest runs"));
+            }
+            self.held_pages(&rest)?;
+        }
+        Ok(())
+    }
+
+    /// Sends these held pages as they are in the guest's frames.
+    fn held_pages(&mut self, pfns: &[Pfn]) -> Result<(), EngineError> {
+        let Some(held) = &mut self.held else { return Ok(()) };
+        let body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
+        let record = held.read(pfns, body)?;
+        self.pages(record)
     }
 
     /// Bytes of any length as they are, in frames of a bounded size.
@@ -245,7 +406,7 @@ struct Back {
     policy: Arc<Mutex<LevelPolicy>>,
     figures: Arc<Mutex<Figures>>,
     pacing: Option<Arc<Pacing>>,
-    last_pfn: Option<Pfn>,
+    throttle: Option<Throttle>,
     start: Instant,
     /// When the rows before had gone.
     written: Instant,
@@ -267,7 +428,7 @@ impl Back {
                     self.send(Kind::Guest, &[&number.to_le_bytes()])?;
                 }
                 Ready::Rows(rows) => {
-                    stream_bytes = 8 + rows.record.body.len();
+                    stream_bytes = 8 + rows.record.length();
                     let record = self.rows(rows)?;
                     // It may be kept until the destination has answered. Whether Front has ended does not matter here.
                     let body = Arc::try_unwrap(record).map_or_else(|_| Vec::new(), PageRecord::into_buffer);
@@ -290,7 +451,10 @@ impl Back {
         Ok(())
     }
 
-    fn send(&self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
+    fn send(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
+        if let Some(throttle) = &mut self.throttle {
+            throttle.before(parts.iter().map(|part| part.len()).sum());
+        }
         self.link
             .send(kind, parts)
             .map_err(|error| EngineError::Wire(error.into()))
@@ -320,7 +484,7 @@ impl Back {
                 })
                 .collect(),
         };
-        let guest_bytes = ready.record.body.len() as u64;
+        let guest_bytes = ready.record.length() as u64;
         let blocking = Blocking::start();
         let ping = self
             .pacing
@@ -337,7 +501,7 @@ impl Back {
         if let Some(ping) = ping {
             self.send(Kind::Ping, &[&ping])?;
         }
-        self.note(&blocks, ready.pages, ready.first, ready.last);
+        self.note(&blocks, ready.pages, ready.record.pass);
         self.guest_bytes += guest_bytes;
         if self.policy.lock().wants_spent(self.guest_bytes) {
             let spent = Spent {
@@ -353,14 +517,12 @@ impl Back {
         Ok(ready.record)
     }
 
-    fn note(&mut self, blocks: &[ReadyBlock], pages: Pages, first: Option<Pfn>, last: Option<Pfn>) {
+    fn note(&mut self, blocks: &[ReadyBlock], pages: Pages, pass: u32) {
         let mut figures = self.figures.lock();
-        // A pass begins where the page numbers fall (a hint: two short passes can ascend).
-        if first <= self.last_pfn || self.last_pfn.is_none() {
-            figures.iteration += 1;
+        if pass > figures.iteration {
+            figures.iteration = pass;
             figures.iteration_pages = 0;
         }
-        self.last_pfn = last;
         figures.add_rows(pages);
         for block in blocks {
             *figures.blocks.entry(block.name.clone()).or_default() += 1;

@@ -13,6 +13,7 @@
 //!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤  result
 //! ```
 use std::io::{Read, Write};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,11 +26,10 @@ use super::error::peer_words;
 use super::leaving::Leaving;
 use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pacing::{self, Pacing};
-use super::pool::Pool;
-use super::sending::{Sending, Sent};
+use super::sending::{Prepared, Sending, Sent};
 use super::threads::{join, spawn};
 use super::verify::read_back;
-use super::{Contents, EngineError, FrameSource, chain};
+use super::{Contents, EngineError, FrameSource, Holding, chain};
 use crate::codec::{Compressor, Level};
 use crate::page::ContentKey;
 use crate::report::{DestinationFigures, Figures, VerifyFigures};
@@ -144,6 +144,9 @@ pub struct Source {
     verify: bool,
     /// Keeps what the guest leaves here.
     leaving: Option<Leaving>,
+    /// What is needed to hold pages back.
+    holding: Option<Holding>,
+    bandwidth: Option<NonZeroU64>,
     /// What this host holds beside the guest.
     contents: Option<Arc<dyn Contents>>,
     /// What the destination holds, where rows may name it.
@@ -153,6 +156,8 @@ pub struct Source {
     compressor: Compressor,
     figures: Arc<Mutex<Figures>>,
     pacing: Arc<Pacing>,
+    /// Until the stream is sent.
+    prepared: Option<Prepared>,
     start: Instant,
 }
 
@@ -182,6 +187,10 @@ pub struct SourceSetup {
     pub frames: Option<Box<dyn FrameSource>>,
     /// Count frames that are not what was carried any more.
     pub verify: bool,
+    /// Pages that will be written again are held back with this.
+    pub holding: Option<Holding>,
+    /// Bytes a second that the stream may take of the link.
+    pub bandwidth: Option<NonZeroU64>,
     /// What this host holds beside the guest.
     pub contents: Option<Arc<dyn Contents>>,
     pub figures: Arc<Mutex<Figures>>,
@@ -252,6 +261,8 @@ impl Source {
             failing,
             frames,
             verify,
+            holding,
+            bandwidth,
             contents,
             figures,
             events: (event_sender, events),
@@ -281,19 +292,36 @@ impl Source {
             frames,
             verify,
             leaving: None,
+            holding,
+            bandwidth,
             contents,
             holdings,
             told: false,
             compressor: Compressor::default(),
             figures,
             pacing: Arc::new(Pacing::new(bound)),
+            prepared: Some(Prepared::start()?),
             start,
         })
+    }
+
+    /// Waits for what [`Source::new`] has set going. Nobody has to: xl sends nothing before the other host's xl has started,
+    /// which takes longer. A measurement without xl does.
+    pub fn wait_prepared(&mut self) -> Result<(), EngineError> {
+        if let Some(prepared) = &mut self.prepared {
+            prepared.wait();
+        }
+        self.wait_have()
     }
 
     /// Phase 1: the receiving xl is there (R0). xl waits for it before it does anything to the guest.
     fn wait_ready(&mut self) -> Result<(), EngineError> {
         let banner = self.message(xl::R0_BANNER.len())?;
+        if banner == xl::R0_BANNER
+            && let Some(holding) = &mut self.holding
+        {
+            holding.watch_guest();
+        }
         self.tell_xl(&banner)?;
         if banner != xl::R0_BANNER {
             return Err(EngineError::Protocol("the other host's xl did not send its banner"));
@@ -305,16 +333,19 @@ impl Source {
     /// Phase 2: all of xl's stream, as rows.
     pub fn send_stream(&mut self, from_xl: Box<dyn Read + Send>) -> Result<StreamEnd, EngineError> {
         self.wait_have()?;
+        let prepared = self.prepared.take().map_or_else(Prepared::start, Ok)?;
         let sending = Sending {
             stream: Reader::new(from_xl).pass_unknown(true),
             link: self.link.clone(),
             key: self.key.clone(),
-            pool: Pool::start()?,
+            prepared,
             frames: self.agreement.peer.frames,
             window_rows: self.agreement.peer.window_rows,
             pacing: self.agreement.peer.paces.then(|| self.pacing.clone()),
+            bandwidth: self.bandwidth,
             holdings: self.holdings.clone(),
             contents: self.contents.clone(),
+            holding: self.holding.take(),
             table: PageTable::default(),
             figures: self.figures.clone(),
         };

@@ -6,9 +6,8 @@ use parking_lot::Mutex;
 
 use self::support::{Batch, Guest, Mix, StreamSpec, build_stream};
 use super::link::Link;
-use super::pool::Pool;
 use super::receiving::{Rebuilding, Receiving, XlInput};
-use super::sending::Sending;
+use super::sending::{Prepared, Sending};
 use crate::page::ContentKey;
 use crate::report::Figures;
 use crate::stream::Reader;
@@ -41,12 +40,14 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         stream: Reader::new(io::Cursor::new(stream.to_vec())),
         link: Link::start(Box::new(wire.clone()), Arc::new(|| {}), Arc::new(|| None)).unwrap(),
         key: key.clone(),
-        pool: Pool::start().unwrap(),
+        prepared: Prepared::start().unwrap(),
         frames: false,
         window_rows: u32::MAX,
         pacing: None,
+        bandwidth: None,
         holdings: None,
         contents: None,
+        holding: None,
         table,
         figures: figures.clone(),
     };

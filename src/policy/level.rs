@@ -108,6 +108,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Processors that are always taken to be free.
 const LEAST_FREE: f64 = 0.1;
 
+/// The least part of the guest that is taken to come into blocks.
+const LEAST_SHARE: f64 = 0.01;
+
 /// A level must promise to be this much better than the one in use.
 const HYSTERESIS: f64 = 0.97;
 
@@ -150,10 +153,15 @@ pub struct LevelPolicy {
     writing: (usize, Duration, Duration),
     current: usize,
     blocks: u32,
+    /// Bytes of the guest that came into blocks so far; the others went as references, or as contents that the
+    /// destination holds.
+    block_bytes: u64,
+    /// The part of the guest that comes into blocks: what a level costs and saves, it does for so many bytes only.
+    share: f64,
     /// Processor time spent on compressing so far.
     compressing: Duration,
-    /// At the last measurement of other work, and `compressing` then.
-    measured: (Spent, Duration),
+    /// At the last measurement of other work, and `compressing` and `block_bytes` then.
+    measured: (Spent, Duration, u64),
     /// How many of [`REFERENCES`] may be used.
     usable: usize,
 }
@@ -184,8 +192,10 @@ impl LevelPolicy {
             writing: (0, Duration::ZERO, Duration::ZERO),
             current: 2,
             blocks: 0,
+            block_bytes: 0,
+            share: 1.0,
             compressing: Duration::ZERO,
-            measured: (Spent::default(), Duration::ZERO),
+            measured: (Spent::default(), Duration::ZERO, 0),
             usable,
         }
     }
@@ -214,6 +224,7 @@ impl LevelPolicy {
     /// A block of `input` bytes took `cpu` of a processor to compress at `level`, to `output` bytes.
     pub fn compressed(&mut self, level: Level, input: usize, output: usize, cpu: Duration) {
         self.compressing += cpu;
+        self.block_bytes += input as u64;
         let Some(reference) = REFERENCES.iter().find(|reference| reference.level == level) else {
             return;
         };
@@ -268,7 +279,7 @@ impl LevelPolicy {
         if !self.wants_spent(now.guest_bytes) {
             return;
         }
-        let (before, compressing) = self.measured;
+        let (before, compressing, block_bytes) = self.measured;
         let guest_bytes = now.guest_bytes.saturating_sub(before.guest_bytes);
         let wire_bytes = now.wire_bytes.saturating_sub(before.wire_bytes);
         let own = now.own.saturating_sub(before.own);
@@ -281,12 +292,16 @@ impl LevelPolicy {
             let sample = now.carrier.saturating_sub(before.carrier).as_nanos() as f64 / wire_bytes as f64;
             self.carrier_ns += WEIGHT * (sample - self.carrier_ns);
         }
-        self.measured = (now, self.compressing);
+        // Blocks are compressed ahead of what has been sent.
+        let sample = (self.block_bytes - block_bytes) as f64 / guest_bytes as f64;
+        self.share += WEIGHT * (sample.clamp(LEAST_SHARE, 1.0) - self.share);
+        self.measured = (now, self.compressing, self.block_bytes);
         self.look(now);
         log::debug!(
-            "level {:?}: a byte takes {:.1} ns beside compressing, {:.1} on the wire, {:.1} in ssh; compressing takes {:.1} times \
-             the reference's and leaves {:.2}; {:.2} processors are free",
+            "level {:?} for {:.2} of the guest: a byte takes {:.1} ns beside compressing, {:.1} on the wire, {:.1} in ssh; \
+             compressing takes {:.1} times the reference's and leaves {:.2}; {:.2} processors are free",
             REFERENCES.get(self.current).map(|reference| reference.level),
+            self.share,
             self.fixed_ns.unwrap_or_default(),
             self.link_ns,
             self.carrier_ns,
@@ -317,8 +332,8 @@ impl LevelPolicy {
 
     /// Nanoseconds that a byte of the guest keeps the processors busy when it is compressed at `cpu_ns` to `ratio`.
     fn work(&self, cpu_ns: f64, ratio: f64) -> f64 {
-        let compressing = cpu_ns * self.slowness;
-        let carrying = ratio * self.carrier_ns;
+        let compressing = self.share * cpu_ns * self.slowness;
+        let carrying = self.share * ratio * self.carrier_ns;
         let fixed = self.fixed_ns.unwrap_or(FIRST_FIXED_NS * self.slowness);
         let all = (fixed + compressing + carrying) / self.free;
         [carrying, compressing / self.workers].into_iter().fold(all, f64::max)
@@ -333,10 +348,11 @@ impl LevelPolicy {
             return f64::MAX;
         }
         let ratio = self.ratio.powf(reference.strength());
-        let time = self.work(reference.cpu_ns, ratio).max(ratio * self.link_ns);
+        let link_ns = self.share * self.link_ns;
+        let time = self.work(reference.cpu_ns, ratio).max(ratio * link_ns);
         let raw = self.work(0.0, 1.0);
-        let most = if self.link_ns > raw {
-            self.link_ns * WORTHWHILE_FOR_LINK
+        let most = if link_ns > raw {
+            link_ns * WORTHWHILE_FOR_LINK
         } else {
             raw * WORTHWHILE_FOR_CARRIER
         };
@@ -367,6 +383,8 @@ mod tests {
         carrier_ns: f64,
         /// Processors that others keep busy.
         others: f64,
+        /// The part of the guest that comes into blocks.
+        share: f64,
     }
 
     const WORLD: World = World {
@@ -376,6 +394,7 @@ mod tests {
         fixed_ns: 1.2,
         carrier_ns: 0.0,
         others: 0.0,
+        share: 1.0,
     };
 
     impl World {
@@ -389,7 +408,8 @@ mod tests {
                 let (input, output) = (1e6, 1e6 * ratio_of(reference.ratio));
                 let cpu = Duration::from_nanos((reference.cpu_ns * self.slowness * input) as u64);
                 policy.compressed(level, input as usize, output as usize, cpu);
-                let work = cpu.as_secs_f64() + self.fixed_ns * input * 1e-9 + self.carrier_ns * output * 1e-9;
+                let guest = input / self.share;
+                let work = cpu.as_secs_f64() + self.fixed_ns * guest * 1e-9 + self.carrier_ns * output * 1e-9;
                 let processors = self.processors as f64;
                 let link = output * self.link_ns * 1e-9;
                 let elapsed = link.max(work / (processors - self.others));
@@ -400,9 +420,9 @@ mod tests {
                     Duration::from_secs_f64(link.max(work)),
                     Duration::from_secs_f64((link - work).max(0.0)),
                 );
-                spent.own += cpu + Duration::from_nanos((self.fixed_ns * input) as u64);
+                spent.own += cpu + Duration::from_nanos((self.fixed_ns * guest) as u64);
                 spent.carrier += Duration::from_nanos((self.carrier_ns * output) as u64);
-                spent.guest_bytes += input as u64;
+                spent.guest_bytes += guest as u64;
                 spent.wire_bytes += output as u64;
                 spent.elapsed += Duration::from_secs_f64(elapsed);
                 spent.idle = Some(spent.idle.unwrap_or_default() + Duration::from_secs_f64(idle.max(0.0)));
@@ -445,6 +465,18 @@ mod tests {
         };
         assert_eq!(world.settled(|ratio| ratio), Level::Zstd(3));
         assert_eq!(World { others: 0.5, ..world }.settled(|ratio| ratio), Level::Zstd(1));
+    }
+
+    #[test]
+    fn a_guest_of_which_little_is_sent_has_little_to_save() {
+        let world = World {
+            link_ns: 44.0,
+            others: 1.5,
+            ..WORLD
+        };
+        assert_eq!(world.settled(|ratio| ratio), Level::Zstd(3));
+        let light = World { share: 0.1, ..world }.settled(|ratio| ratio);
+        assert!([Level::Raw, Level::Lz4, Level::Zstd(1)].contains(&light), "{light:?}");
     }
 
     #[test]

@@ -52,6 +52,11 @@ impl PageType {
         self as u8
     }
 
+    /// The type as an entry has it, in bits 63–60.
+    pub fn bits(self) -> u64 {
+        u64::from(self.raw()) << 60
+    }
+
     /// Whether the record carries 4096 bytes for it.
     pub fn has_data(self) -> bool {
         !matches!(self, PageType::Broken | PageType::XAlloc | PageType::XTab)

@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use xenfold::engine::destination::{self, DestinationSetup, XlInput, XlProcess};
 use xenfold::engine::source::{self, Ending, SourceSetup};
-use xenfold::engine::{Contents, EngineError, FrameError, FrameSource, LinkEnds, WINDOW_ROWS};
+use xenfold::engine::{Contents, EngineError, FrameError, FrameSource, Holding, LinkEnds, WINDOW_ROWS};
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 use xenfold::report::Figures;
 use xenfold::wire::Hello;
@@ -286,6 +286,7 @@ pub enum SourceXl {
 
 struct SendingXl {
     stream: Arc<Vec<u8>>,
+    live: Option<Live>,
     to_agent: PipeWriter,
     from_agent: PipeReader,
     dies: Option<SourceDeath>,
@@ -308,7 +309,11 @@ impl SendingXl {
                 let _ = self.to_agent.write_all(&self.stream[..at]);
                 return Ok(SourceXl::Died(SourceDeath::InStream(at)));
             }
-            self.to_agent.write_all(&self.stream).map_err(|_| SourceXl::Resumed)?;
+            let written = match self.live.take() {
+                Some(live) => live(&mut self.to_agent),
+                None => self.to_agent.write_all(&self.stream),
+            };
+            written.map_err(|_| SourceXl::Resumed)?;
             died(SourceDeath::BeforeReceived)?;
             self.expect(R1, SourceXl::Resumed)?;
             died(SourceDeath::BeforeGo)?;
@@ -477,6 +482,9 @@ pub struct Controls {
 /// Makes the hooks of both directions: to the destination, to the source.
 pub type Hooks = Box<dyn FnOnce(&Controls) -> (Hook, Hook) + Send>;
 
+/// Writes a stream.
+pub type Live = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + Send>;
+
 pub struct Plan {
     /// Everything that the source's xl sends before GO.
     pub stream: Arc<Vec<u8>>,
@@ -496,6 +504,10 @@ pub struct Plan {
     pub speak_contents: [bool; 2],
     /// What source and destination hold.
     pub contents: [Option<Arc<dyn Contents>>; 2],
+    /// Writes the stream in its place, as xl does while the guest runs.
+    pub live: Option<Live>,
+    /// With what the source holds pages back.
+    pub holding: Option<Holding>,
     pub hooks: Hooks,
 }
 
@@ -515,6 +527,8 @@ impl Plan {
             window_rows: WINDOW_ROWS,
             speak_contents: [false; 2],
             contents: [None, None],
+            live: None,
+            holding: None,
             hooks: Box::new(|_| (pass(), pass())),
         }
     }
@@ -622,6 +636,7 @@ pub fn migrate(plan: Plan) -> Outcome {
     let (to_xl, from_agent, answers_pipe) = pipe(64 << 10);
     let xl = SendingXl {
         stream: plan.stream.clone(),
+        live: plan.live,
         to_agent,
         from_agent,
         dies: plan.source_dies,
@@ -642,6 +657,7 @@ pub fn migrate(plan: Plan) -> Outcome {
     }
     .with_key(&key());
     let [source_contents, destination_contents] = plan.contents;
+    let holding = plan.holding;
     let (noted, timeout, ended) = (figures.clone(), plan.timeout, link.clone());
     let agent = spawn(move || {
         let ending = match source::negotiate(source_link, &hello, timeout) {
@@ -652,6 +668,8 @@ pub fn migrate(plan: Plan) -> Outcome {
                     failing: Box::new(|| {}),
                     frames: None,
                     verify: false,
+                    holding,
+                    bandwidth: None,
                     contents: source_contents,
                     figures: noted,
                     events: source_events,

@@ -7,7 +7,7 @@ use std::process::exit;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xenfold::config::{self, Config};
-use xenfold_plugin::{daemon_commands, dedup, job, receive, replay, resume, say};
+use xenfold_plugin::{daemon_commands, dedup, job, receive, replay, resume, say, simulate, trace};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
@@ -39,7 +39,15 @@ enum Command {
     /// Images whose contents stay.
     Template(daemon_commands::TemplateArguments),
     /// Carry a saved guest through both engines and compare with plain copy, zstd and lz4.
+    ///
+    /// The seconds of each mode count from the first byte of the stream, when both sides are ready, until both have closed
+    /// the link; what they took to get ready is the column `setup`. In a migration that goes by while ssh connects and xl
+    /// starts on the other host. Memory for what comes out is there before, as a guest's is Xen's to give.
     Replay(replay::Arguments),
+    /// Record which pages a running guest writes.
+    Trace(trace::Arguments),
+    /// Compare policies over recorded or made-up traces of writes.
+    Simulate(simulate::Arguments),
     #[command(hide = true)]
     ReplaySide(replay::SideArguments),
 }
@@ -72,6 +80,8 @@ fn run(command: Command) -> Result<i32> {
         Command::Store(arguments) => daemon_commands::store(&arguments).map(|()| 0),
         Command::Template(arguments) => daemon_commands::template(&arguments).map(|()| 0),
         Command::Replay(arguments) => replay::run(&arguments).map(i32::from),
+        Command::Trace(arguments) => trace::run(&arguments).map(|()| 0),
+        Command::Simulate(arguments) => simulate::run(&arguments).map(|()| 0),
         Command::ReplaySide(arguments) => replay::run_side(&arguments).map(|()| 0),
     }
 }

@@ -1,9 +1,8 @@
 //! The link between the two sides of a replay: pipes, paced without touching the bytes (splice and tee).
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsFd;
-use std::process::Child;
 use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::pipe::{SpliceFlags, fcntl_setpipe_size, splice};
 use xenfold::wire::Hello;
+
+use super::Side;
+use super::gate::Starter;
 
 /// Bytes in flight in each pipe.
 const PIPE_BYTES: usize = 1 << 20;
@@ -41,6 +43,12 @@ impl FromStr for Rate {
         } else {
             Err(wrong())
         }
+    }
+}
+
+impl Rate {
+    pub fn bytes_a_second(self) -> Option<f64> {
+        self.0
     }
 }
 
@@ -108,9 +116,49 @@ fn carry(from: impl AsFd, to: impl AsFd, rate: Rate) -> Result<u64> {
     }
 }
 
-/// Connects two sides until both have closed. Returns the bytes that went to the receiver. What goes there is also
-/// written to `record`.
-pub fn between(from: &mut Child, to: &mut Child, rate: Rate, record: Option<&File>) -> Result<u64> {
+/// What went over the link: the bytes to the receiver, and the time from the first byte of the stream until all was there;
+/// before that the sides got ready.
+#[derive(Clone, Copy, Debug)]
+pub struct Carried {
+    pub bytes: u64,
+    pub setup: Duration,
+    pub elapsed: Duration,
+}
+
+/// Lets the sides begin when all are ready. `start`: when they were started.
+struct Beginning {
+    start: Instant,
+    begun: thread::JoinHandle<Result<Instant>>,
+}
+
+impl Beginning {
+    /// In a thread: sides that get ready talk to each other.
+    fn of<const SIDES: usize>(start: Instant, mut sides: [Starter; SIDES]) -> Beginning {
+        let begun = thread::spawn(move || {
+            sides.iter_mut().try_for_each(Starter::wait_ready)?;
+            let now = Instant::now();
+            sides.iter_mut().for_each(Starter::begin);
+            Ok(now)
+        });
+        Beginning { start, begun }
+    }
+
+    /// All has been carried.
+    fn end(self, bytes: u64) -> Result<Carried> {
+        let end = Instant::now();
+        let begun = self.begun.join().ok().context("nobody let the sides begin")??;
+        Ok(Carried {
+            bytes,
+            setup: begun - self.start,
+            elapsed: end - begun,
+        })
+    }
+}
+
+/// Connects two sides until both have closed. What goes to the receiver is also written to `record`.
+pub fn between(start: Instant, from: &mut Side, to: &mut Side, rate: Rate, record: Option<&File>) -> Result<Carried> {
+    let beginning = Beginning::of(start, [from.starter()?, to.starter()?]);
+    let (from, to) = (&mut from.child, &mut to.child);
     let (wire_out, wire_in) = (pipe(from.stdout.take())?, pipe(to.stdin.take())?);
     let (back_out, back_in) = (pipe(to.stdout.take())?, pipe(from.stdin.take())?);
     let back = thread::spawn(move || carry(back_out, back_in, Rate(None)));
@@ -124,11 +172,10 @@ pub fn between(from: &mut Child, to: &mut Child, rate: Rate, record: Option<&Fil
         }
     };
     back.join().ok().context("the link between the sides ended early")??;
-    Ok(bytes)
+    beginning.end(bytes)
 }
 
 fn carry_recorded(mut from: &File, mut to: &File, mut record: &File, rate: Rate) -> Result<u64> {
-    use std::io::{Read, Write};
     let mut pacer = Pacer::new(rate);
     let mut buffer = vec![0; pacer.burst()];
     let mut total = 0;
@@ -145,8 +192,10 @@ fn carry_recorded(mut from: &File, mut to: &File, mut record: &File, rate: Rate)
     }
 }
 
-/// A sender alone: it is answered with a hello and what it sends is thrown away. Returns the bytes sent.
-pub fn to_nowhere(from: &mut Child, rate: Rate) -> Result<u64> {
+/// A sender alone: it is answered with a hello and what it sends is thrown away.
+pub fn to_nowhere(start: Instant, from: &mut Side, rate: Rate) -> Result<Carried> {
+    let beginning = Beginning::of(start, [from.starter()?]);
+    let from = &mut from.child;
     let wire_out = pipe(from.stdout.take())?;
     let mut back_in = pipe(from.stdin.take())?;
     // A sender of another mode does not read this.
@@ -156,23 +205,46 @@ pub fn to_nowhere(from: &mut Child, rate: Rate) -> Result<u64> {
     }
     .write(&mut back_in);
     let nowhere = File::options().write(true).open("/dev/null")?;
-    carry(wire_out, nowhere, rate)
+    let bytes = carry(wire_out, nowhere, rate)?;
+    beginning.end(bytes)
 }
 
-/// A receiver alone, fed from a recording. One that `answers` takes an end of the wire for a broken connection.
-pub fn from_recording(mut recorded: &File, to: &mut Child, rate: Rate, answers: bool) -> Result<()> {
-    use std::io::Seek;
+/// A receiver alone, fed from a recording. One that `answers` takes an end of the wire for a broken connection, and is
+/// ready when it has heard the hello.
+pub fn from_recording(
+    start: Instant,
+    mut recorded: &File,
+    to: &mut Side,
+    rate: Rate,
+    answers: bool,
+) -> Result<Carried> {
     recorded.rewind()?;
-    let wire_in = pipe(to.stdin.take())?;
+    let mut starter = to.starter()?;
+    let to = &mut to.child;
+    let mut wire_in = pipe(to.stdin.take())?;
     let back_out = pipe(to.stdout.take())?;
     let nowhere = File::options().write(true).open("/dev/null")?;
     let back = thread::spawn(move || carry(back_out, nowhere, Rate(None)));
-    carry(recorded, &wire_in, rate)?;
+    if answers {
+        Hello::default().agree(&mut recorded)?;
+        let length = recorded.stream_position()?;
+        recorded.rewind()?;
+        io::copy(&mut recorded.take(length), &mut wire_in)?;
+    }
+    starter.wait_ready()?;
+    let begun = Instant::now();
+    starter.begin();
+    let bytes = carry(recorded, &wire_in, rate)?;
     // Dropped at once where it does not answer.
     let open = answers.then_some(wire_in);
     back.join().ok().context("the link ended early")??;
+    let elapsed = begun.elapsed();
     drop(open);
-    Ok(())
+    Ok(Carried {
+        bytes,
+        setup: begun - start,
+        elapsed,
+    })
 }
 
 fn pipe(end: Option<impl Into<std::os::fd::OwnedFd>>) -> Result<File> {

@@ -2,8 +2,10 @@
 //! `zstd -1` and `lz4` over the same link.
 //!
 //! Each side is a process of its own ([`side`]), so that processor time and memory are its own; this process is the
-//! link between them ([`link`]) and compares what came out with the file.
+//! link between them ([`link`]) and compares what came out with the file. The clock of every mode begins when both sides
+//! are ready ([`gate`]) and ends when both have closed the link.
 mod base;
+mod gate;
 mod link;
 mod side;
 
@@ -18,6 +20,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use xenfold::report::Figures;
 use xenfold::stream::{Event, Reader};
+
+use self::gate::Starter;
 
 pub use link::Rate;
 pub use side::{Role, SideArguments, run_side};
@@ -88,6 +92,8 @@ struct Run {
     measured: &'static str,
     file_bytes: u64,
     wire_bytes: u64,
+    /// Until both sides were ready, and from the stream's first byte until both had closed the link.
+    setup_time_ms: u64,
     time_elapsed_ms: u64,
     /// Beside plain over the same link, the medians of interleaved runs.
     time_to_plain: Option<f64>,
@@ -141,13 +147,19 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     Ok(u8::from(runs.iter().any(|run| !run.equal)))
 }
 
-/// The error of a file that is not a saved guest.
+/// The error of a file that is not what it has to be.
 #[derive(Debug)]
-pub struct BadInput;
+pub enum BadInput {
+    Save,
+    Trace,
+}
 
 impl std::fmt::Display for BadInput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the file is not a guest that `xl save` wrote")
+        f.write_str(match self {
+            BadInput::Save => "the file is not a guest that `xl save` wrote",
+            BadInput::Trace => "the file is not a trace that `xenfold trace` wrote",
+        })
     }
 }
 
@@ -155,7 +167,7 @@ impl std::fmt::Display for BadInput {
 fn check(path: &PathBuf) -> Result<u64> {
     let file = File::open(path)
         .with_context(|| format!("{} cannot be opened", path.display()))
-        .context(BadInput)?;
+        .context(BadInput::Save)?;
     let mut stream = Reader::new(io::BufReader::with_capacity(1 << 20, file));
     let mut part = vec![0; 1 << 20];
     let mut walk = || -> Result<u64> {
@@ -172,7 +184,9 @@ fn check(path: &PathBuf) -> Result<u64> {
         );
         Ok(offset)
     };
-    walk().with_context(|| path.display().to_string()).context(BadInput)
+    walk()
+        .with_context(|| path.display().to_string())
+        .context(BadInput::Save)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -201,7 +215,7 @@ fn index_base(save: &Path) -> Result<tempfile::NamedTempFile> {
     let mut writer = io::BufWriter::new(index.as_file_mut());
     base::write_index(save, &side::key(), &mut writer)
         .with_context(|| save.display().to_string())
-        .context(BadInput)?;
+        .context(BadInput::Save)?;
     io::Write::flush(&mut writer)?;
     drop(writer);
     Ok(index)
@@ -210,6 +224,7 @@ fn index_base(save: &Path) -> Result<tempfile::NamedTempFile> {
 /// The processes of a run and the pipes to them.
 struct Side {
     child: Child,
+    starter: Option<Starter>,
     figures: tempfile::NamedTempFile,
 }
 
@@ -233,8 +248,18 @@ impl Side {
         if let (Some(save), Some(index)) = (&arguments.base, base) {
             command.arg("--base").arg(save).arg("--base-index").arg(index.path());
         }
+        let (starter, inherited) = gate::gate()?;
+        command.args(inherited.arguments());
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        Ok(Side { child, figures })
+        Ok(Side {
+            child,
+            starter: Some(starter),
+            figures,
+        })
+    }
+
+    fn starter(&mut self) -> Result<Starter> {
+        self.starter.take().context("a side of the replay begins once")
     }
 
     fn finish(mut self) -> Result<SideFigures> {
@@ -257,41 +282,41 @@ fn one_run(
 ) -> Result<Run> {
     let arguments = &(arguments, base);
     let output = File::from(memfd_create("xenfold-replay", MemfdFlags::CLOEXEC)?);
+    reserve(&output, file_bytes)?;
     // Apart, the receiver is fed what a sender produced over the same link before.
     let recorded = File::from(memfd_create("xenfold-wire", MemfdFlags::CLOEXEC)?);
-    let start;
-    let (wire_bytes, sender, receiver);
-    let elapsed;
+    let start = Instant::now();
+    let (carried, sender, receiver);
     match measured {
         Measured::Both => {
-            start = Instant::now();
             let mut to = Side::start(arguments, mode, Role::Receive, Some(&output))?;
             let mut from = Side::start(arguments, mode, Role::Send, None)?;
-            wire_bytes = link::between(&mut from.child, &mut to.child, rate, None)?;
+            carried = link::between(start, &mut from, &mut to, rate, None)?;
             receiver = to.finish()?;
-            elapsed = start.elapsed();
             sender = from.finish()?;
         }
         Measured::Sender => {
-            start = Instant::now();
             let mut from = Side::start(arguments, mode, Role::SendAlone, None)?;
-            wire_bytes = link::to_nowhere(&mut from.child, rate)?;
-            elapsed = start.elapsed();
+            carried = link::to_nowhere(start, &mut from, rate)?;
             sender = from.finish()?;
             receiver = SideFigures::default();
         }
         Measured::Receiver => {
             let mut to = Side::start(arguments, mode, Role::Receive, Some(&output))?;
             let mut from = Side::start(arguments, mode, Role::Send, None)?;
-            wire_bytes = link::between(&mut from.child, &mut to.child, rate, Some(&recorded))?;
+            let first = link::between(start, &mut from, &mut to, rate, Some(&recorded))?;
             to.finish()?;
             sender = from.finish()?;
             rustix::fs::ftruncate(&output, 0)?;
-            start = Instant::now();
+            reserve(&output, file_bytes)?;
+            let start = Instant::now();
             let mut to = Side::start(arguments, mode, Role::Receive, Some(&output))?;
-            link::from_recording(&recorded, &mut to.child, rate, mode == Mode::Xenfold)?;
+            let second = link::from_recording(start, &recorded, &mut to, rate, mode == Mode::Xenfold)?;
+            carried = link::Carried {
+                bytes: first.bytes,
+                ..second
+            };
             receiver = to.finish()?;
-            elapsed = start.elapsed();
         }
     }
     let equal = measured == Measured::Sender || same(&arguments.0.file, &output)?;
@@ -300,10 +325,11 @@ fn one_run(
         link: rate.to_string(),
         measured: measured.name(),
         file_bytes,
-        wire_bytes,
-        time_elapsed_ms: elapsed.as_millis() as u64,
+        wire_bytes: carried.bytes,
+        setup_time_ms: carried.setup.as_millis() as u64,
+        time_elapsed_ms: carried.elapsed.as_millis() as u64,
         time_to_plain: None,
-        logical_mb_per_s: file_bytes as f64 / 1e6 / elapsed.as_secs_f64(),
+        logical_mb_per_s: file_bytes as f64 / 1e6 / carried.elapsed.as_secs_f64(),
         sender_cpu_ms: sender.cpu_ms,
         receiver_cpu_ms: receiver.cpu_ms,
         sender_peak_rss_bytes: sender.peak_rss_bytes,
@@ -312,6 +338,13 @@ fn one_run(
         blocks: sender.figures.map(|figures| figures.blocks),
         equal,
     })
+}
+
+/// Takes the output's memory before anything is measured: the memory of a guest comes from Xen, not from faults of who
+/// writes it. The output is as long as what is written to it.
+fn reserve(output: &File, bytes: u64) -> Result<()> {
+    rustix::fs::fallocate(output, rustix::fs::FallocateFlags::KEEP_SIZE, 0, bytes)
+        .context("there is no memory for what comes out")
 }
 
 /// Compares the two byte for byte and says where they differ.
@@ -369,12 +402,13 @@ fn set_ratios(runs: &mut [Run], link: &str, measured: &str) {
 
 fn print(runs: &[Run]) {
     println!(
-        "{:<8} {:>8} {:>9} {:>12} {:>7} {:>8} {:>8} {:>9} {:>9} {:>9} {:>9} {:>8}  result",
+        "{:<8} {:>8} {:>9} {:>12} {:>7} {:>6} {:>8} {:>8} {:>9} {:>9} {:>9} {:>9} {:>8}  result",
         "mode",
         "link",
         "measured",
         "wire bytes",
         "of file",
+        "setup",
         "seconds",
         "to plain",
         "MB/s",
@@ -385,12 +419,13 @@ fn print(runs: &[Run]) {
     );
     for run in runs {
         println!(
-            "{:<8} {:>8} {:>9} {:>12} {:>6.1}% {:>8.3} {:>8} {:>9.0} {:>8.2}s {:>8.2}s {:>9.0} {:>8.0}  {}",
+            "{:<8} {:>8} {:>9} {:>12} {:>6.1}% {:>6.3} {:>8.3} {:>8} {:>9.0} {:>8.2}s {:>8.2}s {:>9.0} {:>8.0}  {}",
             run.mode.name(),
             run.link,
             run.measured,
             run.wire_bytes,
             100.0 * run.wire_bytes as f64 / run.file_bytes.max(1) as f64,
+            Duration::from_millis(run.setup_time_ms).as_secs_f64(),
             Duration::from_millis(run.time_elapsed_ms).as_secs_f64(),
             run.time_to_plain
                 .map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),

@@ -19,6 +19,7 @@ use xenfold::stream::PageData;
 use xenfold::wire::Hello;
 
 use super::base::Base;
+use super::gate::{Gate, GateArguments, Gated};
 use super::{Mode, SideFigures};
 use crate::usage;
 
@@ -55,6 +56,9 @@ pub struct SideArguments {
     base: Option<PathBuf>,
     #[arg(long)]
     base_index: Option<PathBuf>,
+    /// Where this side says that it is ready, and where it is then told to begin.
+    #[command(flatten)]
+    gate: GateArguments,
 }
 
 /// Plays one side and leaves its figures.
@@ -64,11 +68,12 @@ pub fn run_side(arguments: &SideArguments) -> Result<()> {
         let path = arguments.output.as_ref().context("a receiver needs an output")?;
         Ok(File::options().read(true).write(true).open(path)?)
     };
+    let gate = Gate::open(&arguments.gate)?;
     match (arguments.mode, arguments.role) {
-        (Mode::Xenfold, Role::Receive) => receive(arguments, output()?)?,
-        (Mode::Xenfold, _) => side.figures = Some(send(arguments)?),
-        (_, Role::Receive) => copy_in(arguments.mode, output()?)?,
-        _ => copy_out(arguments.mode, File::open(&arguments.file)?)?,
+        (Mode::Xenfold, Role::Receive) => receive(arguments, output()?, gate)?,
+        (Mode::Xenfold, _) => side.figures = Some(send(arguments, gate)?),
+        (_, Role::Receive) => copy_in(arguments.mode, output()?, gate)?,
+        _ => copy_out(arguments.mode, Gated::new(File::open(&arguments.file)?, gate))?,
     }
     (side.cpu_ms, side.peak_rss_bytes) = usage::cpu_ms_and_peak_rss_bytes();
     std::fs::write(&arguments.figures, serde_json::to_vec(&side)?)?;
@@ -79,7 +84,8 @@ pub fn run_side(arguments: &SideArguments) -> Result<()> {
 const COPY_BYTES: usize = 1 << 20;
 
 fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
-    let mut buffer = vec![0; COPY_BYTES];
+    // Touched, as the engine's buffers are, before there is something to read.
+    let mut buffer = vec![1; COPY_BYTES];
     loop {
         match from.read(&mut buffer)? {
             0 => return to.flush(),
@@ -88,7 +94,7 @@ fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
     }
 }
 
-fn copy_out(mode: Mode, file: File) -> Result<()> {
+fn copy_out(mode: Mode, file: Gated) -> Result<()> {
     let wire = stdout()?;
     match mode {
         Mode::Plain => copy(file, wire)?,
@@ -107,8 +113,10 @@ fn copy_out(mode: Mode, file: File) -> Result<()> {
     Ok(())
 }
 
-fn copy_in(mode: Mode, output: File) -> Result<()> {
-    let wire = stdin()?;
+fn copy_in(mode: Mode, output: File, gate: Gate) -> Result<()> {
+    // Closed when all has been written.
+    let _done = stdout()?;
+    let wire = Gated::new(stdin()?, gate);
     match mode {
         Mode::Plain => copy(wire, output)?,
         Mode::Zstd1 => copy(zstd::Decoder::new(wire)?, output)?,
@@ -122,9 +130,11 @@ fn stdin() -> Result<File> {
     Ok(File::from(fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?))
 }
 
+/// The only one, so that the peer sees when it is closed: that is when a side is done, not at the process's end.
 fn stdout() -> Result<File> {
-    // Closed at the end of the run, so that the peer sees it: the original goes with the process.
-    Ok(File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?))
+    let wire = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?);
+    rustix::stdio::dup2_stdout(File::options().write(true).open("/dev/null")?)?;
+    Ok(wire)
 }
 
 fn link() -> Result<LinkEnds> {
@@ -159,7 +169,7 @@ fn base(arguments: &SideArguments) -> Result<Option<Arc<dyn Contents>>> {
     Ok(Some(Arc::new(Base::open(save, index)?)))
 }
 
-fn send(arguments: &SideArguments) -> Result<Figures> {
+fn send(arguments: &SideArguments, gate: Gate) -> Result<Figures> {
     let contents = base(arguments)?;
     let file = File::open(&arguments.file)?;
     let negotiated = source::negotiate(link()?, &hello().with_key(&key()), TIMEOUT)?;
@@ -172,20 +182,25 @@ fn send(arguments: &SideArguments) -> Result<Figures> {
         failing: Box::new(|| {}),
         frames: None,
         verify: false,
+        holding: None,
+        bandwidth: None,
         contents,
         figures: figures.clone(),
         events: source::events(),
     };
     let mut source = Source::new(negotiated, setup)?;
-    let end = source.send_stream(Box::new(file))?;
+    source.wait_prepared()?;
+    let end = source.send_stream(Box::new(Gated::new(file, gate)))?;
     if arguments.role == Role::Send {
         source.settle(&end)?;
     }
+    // Closes the wire; what is left of the stream may go later.
+    drop(source);
     let figures = figures.lock().clone();
     Ok(figures)
 }
 
-fn receive(arguments: &SideArguments, output: File) -> Result<()> {
+fn receive(arguments: &SideArguments, output: File, gate: Gate) -> Result<()> {
     let hello = Hello {
         frames: true,
         window_rows: WINDOW_ROWS as u32,
@@ -203,7 +218,8 @@ fn receive(arguments: &SideArguments, output: File) -> Result<()> {
         writer: Box::new(ImageWriter(image.clone())),
         unread: Arc::new(|| Ok(0)),
     };
-    destination::rebuild(negotiated, input, Some(Box::new(ImageFrames(image))), contents)?;
+    let frames = Some(Box::new(ImageFrames(image)) as Box<dyn FrameSource>);
+    destination::rebuild(negotiated, input, frames, contents, || gate.ready())?;
     Ok(())
 }
 

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$1"
 packages=(
   systemd-sysv udev dbus kmod initramfs-tools procps iproute2 netbase linux-image-cloud-amd64
-  postgresql postgresql-contrib nginx-light curl gcc libc6-dev
+  postgresql postgresql-contrib nginx-light curl gcc libc6-dev bzip2
 )
 # The ramdisk is made when the kernel is installed, so its configuration comes first. The database is
 # filled here, on a socket of its own: in the guest that takes minutes.
@@ -38,7 +38,7 @@ for unit in "$LAB_D"/debian/etc/systemd/system/lab-*.service; do
   ln -s "../${unit##*/}" "$units/multi-user.target.wants/"
 done
 for unit in e2scrub_reap.service e2scrub_all.timer apt-daily.timer apt-daily-upgrade.timer \
-  dpkg-db-backup.timer fstrim.timer systemd-timesyncd.service getty@tty1.service; do
+  dpkg-db-backup.timer fstrim.timer systemd-timesyncd.service getty@tty1.service serial-getty@hvc0.service; do
   ln -sf /dev/null "$units/$unit"
 done
 mkfs.ext4 -q -d root -L debian disk.raw 2G

@@ -1,0 +1,489 @@
+//! Which pages are held back while the guest runs, and which of those are sent after all.
+//!
+//! Holding a page is always safe (whoever holds sends it in the end) but not always right: one that is not written again
+//! and is still held when the guest is suspended makes the downtime longer; one that was sent and is written again is
+//! sent twice. The filter weighs the two:
+//!
+//! 1. A page that is known to be written since xl's pass began is held: xl sends it again.
+//! 2. In every pass a page is held when it is likely written again before the suspend ([`super::gaps`]); quiet pages go
+//!    first that way, whatever their place in memory.
+//! 3. At the end of each pass but the first, held pages that have turned quiet are released.
+//! 4. At the end of the last pass all that is held and is worth it is released, the quietest first and the hottest last,
+//!    so that each is exposed for as short as can be.
+//!
+//! xl sends a record with fewer than [`RECORD`] pages only as the last of a pass (the first pass, which takes in holes,
+//! excepted), and that is how the end is known while xl still waits for its record to be read.
+//!
+//! What is known comes from a [`Model`] made before the migration, if there is one and it holds, and from peeks.
+//! Memory: 4 bytes and 2 bits for each page below the bound, and the model's regions.
+use std::time::Duration;
+
+use super::gaps::{self, BINS, Curve, Gaps, NEVER, REGIONS, Regions, Seen};
+use super::model::Model;
+use crate::page::{PAGE_SIZE, Pfn};
+use crate::page_set::PageSet;
+
+/// Pages of a full record (MAX_BATCH_SIZE in xg_sr_common.h).
+pub const RECORD: usize = 1024;
+
+/// Live passes that xl makes at most, and dirty pages with which it stops earlier (SPP_MAX_ITERATIONS and
+/// SPP_TARGET_DIRTY_COUNT in xg_sr_save.c).
+pub const LIVE_PASSES: u32 = 5;
+pub const FEW_DIRTY: u64 = 50;
+
+/// A page likelier to be written again than this is held.
+const HOLD: f64 = 0.3;
+
+/// With more writes expected since its first one in a pass, a page's last one may have been any time.
+const AGAIN: f64 = 0.7;
+
+/// What a page less in the stop phase is worth, in pages sent.
+const STOP_WORTH: f64 = 1.0;
+
+/// Pages a second before any have been sent: a link of 1 Gbit/s.
+const FIRST_RATE: f64 = 30_000.0;
+
+/// Time between two looks at the rate, and the weight of one.
+const LOOK_EVERY: f64 = 0.1;
+const WEIGHT: f64 = 0.3;
+
+/// The shortest time ahead that is reckoned with, in seconds.
+const SOON: f64 = 0.05;
+
+/// Where more than this share of writes is not where it is expected, what the model said is forgotten.
+const MOST_DEVIATION: f64 = 0.5;
+
+/// Writes that a peek must show, or was expected to, before that is judged.
+const FEW_WRITES: f64 = 256.0;
+
+/// Heat classes that held pages are sorted into.
+const HEATS: usize = 64;
+
+/// The decision maker of one migration. Times are since its start and never go back.
+#[derive(Debug)]
+pub struct Filter {
+    bound: u64,
+    guest_pages: u64,
+    regions: Regions,
+    gaps: Gaps,
+    /// Whether what is known stems from a model that has not been refuted.
+    modelled: bool,
+    /// Added to times, so that ages from before the migration have a time.
+    past_ms: u32,
+    /// When each page was written last.
+    last: Vec<Written>,
+    /// The pass under way, from 1; 0: none yet.
+    pass: u32,
+    pass_began: f64,
+    /// When the pass before began, and its last peek.
+    before_began: f64,
+    before_peeked: f64,
+    /// Offered by xl in this pass so far.
+    offered: u64,
+    previous: Option<Pfn>,
+    /// Whether the pass under way can be the last live one.
+    may_be_last: bool,
+    /// Written since the pass began, as far as is known, and the time of that knowledge.
+    dirty: PageSet,
+    peeked: f64,
+    /// Newly dirty pages a second, at the last peek.
+    dirtying: f64,
+    /// Of each region, writes that were expected and that were seen, in so many seconds.
+    judged: Vec<(f64, f64)>,
+    judged_seconds: f64,
+    held: PageSet,
+    held_pages: u64,
+    /// To be released, the last one first.
+    queue: Vec<Pfn>,
+    rate: Rate,
+}
+
+/// Pages and wire bytes a second, while the link is what is waited for.
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    pages: f64,
+    bytes_each: f64,
+    measured: bool,
+    looked: f64,
+    looked_pages: u64,
+    looked_bytes: u64,
+    /// Pages held since the last look: time went into reading them.
+    held: u64,
+}
+
+impl Filter {
+    /// `model`: of this guest, `None` when there is none. The guest's pages lie below `pages_bound`; `guest_pages` of
+    /// them hold memory.
+    pub fn new(model: Option<Model>, pages_bound: u64, guest_pages: u64) -> Filter {
+        let guest_pages = guest_pages.min(pages_bound);
+        let mut last = vec![Written::UNKNOWN; usize::try_from(pages_bound).unwrap_or(0)];
+        let model = model.filter(|model| model.bound() == pages_bound);
+        let past_ms = model.as_ref().map_or(0, |model| model.watched().as_millis() as u32);
+        if let Some(model) = &model {
+            for (page, last) in last.iter_mut().enumerate() {
+                let at = |age: Duration| Written::at((model.watched().saturating_sub(age)).as_secs_f64());
+                *last = model.age(page as u64).map_or(Written::UNKNOWN, at);
+            }
+        }
+        let regions = model.as_ref().map(Model::regions);
+        let regions = regions.unwrap_or_else(|| Regions::new(REGIONS, guest_pages, pages_bound));
+        let gaps = model.as_ref().map(Model::gaps);
+        Filter {
+            bound: pages_bound,
+            guest_pages,
+            regions,
+            gaps: gaps.unwrap_or_else(|| Gaps::unknown(regions.count())),
+            modelled: model.is_some(),
+            past_ms,
+            last,
+            pass: 0,
+            pass_began: 0.0,
+            before_began: 0.0,
+            before_peeked: 0.0,
+            offered: 0,
+            previous: None,
+            may_be_last: false,
+            dirty: PageSet::new(pages_bound),
+            peeked: 0.0,
+            dirtying: 0.0,
+            judged: Vec::new(),
+            judged_seconds: 0.0,
+            held: PageSet::new(pages_bound),
+            held_pages: 0,
+            queue: Vec::new(),
+            rate: Rate {
+                pages: FIRST_RATE,
+                bytes_each: PAGE_SIZE as f64,
+                measured: false,
+                looked: 0.0,
+                looked_pages: 0,
+                looked_bytes: 0,
+                held: 0,
+            },
+        }
+    }
+
+    /// The pass under way, from 1.
+    pub fn pass(&self) -> u32 {
+        self.pass
+    }
+
+    /// Pages held back.
+    pub fn held_pages(&self) -> u64 {
+        self.held_pages
+    }
+
+    /// Whether the model made before the migration was given, fits the guest, and has not been refuted by a peek.
+    pub fn model_holds(&self) -> bool {
+        self.modelled
+    }
+
+    /// A record of a live pass came, with these page numbers in xl's order: all of them, also those without data. Says
+    /// for each whether its bytes are to be held back.
+    ///
+    /// `peek`: the bits read since this record's page numbers were, if any were: pages written since xl's pass began.
+    /// Older ones are remembered as long as they mean anything. Not to be called once the guest is suspended.
+    pub fn hold(&mut self, now: Duration, pfns: &[Pfn], peek: Option<&PageSet>) -> Vec<bool> {
+        let now = self.time(now);
+        let (first, last) = (pfns.first().copied(), pfns.last().copied());
+        if self.pass == 0 || first.is_some_and(|first| self.previous.is_some_and(|previous| first <= previous)) {
+            self.begin_pass(now, pfns.len());
+        }
+        self.previous = last.or(self.previous);
+        if let Some(peek) = peek {
+            self.learn(now, peek);
+        }
+        self.offered += pfns.len() as u64;
+        let ahead = self.ahead();
+        let answers: Vec<bool> = pfns.iter().map(|pfn| self.hold_one(now, ahead, *pfn)).collect();
+        if self.pass > 1 && pfns.len() < RECORD {
+            self.end_pass(now);
+        }
+        answers
+    }
+
+    fn time(&self, now: Duration) -> f64 {
+        now.as_secs_f64() + f64::from(self.past_ms) / 1e3
+    }
+
+    fn begin_pass(&mut self, now: f64, pages: usize) {
+        self.pass += 1;
+        self.may_be_last = self.pass >= LIVE_PASSES || self.pass > 1 && (pages as u64) < FEW_DIRTY;
+        self.before_began = self.pass_began;
+        self.before_peeked = self.peeked.max(self.pass_began);
+        self.pass_began = now;
+        self.offered = 0;
+        self.previous = None;
+        self.dirty.clear();
+        self.queue.clear();
+        // What was read before tells of the pass before.
+        self.peeked = self.peeked.max(now);
+    }
+
+    fn hold_one(&mut self, now: f64, ahead: f64, pfn: Pfn) -> bool {
+        let Some(last) = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get_mut(page)) else {
+            return false;
+        };
+        let curve = self.gaps.curve(self.regions.of(pfn.get()));
+        let dirty = self.dirty.contains(pfn);
+        if self.pass > 1 && !dirty {
+            // xl offers it, so it was written in the pass before. When it was first is known to that pass's peeks, if at
+            // all; it may have been written again since.
+            let first = last.time().filter(|first| *first >= self.before_began);
+            let first = first.unwrap_or((self.before_peeked + self.pass_began) / 2.0);
+            *last = match curve.expected(0.0, self.pass_began - first) > AGAIN {
+                true => Written::sometime_before(self.pass_began),
+                false => Written::at(first),
+            };
+        }
+        let hold = dirty || 1.0 - (-last.expected(curve, now, ahead)).exp() > HOLD;
+        if hold != self.held.contains(pfn) {
+            if hold {
+                self.held.insert(pfn);
+                self.held_pages += 1;
+            } else {
+                self.held.remove(pfn);
+                self.held_pages = self.held_pages.saturating_sub(1);
+            }
+        }
+        self.rate.held += u64::from(hold);
+        hold
+    }
+
+    /// Seconds until the suspend, as far as can be said: what is left of the first pass and is not hot has to be sent, and
+    /// some of what is held.
+    fn ahead(&self) -> f64 {
+        let mut live = self.held_pages as f64 / 2.0;
+        if self.pass == 1 {
+            let left = self.guest_pages.saturating_sub(self.offered) as f64;
+            let hot = self.held_pages as f64 / (self.offered as f64).max(1.0);
+            live += left * (1.0 - hot / 2.0);
+        }
+        (live / self.rate.pages).max(SOON)
+    }
+
+    /// Takes in what was written since the pass began.
+    fn learn(&mut self, now: f64, peek: &PageSet) {
+        let from = self.peeked.max(self.pass_began);
+        let seconds = now - from;
+        let middle = Written::at((now + from) / 2.0);
+        let mut counts = vec![[(0u32, 0u32); BINS]; self.regions.count()];
+        let words = peek.words().iter().zip(self.dirty.words()).zip(0u64..);
+        let mut newly = 0;
+        let parts = self.last.chunks_mut(64);
+        for (((new, old), word), pages) in words.zip(parts) {
+            if *old == u64::MAX {
+                continue;
+            }
+            for (last, bit) in pages.iter_mut().zip(0..) {
+                if old >> bit & 1 == 1 {
+                    continue;
+                }
+                let written = new >> bit & 1 == 1;
+                if !last.is_sometime() {
+                    let region = counts.get_mut(self.regions.of(word * 64 + bit));
+                    let bin = gaps::bin(last.age(from));
+                    if let Some(count) = region.and_then(|region| region.get_mut(bin)) {
+                        count.0 += 1;
+                        count.1 += u32::from(written);
+                    }
+                }
+                if written {
+                    newly += 1;
+                    *last = middle;
+                }
+            }
+        }
+        self.dirty.union(peek);
+        self.peeked = now;
+        if seconds < SOON / 2.0 {
+            return;
+        }
+        self.dirtying = f64::from(newly) / seconds;
+        self.compare(seconds, &counts);
+        let mut seen = vec![Seen::default(); self.regions.count()];
+        for (region, (seen, counts)) in seen.iter_mut().zip(&counts).enumerate() {
+            let curve = self.gaps.curve(region);
+            for (bin, (pages, written)) in counts.iter().enumerate().filter(|(_, (pages, _))| *pages > 0) {
+                let (pages, written) = (f64::from(*pages), f64::from(*written));
+                match bin + 1 {
+                    BINS => seen.watched_old((pages - written / 2.0) * seconds, written),
+                    _ => seen.watched(curve, gaps::typical(bin), seconds, pages, written),
+                }
+            }
+        }
+        self.gaps.learn(&seen);
+    }
+
+    /// Forgets what the model said where peeks show something else: the guest has changed its ways. Peeks are judged
+    /// together until they cover a second: in less a guest does not write everywhere it writes.
+    fn compare(&mut self, seconds: f64, counts: &[[(u32, u32); BINS]]) {
+        if !self.modelled {
+            return;
+        }
+        self.judged.resize(self.regions.count(), (0.0, 0.0));
+        self.judged_seconds += seconds;
+        for (region, (counts, judged)) in counts.iter().zip(&mut self.judged).enumerate() {
+            let curve = self.gaps.curve(region);
+            for (bin, (pages, written)) in counts.iter().enumerate().filter(|(_, (pages, _))| *pages > 0) {
+                judged.0 += f64::from(*pages) * curve.written_within(gaps::typical(bin), seconds);
+                judged.1 += f64::from(*written);
+            }
+        }
+        if self.judged_seconds < 1.0 {
+            return;
+        }
+        let sums = |(apart, all): (f64, f64), (expected, written): &(f64, f64)| {
+            (apart + (expected - written).abs(), all + expected + written)
+        };
+        let (apart, all) = self.judged.iter().fold((0.0, 0.0), sums);
+        if all > 2.0 * FEW_WRITES && apart / all > MOST_DEVIATION {
+            log::debug!("the model of writes does not hold: {apart:.0} of {all:.0} pages are not as expected");
+            self.modelled = false;
+            self.gaps = Gaps::unknown(self.regions.count());
+        }
+        self.judged.clear();
+        self.judged_seconds = 0.0;
+    }
+
+    /// Queues what is to be released now that xl waits with the last record of a pass.
+    fn end_pass(&mut self, now: f64) {
+        let candidates = self.held_pages as f64;
+        let ahead = (candidates / 2.0 / self.rate.pages).max(SOON);
+        let mut heats: Vec<Vec<(Pfn, f64)>> = vec![Vec::new(); HEATS];
+        for pfn in self.held.iter().filter(|pfn| !self.dirty.contains(*pfn)) {
+            let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
+            let curve = self.gaps.curve(self.regions.of(pfn.get()));
+            let expected = last.map_or(0.0, |last| last.expected(curve, now, ahead));
+            if let Some(heat) = heats.get_mut(heat(expected)) {
+                heat.push((pfn, expected / ahead));
+            }
+        }
+        let chosen = if self.may_be_last {
+            worth_releasing(&heats, self.rate.pages)
+        } else {
+            heat(-(1.0 - HOLD).ln())
+        };
+        let quiet_first = heats.iter().take(chosen).flatten().map(|(pfn, _)| *pfn);
+        self.queue = quiet_first.collect();
+        self.queue.reverse();
+    }
+
+    /// Pages that were held and are to be sent now from the guest's frames, at most `limit` of them, in the order in
+    /// which they are to go. To be called after [`Filter::hold`], before the record's body has been read to its end, and
+    /// again until it gives none: xl must not go on before they are sent. They are no longer held for the filter.
+    pub fn release(&mut self, limit: usize) -> Vec<Pfn> {
+        let mut released = Vec::new();
+        while let Some(pfn) = (released.len() < limit).then(|| self.queue.pop()).flatten() {
+            if self.held.contains(pfn) && !self.dirty.contains(pfn) {
+                self.held.remove(pfn);
+                self.held_pages = self.held_pages.saturating_sub(1);
+                released.push(pfn);
+            }
+        }
+        released
+    }
+
+    /// What has gone to the link by now, since the migration's start: guest pages, and bytes on the wire.
+    pub fn sent(&mut self, now: Duration, pages: u64, wire_bytes: u64) {
+        let now = now.as_secs_f64();
+        let rate = &mut self.rate;
+        let (seconds, new) = (now - rate.looked, pages.saturating_sub(rate.looked_pages));
+        if seconds < LOOK_EVERY {
+            return;
+        }
+        // Time in which records were read and held tells nothing of the link.
+        if new > 0 && rate.held < new {
+            let bytes = wire_bytes.saturating_sub(rate.looked_bytes);
+            let weight = if rate.measured { WEIGHT } else { 1.0 };
+            rate.pages += weight * (new as f64 / seconds - rate.pages);
+            rate.bytes_each += weight * (bytes as f64 / new as f64 - rate.bytes_each);
+            rate.measured = true;
+        }
+        rate.looked = now;
+        rate.looked_pages = pages;
+        rate.looked_bytes = wire_bytes;
+        rate.held = 0;
+    }
+
+    /// Downtime if xl suspended the guest now: what is held or dirty has to be sent at the measured rate. What suspending
+    /// and resuming take by themselves is not in it.
+    pub fn expected_downtime(&self, now: Duration) -> Duration {
+        let both = self.held.words().iter().zip(self.dirty.words());
+        let known: u64 = both.map(|(held, dirty)| u64::from((held | dirty).count_ones())).sum();
+        let since = (self.time(now) - self.peeked.max(self.pass_began)).max(0.0);
+        let pages = (known as f64 + self.dirtying * since).min(self.bound as f64);
+        Duration::try_from_secs_f64(pages / self.rate.pages).unwrap_or(Duration::MAX)
+    }
+}
+
+/// The class of a page of which so many writes are expected: two for each doubling.
+fn heat(expected: f64) -> usize {
+    let place = 40.0 + 2.0 * expected.max(1e-9).log2();
+    place.clamp(0.0, (HEATS - 1) as f64) as usize
+}
+
+/// How many of the heat classes, from the quietest, are worth sending while the guest runs: a page sent now costs a
+/// repeat if it is written before the suspend, and saves downtime if not. Hotter pages go later and are exposed shorter.
+fn worth_releasing(heats: &[Vec<(Pfn, f64)>], rate: f64) -> usize {
+    let classes: Vec<(f64, f64)> = heats
+        .iter()
+        .map(|pages| {
+            let all: f64 = pages.iter().map(|(_, writes)| writes).sum();
+            (pages.len() as f64, all / (pages.len() as f64).max(1.0))
+        })
+        .collect();
+    let mut best = (0.0, 0);
+    for chosen in 1..=classes.len() {
+        let (mut after, mut gain) = (0.0, 0.0);
+        for (pages, writes) in classes.iter().take(chosen).rev() {
+            let exposed = (after + pages / 2.0) / rate;
+            let again = 1.0 - (-writes * exposed).exp();
+            gain += pages * (STOP_WORTH - (1.0 + STOP_WORTH) * again);
+            after += pages;
+        }
+        if gain > best.0 {
+            best = (gain, chosen);
+        }
+    }
+    best.1
+}
+
+/// When a page was written last: milliseconds above bit 0, which says whether it may as well have been a while before. 0:
+/// not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Written(u32);
+
+impl Written {
+    const UNKNOWN: Written = Written(0);
+
+    /// Times past 24 days stay there.
+    fn at(seconds: f64) -> Written {
+        Written(((seconds * 1e3).max(1.0) as u32).min(u32::MAX / 2) << 1)
+    }
+
+    fn sometime_before(seconds: f64) -> Written {
+        Written(Written::at(seconds).0 | 1)
+    }
+
+    fn is_sometime(self) -> bool {
+        self.0 & 1 == 1
+    }
+
+    fn time(self) -> Option<f64> {
+        (self != Written::UNKNOWN).then(|| f64::from(self.0 >> 1) / 1e3)
+    }
+
+    /// At most so old.
+    fn age(self, now: f64) -> f64 {
+        self.time().map_or(NEVER, |time| (now - time).max(0.0))
+    }
+
+    /// Writes expected in the next `seconds`.
+    fn expected(self, curve: &Curve, now: f64, seconds: f64) -> f64 {
+        match self.is_sometime() {
+            false => curve.expected(self.age(now), seconds),
+            true => curve.expected_sometime(self.age(now), seconds),
+        }
+    }
+}

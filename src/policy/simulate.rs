@@ -1,0 +1,433 @@
+//! Strategies over a dirty trace: what each would have sent, and for how long the guest would have stood still.
+//!
+//! The model: writes of a sample take place at its end; a trace that is too short begins anew. A page takes the link
+//! its 4096 bytes, uncompressed. xl makes its passes as it does (XEN.md says how: at most five, none of fewer than 50
+//! pages but the last, bits cleared as each begins), the suspended guest's last pass ends it. Who stands between xl and
+//! the link reads what it holds back through xl's pipe. Before the migration the guest runs for the time in which the
+//! model is made, the same for all strategies.
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::filter::{FEW_DIRTY, Filter, LIVE_PASSES, RECORD};
+use super::model::{Builder, Model};
+use super::trace::Trace;
+use crate::page::{PAGE_SIZE, Pfn};
+use crate::page_set::PageSet;
+
+/// Bytes a second that xl writes and an agent reads through a pipe.
+const PIPE: f64 = 1e9;
+
+/// Time that the paper's filter waits for a sample in each round (section 5.2), the link idle.
+const PAPER_WAIT: Duration = Duration::from_millis(60);
+
+/// Pages released at a time.
+const RELEASED: usize = 256;
+
+/// What a run is given besides the trace.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Conditions {
+    /// Of the link, in bytes a second.
+    pub bytes_a_second: f64,
+    /// For how long the model is made; zero: without one.
+    pub model_time: Duration,
+    /// Time between two peeks.
+    pub peek_every: Duration,
+}
+
+impl Conditions {
+    /// As a migration has them: two seconds for the model, a peek each second for a GiB.
+    pub fn usual(bytes_a_second: f64, guest_pages: u64) -> Conditions {
+        let peek_every = Duration::from_secs_f64(guest_pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 30));
+        Conditions {
+            bytes_a_second,
+            model_time: Duration::from_secs(2),
+            peek_every: peek_every.max(Duration::from_millis(50)),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// libxl's passes, all of them sent.
+    Plain,
+    /// Pages that are known to be written again in the pass are not sent.
+    DirtyAgain,
+    /// Ruan's data filter (figure 3), in xl's place.
+    Paper,
+    /// [`Filter`].
+    Ours,
+    /// Who knows the future: each page once, after its last write where there is time, and the best moment to suspend.
+    Clairvoyant,
+}
+
+pub const STRATEGIES: [Strategy; 5] = [
+    Strategy::Plain,
+    Strategy::DirtyAgain,
+    Strategy::Paper,
+    Strategy::Ours,
+    Strategy::Clairvoyant,
+];
+
+impl Strategy {
+    pub fn name(self) -> &'static str {
+        match self {
+            Strategy::Plain => "plain",
+            Strategy::DirtyAgain => "dirty-again",
+            Strategy::Paper => "paper",
+            Strategy::Ours => "xenfold",
+            Strategy::Clairvoyant => "clairvoyant",
+        }
+    }
+}
+
+/// What a strategy did. Pages are numbers of pages; a repeat is every sending of a page after its first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Outcome {
+    pub guest_pages: u64,
+    pub sent_pages: u64,
+    pub repeat_pages: u64,
+    /// Sent while the guest was suspended.
+    pub stop_pages: u64,
+    pub time_elapsed_ms: u64,
+    pub downtime_ms: u64,
+    /// Live passes.
+    pub iteration: u32,
+}
+
+impl Outcome {
+    /// What a strategy costs, in pages: those sent, and those of the stop phase again, for which the guest stood still.
+    pub fn cost(&self) -> u64 {
+        self.sent_pages + self.stop_pages
+    }
+
+    /// Cost above the clairvoyant's, in parts of the guest's pages.
+    pub fn regret(&self, clairvoyant: &Outcome) -> f64 {
+        let more = self.cost() as f64 - clairvoyant.cost() as f64;
+        more / (self.guest_pages as f64).max(1.0)
+    }
+}
+
+/// All strategies over one trace.
+pub fn all(trace: &Trace, conditions: &Conditions) -> Vec<(Strategy, Outcome)> {
+    let model = model(trace, conditions.model_time);
+    let mut done: Vec<(Strategy, Outcome)> = Vec::new();
+    for strategy in STRATEGIES {
+        let outcome = match strategy {
+            Strategy::Plain => World::new(trace, conditions).xl(|_, _, _| Vec::new(), None),
+            Strategy::DirtyAgain => dirty_again(trace, conditions),
+            Strategy::Paper => paper(trace, conditions, model.as_ref()),
+            Strategy::Ours => ours(trace, conditions, model.clone()),
+            Strategy::Clairvoyant => {
+                // No more time than plain takes: who waits long enough meets an idle moment.
+                let most = done.first().map_or(0, |(_, plain)| plain.time_elapsed_ms);
+                clairvoyant(trace, conditions, Duration::from_millis(most))
+            }
+        };
+        done.push((strategy, outcome));
+    }
+    done
+}
+
+/// The model of the trace's first samples.
+fn model(trace: &Trace, time: Duration) -> Option<Model> {
+    let samples = (time.as_nanos() / trace.interval().as_nanos().max(1)) as usize;
+    let mut builder = Builder::new(trace.bound(), trace.guest_pages(), trace.interval());
+    let wanted = (0..samples.min(trace.len())).map(|sample| trace.sample(sample));
+    let taken = wanted.take_while(|written| builder.sample(written)).count();
+    (taken > 0).then(|| builder.finish())
+}
+
+/// The guest, the link and what has gone over it.
+struct World<'a> {
+    trace: &'a Trace,
+    page_time: f64,
+    pipe_time: f64,
+    peek_every: f64,
+    /// Seconds since the migration began.
+    now: f64,
+    /// The next sample, and when it ends.
+    sample: usize,
+    interval: f64,
+    sample_ends: f64,
+    /// Written since xl's pass began.
+    dirty: PageSet,
+    /// Not at the destination as it is now.
+    stale: PageSet,
+    sent: PageSet,
+    sent_pages: u64,
+    repeat_pages: u64,
+    passes: u32,
+}
+
+type Hold<'h> = dyn FnMut(&mut World<'_>, &[Pfn], Option<&PageSet>) -> Vec<bool> + 'h;
+
+impl<'a> World<'a> {
+    fn new(trace: &'a Trace, conditions: &Conditions) -> World<'a> {
+        let interval = trace.interval().as_secs_f64();
+        let samples = conditions.model_time.as_nanos() / trace.interval().as_nanos().max(1);
+        let mut stale = PageSet::new(trace.bound());
+        stale.insert_run(0..trace.guest_pages());
+        World {
+            trace,
+            page_time: PAGE_SIZE as f64 / conditions.bytes_a_second,
+            pipe_time: PAGE_SIZE as f64 / PIPE,
+            peek_every: conditions.peek_every.as_secs_f64(),
+            now: 0.0,
+            sample: samples as usize % trace.len().max(1),
+            interval,
+            sample_ends: interval,
+            dirty: PageSet::new(trace.bound()),
+            stale,
+            sent: PageSet::new(trace.bound()),
+            sent_pages: 0,
+            repeat_pages: 0,
+            passes: 0,
+        }
+    }
+
+    fn time(&self) -> Duration {
+        Duration::from_secs_f64(self.now)
+    }
+
+    /// Lets time go by; the guest writes meanwhile.
+    fn pass_time(&mut self, seconds: f64) {
+        self.now += seconds;
+        while self.sample_ends <= self.now {
+            let (dirty, stale) = (&mut self.dirty, &mut self.stale);
+            self.trace.for_each_run(self.sample, |run| {
+                dirty.insert_run(run.clone());
+                stale.insert_run(run);
+            });
+            self.sample = (self.sample + 1) % self.trace.len().max(1);
+            self.sample_ends += self.interval;
+        }
+    }
+
+    fn send(&mut self, pfn: Pfn) {
+        self.sent_pages += 1;
+        self.repeat_pages += u64::from(self.sent.contains(pfn));
+        self.sent.insert(pfn);
+        self.stale.remove(pfn);
+    }
+
+    fn send_live(&mut self, pages: &[Pfn]) {
+        pages.iter().for_each(|pfn| self.send(*pfn));
+        self.pass_time(pages.len() as f64 * self.page_time);
+    }
+
+    /// Suspends the guest and sends what is left.
+    fn stop(mut self, left: &PageSet) -> Outcome {
+        let (before, suspended) = (self.sent_pages, self.now);
+        left.iter().for_each(|pfn| self.send(pfn));
+        debug_assert!(
+            self.stale.is_empty(),
+            "{} pages are not as at the source",
+            self.stale.len()
+        );
+        let stop_pages = self.sent_pages - before;
+        let downtime = stop_pages as f64 * self.page_time;
+        Outcome {
+            guest_pages: self.trace.guest_pages(),
+            sent_pages: self.sent_pages,
+            repeat_pages: self.repeat_pages,
+            stop_pages,
+            time_elapsed_ms: ((suspended + downtime) * 1e3) as u64,
+            downtime_ms: (downtime * 1e3) as u64,
+            iteration: self.passes,
+        }
+    }
+
+    /// xl's passes. `hold` answers for each record which pages are held back (none: an empty answer); it may send pages
+    /// by itself. `held` is kept up to date for it where it is given.
+    fn xl(
+        mut self,
+        mut hold: impl FnMut(&mut World<'_>, &[Pfn], Option<&PageSet>) -> Vec<bool>,
+        held: Option<&HeldCell>,
+    ) -> Outcome {
+        let hold: &mut Hold<'_> = &mut hold;
+        let own = HeldCell::new(PageSet::new(self.trace.bound()).into());
+        let held = held.unwrap_or(&own);
+        let mut list: Vec<Pfn> = self.stale.iter().collect();
+        let mut peeked = 0.0;
+        loop {
+            self.passes += 1;
+            let last = self.passes == LIVE_PASSES || (list.len() as u64) < FEW_DIRTY;
+            for record in list.chunks(RECORD) {
+                let peek = (self.now - peeked >= self.peek_every).then(|| self.dirty.clone());
+                if peek.is_some() {
+                    peeked = self.now;
+                }
+                let answers = hold(&mut self, record, peek.as_ref());
+                let is_held = |index: usize| answers.get(index).copied().unwrap_or(false);
+                let mut go = Vec::new();
+                for (index, pfn) in record.iter().enumerate() {
+                    if is_held(index) {
+                        held.borrow_mut().insert(*pfn);
+                    } else {
+                        held.borrow_mut().remove(*pfn);
+                        go.push(*pfn);
+                    }
+                }
+                let held_here = record.len() - go.len();
+                self.send_live(&go);
+                self.pass_time(held_here as f64 * self.pipe_time);
+            }
+            if last {
+                break;
+            }
+            list = self.dirty.iter().collect();
+            self.dirty.clear();
+        }
+        let mut left = held.borrow().clone();
+        left.union(&self.dirty);
+        self.stop(&left)
+    }
+}
+
+/// Pages held, shared between xl's passes and who holds.
+type HeldCell = std::cell::RefCell<PageSet>;
+
+fn dirty_again(trace: &Trace, conditions: &Conditions) -> Outcome {
+    let mut known = PageSet::new(trace.bound());
+    let mut previous = None;
+    let hold = |_: &mut World<'_>, record: &[Pfn], peek: Option<&PageSet>| {
+        if previous.is_some_and(|previous| record.first().is_some_and(|first| *first <= previous)) {
+            known.clear();
+        }
+        previous = record.last().copied();
+        if let Some(peek) = peek {
+            known = peek.clone();
+        }
+        record.iter().map(|pfn| known.contains(*pfn)).collect()
+    };
+    World::new(trace, conditions).xl(hold, None)
+}
+
+fn ours(trace: &Trace, conditions: &Conditions, model: Option<Model>) -> Outcome {
+    let mut filter = Filter::new(model, trace.bound(), trace.guest_pages());
+    let held = HeldCell::new(PageSet::new(trace.bound()));
+    let hold = |world: &mut World<'_>, record: &[Pfn], peek: Option<&PageSet>| {
+        let answers = filter.hold(world.time(), record, peek);
+        // A page of this record that is released at once is held no more.
+        let mut answers = answers;
+        loop {
+            let released = filter.release(RELEASED);
+            if released.is_empty() {
+                break;
+            }
+            let mut go = Vec::new();
+            for pfn in released {
+                match record.binary_search(&pfn) {
+                    Ok(index) => {
+                        answers.get_mut(index).into_iter().for_each(|answer| *answer = true);
+                        held.borrow_mut().remove(pfn);
+                    }
+                    Err(_) => held.borrow_mut().remove(pfn),
+                }
+                go.push(pfn);
+            }
+            world.send_live(&go);
+            let bytes = world.sent_pages * PAGE_SIZE as u64;
+            filter.sent(world.time(), world.sent_pages, bytes);
+        }
+        let bytes = world.sent_pages * PAGE_SIZE as u64;
+        filter.sent(world.time(), world.sent_pages, bytes);
+        answers
+    };
+    World::new(trace, conditions).xl(hold, Some(&held))
+}
+
+/// The paper's algorithm (figure 3) with xl's limits on passes: whole rounds are planned from the state of the last
+/// sample and the likeliest states after it. A model that does not hold disables it (section 3.3).
+fn paper(trace: &Trace, conditions: &Conditions, model: Option<&Model>) -> Outcome {
+    let mut world = World::new(trace, conditions);
+    let mut dirty = world.stale.clone();
+    let mut filtered = PageSet::new(trace.bound());
+    let mut enabled = model;
+    let mut began = 0.0;
+    loop {
+        world.passes += 1;
+        if world.passes > 1 {
+            let over = Duration::from_secs_f64(world.now - began);
+            enabled = enabled.filter(|model| model.check(&dirty, over).holds());
+        }
+        began = world.now;
+        let last = world.passes == LIVE_PASSES || dirty.len() + filtered.len() < FEW_DIRTY;
+        let mut list = dirty;
+        list.union(&filtered);
+        filtered.clear();
+        if let Some(model) = enabled {
+            world.pass_time(PAPER_WAIT.as_secs_f64());
+            let before = (world.sample + trace.len() - 1) % trace.len().max(1);
+            let state = model.identify(&trace.sample(before));
+            let over = Duration::from_secs_f64(list.len() as f64 * world.page_time);
+            let forecast = state.map(|state| model.forecast(state, over));
+            let forecast = forecast.unwrap_or_else(|| PageSet::new(trace.bound()));
+            for pfn in list.iter().filter(|pfn| forecast.contains(*pfn)) {
+                filtered.insert(pfn);
+            }
+        }
+        let go: Vec<Pfn> = list.iter().filter(|pfn| !filtered.contains(*pfn)).collect();
+        go.chunks(RECORD).for_each(|pages| world.send_live(pages));
+        dirty = std::mem::replace(&mut world.dirty, PageSet::new(trace.bound()));
+        if last {
+            break;
+        }
+    }
+    dirty.union(&filtered);
+    world.stop(&dirty)
+}
+
+/// The best that could be: for each moment to suspend, pages wait for the link from their last write before it on, and
+/// those still waiting then are the stop phase's. The moment with the fewest of them is taken, and of those the first.
+fn clairvoyant(trace: &Trace, conditions: &Conditions, most: Duration) -> Outcome {
+    let world = World::new(trace, conditions);
+    let (interval, guest_pages) = (world.interval, trace.guest_pages());
+    let each = interval / world.page_time;
+    // Pages by the sample in which they were written last; 0: before the migration.
+    let mut last = vec![0u32; usize::try_from(trace.bound()).unwrap_or(0)];
+    let mut pages = vec![guest_pages];
+    let first = world.sample;
+    let samples = (most.as_secs_f64() / interval).ceil().max(1.0) as u32;
+    let mut best: Option<(f64, f64)> = None;
+    for number in 0..=samples {
+        if number > 0 {
+            pages.push(0);
+            let sample = (first + number as usize - 1) % trace.len().max(1);
+            trace.for_each_run(sample, |run| {
+                for last in last.get_mut(run.start as usize..run.end as usize).unwrap_or_default() {
+                    if let Some(count) = pages.get_mut(*last as usize) {
+                        *count = count.saturating_sub(1);
+                    }
+                    *last = number;
+                    if let Some(count) = pages.get_mut(number as usize) {
+                        *count += 1;
+                    }
+                }
+            });
+        }
+        let waiting = pages.split_last().map_or(0.0, |(newest, before)| {
+            let waiting = before
+                .iter()
+                .fold(0.0, |waiting: f64, pages| (waiting + *pages as f64 - each).max(0.0));
+            waiting + *newest as f64
+        });
+        let time = f64::from(number) * interval + waiting * world.page_time;
+        let fits = time <= most.as_secs_f64() || number == 0;
+        if fits && best.is_none_or(|(fewest, _)| waiting < fewest - 0.5) {
+            best = Some((waiting, time));
+        }
+    }
+    let (waiting, time) = best.unwrap_or_default();
+    Outcome {
+        guest_pages,
+        sent_pages: guest_pages,
+        repeat_pages: 0,
+        stop_pages: waiting as u64,
+        time_elapsed_ms: (time * 1e3) as u64,
+        downtime_ms: (waiting * world.page_time * 1e3) as u64,
+        iteration: 0,
+    }
+}
