@@ -359,7 +359,7 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
 fn memory_is_right_whatever_is_held() {
     let cases = std::env::var("XENFOLD_CASES").ok().and_then(|cases| cases.parse().ok());
     let mut runner = TestRunner::new(Config {
-        cases: cases.unwrap_or(400),
+        cases: cases.unwrap_or(200),
         failure_persistence: None,
         max_shrink_iters: 0,
         ..Config::default()

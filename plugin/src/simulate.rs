@@ -40,6 +40,9 @@ pub struct Arguments {
     /// Seconds for which the guest is watched before each migration; 0: not at all.
     #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=12))]
     model: u64,
+    /// Milliseconds between two looks at the dirty pages; a second for each GiB if not given, as an emulated host needs.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    peek: Option<u64>,
     /// Write the figures to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -75,9 +78,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     for source in sources(arguments) {
         let (name, trace) = source?;
         for (link, bytes_a_second) in &rates {
+            let usual = Conditions::usual(*bytes_a_second, trace.guest_pages());
             let conditions = Conditions {
                 model_time: Duration::from_secs(arguments.model),
-                ..Conditions::usual(*bytes_a_second, trace.guest_pages())
+                peek_every: arguments.peek.map_or(usual.peek_every, Duration::from_millis),
+                ..usual
             };
             for run in simulate(&name, link, &trace, &conditions) {
                 println!("{}", line(&run));
@@ -175,6 +180,7 @@ mod tests {
             seconds: 1,
             seed: 1,
             model: 2,
+            peek: None,
             json: None,
         };
         let error = run(&arguments).unwrap_err();
@@ -196,6 +202,7 @@ mod tests {
             seconds: 5,
             seed: 1,
             model: 2,
+            peek: None,
             json: Some(json.clone()),
         };
         run(&arguments).unwrap();

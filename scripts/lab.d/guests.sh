@@ -123,7 +123,7 @@ guest_load() {
   host=$(guest_where "$name")
   on "$host" "echo $load >\"\$(xenstore-read /local/domain/\$(xl domid $name)/console/tty)\"" </dev/null
   for _ in $(seq 120); do
-    if guest_console "$name" 50 | grep -q "guest load: $load"; then return; fi
+    [[ $(guest_console "$name" 50) != *"guest load: $load"* ]] || return 0
     sleep 1
   done
   die "guest $name does not run $load: is it a Debian guest?"
@@ -173,4 +173,14 @@ lab_capture() {
   on "$host" 'zstd -q -1 --rm -c /root/capture.save; rm -f /root/capture.save' </dev/null | zstd -q -d -o "$file.tmp" -f
   mv "$file.tmp" "$file"
   say "captured $name from $host: $(stat -c %s "$file") bytes in $file"
+}
+
+lab_trace() {
+  [ $# -ge 2 ] || die "usage: lab trace NAME FILE [SECONDS]"
+  local name=$1 file=$2 seconds=${3:-60} host
+  host=$(guest_where "$name")
+  on "$host" "xenfold trace $name /root/dirty.trace --seconds $seconds >&2" </dev/null || die "no trace of $name on $host"
+  on "$host" 'cat /root/dirty.trace; rm -f /root/dirty.trace' </dev/null >"$file.tmp"
+  mv "$file.tmp" "$file"
+  say "traced $name on $host: $(stat -c %s "$file") bytes in $file; look at it with xenfold simulate"
 }

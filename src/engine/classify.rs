@@ -284,7 +284,7 @@ impl Classifier {
             });
         }
         let base = self.contents.as_ref()?.last_seen(pfn)?;
-        (holdings.contain(&[Some(base)]) == [true]).then(|| Candidate {
+        (holdings.contain(&[Some(base)]) == [true]).then_some(Candidate {
             at,
             index,
             base: Base::Content(base),

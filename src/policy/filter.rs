@@ -38,7 +38,7 @@ const HOLD: f64 = 0.3;
 const AGAIN: f64 = 0.7;
 
 /// What a page less in the stop phase is worth, in pages sent.
-const STOP_WORTH: f64 = 1.0;
+const STOP_WORTH: f64 = 2.0;
 
 /// Pages a second before any have been sent: a link of 1 Gbit/s.
 const FIRST_RATE: f64 = 30_000.0;
@@ -58,6 +58,9 @@ const FEW_WRITES: f64 = 256.0;
 
 /// Heat classes that held pages are sorted into.
 const HEATS: usize = 64;
+
+/// Parts of the sorted pages that are chosen whole or not.
+const PARTS: usize = 64;
 
 /// The decision maker of one migration. Times are since its start and never go back.
 #[derive(Debug)]
@@ -83,8 +86,10 @@ pub struct Filter {
     previous: Option<Pfn>,
     /// Whether the pass under way can be the last live one.
     may_be_last: bool,
-    /// Written since the pass began, as far as is known, and the time of that knowledge.
+    /// Written since the pass began, as far as is known.
     dirty: PageSet,
+    /// The time of all that knowledge: of the last peek, or when the pass began. What has been written since is not known,
+    /// so pages are as old as they were then.
     peeked: f64,
     /// Newly dirty pages a second, at the last peek.
     dirtying: f64,
@@ -96,6 +101,7 @@ pub struct Filter {
     /// To be released, the last one first.
     queue: Vec<Pfn>,
     rate: Rate,
+    forecast: Forecast,
 }
 
 /// Pages and wire bytes a second, while the link is what is waited for.
@@ -151,6 +157,7 @@ impl Filter {
             held: PageSet::new(pages_bound),
             held_pages: 0,
             queue: Vec::new(),
+            forecast: Forecast::default(),
             rate: Rate {
                 pages: FIRST_RATE,
                 bytes_each: PAGE_SIZE as f64,
@@ -195,9 +202,9 @@ impl Filter {
         }
         self.offered += pfns.len() as u64;
         let ahead = self.ahead();
-        let answers: Vec<bool> = pfns.iter().map(|pfn| self.hold_one(now, ahead, *pfn)).collect();
+        let answers = pfns.iter().map(|pfn| self.hold_one(ahead, *pfn)).collect();
         if self.pass > 1 && pfns.len() < RECORD {
-            self.end_pass(now);
+            self.end_pass();
         }
         answers
     }
@@ -209,6 +216,9 @@ impl Filter {
     fn begin_pass(&mut self, now: f64, pages: usize) {
         self.pass += 1;
         self.may_be_last = self.pass >= LIVE_PASSES || self.pass > 1 && (pages as u64) < FEW_DIRTY;
+        if self.pass > 1 {
+            self.forecast.pass_ended(self.pass_began, now);
+        }
         self.before_began = self.pass_began;
         self.before_peeked = self.peeked.max(self.pass_began);
         self.pass_began = now;
@@ -220,11 +230,12 @@ impl Filter {
         self.peeked = self.peeked.max(now);
     }
 
-    fn hold_one(&mut self, now: f64, ahead: f64, pfn: Pfn) -> bool {
+    fn hold_one(&mut self, ahead: f64, pfn: Pfn) -> bool {
         let Some(last) = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get_mut(page)) else {
             return false;
         };
-        let curve = self.gaps.curve(self.regions.of(pfn.get()));
+        let region = self.regions.of(pfn.get());
+        let curve = self.gaps.curve(region);
         let dirty = self.dirty.contains(pfn);
         if self.pass > 1 && !dirty {
             // xl offers it, so it was written in the pass before. When it was first is known to that pass's peeks, if at
@@ -236,7 +247,7 @@ impl Filter {
                 false => Written::at(first),
             };
         }
-        let hold = dirty || 1.0 - (-last.expected(curve, now, ahead)).exp() > HOLD;
+        let hold = dirty || 1.0 - (-self.forecast.expected(*last, curve, region, self.peeked, ahead)).exp() > HOLD;
         if hold != self.held.contains(pfn) {
             if hold {
                 self.held.insert(pfn);
@@ -313,9 +324,10 @@ impl Filter {
             }
         }
         self.gaps.learn(&seen);
+        self.forecast.remembered = None;
     }
 
-    /// Forgets what the model said where peeks show something else: the guest has changed its ways. Peeks are judged
+    /// Drops the model where peeks show something else: the guest has changed its ways, and what comes counts more. Peeks are judged
     /// together until they cover a second: in less a guest does not write everywhere it writes.
     fn compare(&mut self, seconds: f64, counts: &[[(u32, u32); BINS]]) {
         if !self.modelled {
@@ -337,35 +349,41 @@ impl Filter {
             (apart + (expected - written).abs(), all + expected + written)
         };
         let (apart, all) = self.judged.iter().fold((0.0, 0.0), sums);
-        if all > 2.0 * FEW_WRITES && apart / all > MOST_DEVIATION {
+        // Hundredths of the guest are not worth a judgement.
+        let few = FEW_WRITES.max(self.guest_pages as f64 / 100.0);
+        if all > 2.0 * few && apart / all > MOST_DEVIATION {
             log::debug!("the model of writes does not hold: {apart:.0} of {all:.0} pages are not as expected");
             self.modelled = false;
-            self.gaps = Gaps::unknown(self.regions.count());
+            self.gaps.doubt();
         }
         self.judged.clear();
         self.judged_seconds = 0.0;
     }
 
     /// Queues what is to be released now that xl waits with the last record of a pass.
-    fn end_pass(&mut self, now: f64) {
-        let candidates = self.held_pages as f64;
-        let ahead = (candidates / 2.0 / self.rate.pages).max(SOON);
-        let mut heats: Vec<Vec<(Pfn, f64)>> = vec![Vec::new(); HEATS];
+    fn end_pass(&mut self) {
+        let ahead = (self.held_pages as f64 / 2.0 / self.rate.pages).max(SOON);
+        let mut heats: Vec<Vec<(Pfn, f32)>> = vec![Vec::new(); HEATS];
         for pfn in self.held.iter().filter(|pfn| !self.dirty.contains(*pfn)) {
             let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
-            let curve = self.gaps.curve(self.regions.of(pfn.get()));
-            let expected = last.map_or(0.0, |last| last.expected(curve, now, ahead));
+            let region = self.regions.of(pfn.get());
+            let curve = self.gaps.curve(region);
+            let expected = last.map_or(0.0, |last| {
+                self.forecast.expected(*last, curve, region, self.peeked, ahead)
+            });
             if let Some(heat) = heats.get_mut(heat(expected)) {
-                heat.push((pfn, expected / ahead));
+                heat.push((pfn, (expected / ahead) as f32));
             }
         }
+        // Pages and the writes a second that each expects, the quietest first.
+        let sorted: Vec<(Pfn, f32)> = heats.into_iter().flatten().collect();
         let chosen = if self.may_be_last {
-            worth_releasing(&heats, self.rate.pages)
+            worth_releasing(&sorted, self.rate.pages)
         } else {
-            heat(-(1.0 - HOLD).ln())
+            let quiet = |writes: f32| f64::from(writes) * ahead < -(1.0 - HOLD).ln();
+            sorted.iter().take_while(|(_, writes)| quiet(*writes)).count()
         };
-        let quiet_first = heats.iter().take(chosen).flatten().map(|(pfn, _)| *pfn);
-        self.queue = quiet_first.collect();
+        self.queue = sorted.iter().take(chosen).map(|(pfn, _)| *pfn).collect();
         self.queue.reverse();
     }
 
@@ -423,25 +441,27 @@ fn heat(expected: f64) -> usize {
     place.clamp(0.0, (HEATS - 1) as f64) as usize
 }
 
-/// How many of the heat classes, from the quietest, are worth sending while the guest runs: a page sent now costs a
+/// How many of the pages, sorted from the quietest, are worth sending while the guest runs: a page sent now costs a
 /// repeat if it is written before the suspend, and saves downtime if not. Hotter pages go later and are exposed shorter.
-fn worth_releasing(heats: &[Vec<(Pfn, f64)>], rate: f64) -> usize {
-    let classes: Vec<(f64, f64)> = heats
-        .iter()
-        .map(|pages| {
-            let all: f64 = pages.iter().map(|(_, writes)| writes).sum();
-            (pages.len() as f64, all / (pages.len() as f64).max(1.0))
+fn worth_releasing(sorted: &[(Pfn, f32)], rate: f64) -> usize {
+    let parts = sorted.chunks(sorted.len().div_ceil(PARTS).max(1));
+    let parts: Vec<(usize, f64)> = parts
+        .map(|part| {
+            let writes: f64 = part.iter().map(|(_, writes)| f64::from(*writes)).sum();
+            (part.len(), writes / part.len() as f64)
         })
         .collect();
-    let mut best = (0.0, 0);
-    for chosen in 1..=classes.len() {
+    let (mut best, mut chosen) = ((0.0, 0), 0);
+    for last in 1..=parts.len() {
         let (mut after, mut gain) = (0.0, 0.0);
-        for (pages, writes) in classes.iter().take(chosen).rev() {
+        for (pages, writes) in parts.iter().take(last).rev() {
+            let pages = *pages as f64;
             let exposed = (after + pages / 2.0) / rate;
             let again = 1.0 - (-writes * exposed).exp();
             gain += pages * (STOP_WORTH - (1.0 + STOP_WORTH) * again);
             after += pages;
         }
+        chosen += parts.get(last - 1).map_or(0, |(pages, _)| *pages);
         if gain > best.0 {
             best = (gain, chosen);
         }
@@ -478,12 +498,39 @@ impl Written {
     fn age(self, now: f64) -> f64 {
         self.time().map_or(NEVER, |time| (now - time).max(0.0))
     }
+}
 
-    /// Writes expected in the next `seconds`.
-    fn expected(self, curve: &Curve, now: f64, seconds: f64) -> f64 {
-        match self.is_sometime() {
-            false => curve.expected(self.age(now), seconds),
-            true => curve.expected_sometime(self.age(now), seconds),
+/// Reckons what is to be expected of pages; remembers the last answer for those whose last write is not known exactly,
+/// which are the same all over a region.
+#[derive(Debug, Default)]
+struct Forecast {
+    /// The passes so far, by their end and their length.
+    passes: Vec<(Written, f64)>,
+    remembered: Option<(Written, usize, f64, f64)>,
+    answer: f64,
+}
+
+impl Forecast {
+    fn pass_ended(&mut self, began: f64, ended: f64) {
+        self.passes.push((Written::sometime_before(ended), ended - began));
+    }
+
+    /// Writes expected of a page in the next `seconds`.
+    fn expected(&mut self, last: Written, curve: &Curve, region: usize, now: f64, seconds: f64) -> f64 {
+        if !last.is_sometime() {
+            return curve.expected(last.age(now), seconds);
         }
+        let question = (last, region, now, seconds);
+        if self.remembered != Some(question) {
+            let pass = self.passes.iter().rev().find(|(ended, _)| *ended == last);
+            let span = pass.map_or(1.0, |(_, span)| *span);
+            self.answer = curve.expected_sometime(last.age(now), span, seconds);
+            self.remembered = Some(question);
+        }
+        self.answer
     }
 }
+
+#[cfg(test)]
+#[path = "filter_tests.rs"]
+mod tests;

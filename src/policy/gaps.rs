@@ -22,6 +22,9 @@ const UNKNOWN: f64 = 0.01;
 /// Nothing is written never.
 const LEAST: f64 = 1e-6;
 
+/// What observations count that are no more believed in.
+const DOUBT: f32 = 0.1;
+
 /// What an earlier observation counts less by for one of the same size.
 const FADE: f32 = 0.5;
 
@@ -135,8 +138,8 @@ pub struct Curve {
     hazards: [f64; BINS],
     /// Writes expected of a page from its last one until it reaches each age.
     until: [f64; BINS],
-    /// Seconds from one write to the next, on average.
-    mean: f64,
+    /// Seconds that a page stays unwritten before it reaches each age, on average.
+    unwritten: [f64; BINS],
 }
 
 impl Curve {
@@ -151,22 +154,47 @@ impl Curve {
             older = *hazard;
         }
         let mut until = [0.0; BINS];
-        let (mut sum, mut before, mut mean) = (0.0f64, 0.0, 0.0);
-        for ((until, hazard), end) in until.iter_mut().zip(hazards).zip(AGES.into_iter().chain([NEVER])) {
+        let mut unwritten = [0.0; BINS];
+        let (mut sum, mut before, mut spent) = (0.0f64, 0.0, 0.0);
+        let ends = AGES.into_iter().chain([NEVER]);
+        for (((until, unwritten), hazard), end) in until.iter_mut().zip(&mut unwritten).zip(hazards).zip(ends) {
             let more = hazard * (end - before);
-            // Those not written so far spend their time here.
-            mean += (-sum).exp() * (1.0 - (-more).exp()) / hazard;
+            spent += (-sum).exp() * (1.0 - (-more).exp()) / hazard;
             sum += more;
             before = end;
-            *until = sum;
+            (*until, *unwritten) = (sum, spent);
         }
-        Curve { hazards, until, mean }
+        Curve {
+            hazards,
+            until,
+            unwritten,
+        }
     }
 
-    /// Writes expected in the next `seconds` of a page that was written within a time in which pages may be written more
-    /// than once, and not since `clean` seconds: whether it was just before that or a good while is not known.
-    pub fn expected_sometime(&self, clean: f64, seconds: f64) -> f64 {
-        self.expected(clean, seconds).max(seconds / self.mean)
+    /// Writes expected in the next `seconds` of a page of which is known that it was written, maybe more than once,
+    /// within a time of `span` seconds that ended `clean` seconds ago, and not since: its last write is taken to be
+    /// anywhere in that time, as far as it is not followed by another.
+    pub fn expected_sometime(&self, clean: f64, span: f64, seconds: f64) -> f64 {
+        let span = span.max(0.001);
+        let now = self.unwritten(clean + span) - self.unwritten(clean);
+        let then = self.unwritten(clean + span + seconds) - self.unwritten(clean + seconds);
+        if now < 1e-9 {
+            // Nothing known has gone unwritten for so long.
+            return self.expected(clean, seconds);
+        }
+        -(then / now).clamp(1e-9, 1.0).ln()
+    }
+
+    /// Seconds that a page stays unwritten before it reaches an age, on average.
+    fn unwritten(&self, age: f64) -> f64 {
+        let index = bin(age);
+        let hazard = self.hazards.get(index).copied().unwrap_or(UNKNOWN);
+        let Some(before) = index.checked_sub(1) else {
+            return (1.0 - (-hazard * age).exp()) / hazard;
+        };
+        let at = |list: &[f64]| list.get(before).copied().unwrap_or(0.0);
+        let here = (1.0 - (-hazard * (age - at(&AGES))).exp()) / hazard;
+        at(&self.unwritten) + (-at(&self.until)).exp() * here
     }
 
     /// Writes expected in the next `seconds` of a page of this age, were each to leave the page's age as it is.
@@ -227,6 +255,15 @@ impl Gaps {
         for (seen, more) in self.seen.iter_mut().zip(more) {
             seen.fade(more);
             seen.add(more);
+        }
+        self.draw();
+    }
+
+    /// Lets all that was seen so far count for little beside what comes.
+    pub fn doubt(&mut self) {
+        for seen in &mut self.seen {
+            let all = seen.seconds.iter_mut().chain(&mut seen.writes);
+            all.for_each(|number| *number *= DOUBT);
         }
         self.draw();
     }
@@ -308,6 +345,29 @@ mod tests {
             let likely = gaps.curve(0).written_within(age, 1.0);
             assert!((likely - 0.632).abs() < 0.1, "at {age}: {likely}");
         }
+    }
+
+    #[test]
+    fn a_page_written_some_time_ago_is_of_no_certain_age() {
+        let flat = Curve::new(
+            &Seen {
+                seconds: [100.0; BINS],
+                writes: [200.0; BINS],
+            },
+            |_, older| older,
+            0.0,
+        );
+        for (clean, span) in [(0.0, 1.0), (0.5, 3.0), (3.0, 0.05)] {
+            let expected = flat.expected_sometime(clean, span, 0.25);
+            assert!((expected - 0.5).abs() < 0.01, "{clean} {span}: {expected}");
+        }
+        // A circle of 0.4 s: half of the pages are written in half of it, the rest in the other half.
+        let (mut seconds, mut writes) = ([100.0; BINS], [0.0; BINS]);
+        (seconds[3], writes[3]) = (1.0, 1000.0);
+        let circle = Curve::new(&Seen { seconds, writes }, |_, older| older, 0.0);
+        let half = 1.0 - (-circle.expected_sometime(0.0, 5.0, 0.1)).exp();
+        assert!((half - 0.5).abs() < 0.05, "{half}");
+        assert!(circle.expected_sometime(0.1, 5.0, 0.15) > 3.0);
     }
 
     #[test]

@@ -149,7 +149,7 @@ impl Guest {
             }
             Kind::SlowLoop(percent) => self.circle(pages * u64::from(percent) / 100, 40 << 8, sample),
             Kind::Random => {
-                let writes = (12_000 * pages >> 18) / A_SECOND;
+                let writes = ((12_000 * pages) >> 18) / A_SECOND;
                 for _ in 0..writes {
                     let page = pages / 4 + self.chance.below(pages / 3);
                     self.one(page);

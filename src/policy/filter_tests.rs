@@ -1,0 +1,145 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::policy::model::Builder;
+
+const INTERVAL: Duration = Duration::from_millis(50);
+
+fn set(bound: u64, runs: &[(u64, u64)]) -> PageSet {
+    let mut set = PageSet::new(bound);
+    runs.iter().for_each(|(start, end)| set.insert_run(*start..*end));
+    set
+}
+
+fn pfns(run: std::ops::Range<u64>) -> Vec<Pfn> {
+    run.filter_map(Pfn::new).collect()
+}
+
+/// A model of a guest with 4096 pages that writes pages 1000 to 1999 all the time.
+fn model() -> Model {
+    let mut builder = Builder::new(4096, 4096, INTERVAL);
+    for _ in 0..40 {
+        builder.sample(&set(4096, &[(1000, 2000)]));
+    }
+    builder.finish()
+}
+
+/// The first pass over 4096 pages, 100 ms a record, peeked at in its second half. Returns the pages held.
+fn first_pass(filter: &mut Filter, written: &PageSet) -> u64 {
+    let mut held = 0;
+    for record in 0..4 {
+        let now = Duration::from_millis(100 * record);
+        let pages = pfns(record * 1024..(record + 1) * 1024);
+        let peek = (record == 2).then_some(written);
+        held += filter.hold(now, &pages, peek).iter().filter(|held| **held).count() as u64;
+        filter.sent(now, record * 1024, record * 1024 * 4096);
+        assert!(filter.release(100).is_empty());
+    }
+    held
+}
+
+#[test]
+fn what_is_dirty_again_is_held_without_a_model() {
+    let mut filter = Filter::new(None, 4096, 4096);
+    let held = first_pass(&mut filter, &set(4096, &[(0, 10), (3000, 3100)]));
+    assert_eq!((held, filter.held_pages(), filter.pass()), (100, 100, 1));
+    assert!(!filter.model_holds());
+    // A pass later it is what it is now that counts.
+    let answers = filter.hold(
+        Duration::from_secs(1),
+        &pfns(3000..3100),
+        Some(&set(4096, &[(3000, 3001)])),
+    );
+    assert_eq!(filter.pass(), 2);
+    assert!(answers[0]);
+}
+
+#[test]
+fn what_the_model_forecasts_is_held_and_what_turns_quiet_is_released() {
+    let mut filter = Filter::new(Some(model()), 4096, 4096);
+    assert!(filter.model_holds());
+    let all = set(4096, &[(1000, 2000)]);
+    let held = first_pass(&mut filter, &all);
+    assert_eq!(held, 1000);
+    assert_eq!(filter.held_pages(), 1000);
+    let downtime = filter.expected_downtime(Duration::from_millis(400));
+    assert!(
+        downtime > Duration::from_millis(20) && downtime < Duration::from_secs(1),
+        "{downtime:?}"
+    );
+    // Pages 1900 to 1999 are not written any more. Each pass is one record, and so its last.
+    let mut released = Vec::new();
+    for pass in 2..=5 {
+        let now = Duration::from_millis(pass * 2000);
+        filter.hold(now, &pfns(1000..1900), Some(&set(4096, &[(1000, 1900)])));
+        loop {
+            let more = filter.release(7);
+            assert!(more.len() <= 7);
+            if more.is_empty() {
+                break;
+            }
+            released.extend(more.iter().map(|pfn| pfn.get()));
+        }
+    }
+    released.sort();
+    assert_eq!(released, (1900..2000).collect::<Vec<_>>());
+    assert_eq!(filter.held_pages(), 900);
+}
+
+#[test]
+fn a_model_that_peeks_refute_is_dropped() {
+    let mut filter = Filter::new(Some(model()), 4096, 4096);
+    filter.hold(Duration::from_millis(10), &pfns(0..1000), None);
+    filter.hold(
+        Duration::from_secs(2),
+        &pfns(1000..2000),
+        Some(&set(4096, &[(2500, 3500)])),
+    );
+    assert!(!filter.model_holds());
+}
+
+#[test]
+fn a_model_of_another_size_is_not_used() {
+    assert!(!Filter::new(Some(model()), 4097, 4096).model_holds());
+}
+
+proptest! {
+    /// Whatever xl offers and peeks show: dirty pages are held, held ones are released once, and none but those.
+    #[test]
+    fn what_is_held_is_known(
+        records in proptest::collection::vec(
+            (proptest::collection::btree_set(0u64..3000, 0..60), 0u64..3000, any::<bool>(), 0u64..5000), 1..40),
+        with_model in any::<bool>(),
+    ) {
+        let bound = 2048;
+        let model = with_model.then(|| {
+            let mut builder = Builder::new(bound, bound, INTERVAL);
+            (0..20).for_each(|sample| {
+                builder.sample(&set(bound, &[(sample * 50, sample * 50 + 100)]));
+            });
+            builder.finish()
+        });
+        let mut filter = Filter::new(model, bound, bound);
+        let mut held = std::collections::BTreeSet::new();
+        let mut now = Duration::ZERO;
+        for (pages, from, peeked, ms) in records {
+            now += Duration::from_millis(ms);
+            let pages: Vec<Pfn> = pages.into_iter().filter_map(Pfn::new).collect();
+            let peek = peeked.then(|| set(bound, &[(from, from + 300)]));
+            let answers = filter.hold(now, &pages, peek.as_ref());
+            prop_assert_eq!(answers.len(), pages.len());
+            for (pfn, hold) in pages.iter().zip(&answers) {
+                let dirty = peek.as_ref().is_some_and(|peek| peek.contains(*pfn));
+                prop_assert!(*hold || !dirty);
+                if *hold { held.insert(*pfn); } else { held.remove(pfn); }
+            }
+            prop_assert_eq!(filter.held_pages(), held.len() as u64);
+            for pfn in filter.release(1000) {
+                prop_assert!(held.remove(&pfn));
+            }
+            prop_assert_eq!(filter.held_pages(), held.len() as u64);
+            filter.sent(now, ms, ms * 4096);
+            filter.expected_downtime(now);
+        }
+    }
+}
