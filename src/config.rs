@@ -68,6 +68,11 @@ pub struct Config {
     pub index_rate: u32,
     /// Daemon: guests whose contents are not looked up.
     pub index_off: Patterns,
+    /// Daemon: whether equal pages of running guests get one frame.
+    #[serde(deserialize_with = "boolean")]
+    pub sharing: bool,
+    /// Daemon: free memory of the host below which nothing further is shared.
+    pub sharing_reserve: Size,
     /// Which guests share contents.
     pub group: Groups,
 }
@@ -93,6 +98,8 @@ impl Default for Config {
             index_size: Size(256 << 20),
             index_rate: 20_000,
             index_off: Patterns::default(),
+            sharing: false,
+            sharing_reserve: Size(256 << 20),
             group: Groups::default(),
         }
     }
@@ -429,7 +436,9 @@ mod tests {
         assert_eq!((config.index, config.index_rate), (false, 500));
         assert_eq!(config.index_size, Size::new(1 << 30));
         assert!(config.index_off.fit("db-1") && !config.index_off.fit("web-1"));
-        assert!(!Config::default().index_off.fit(""));
+        assert!(!Config::default().index_off.fit("") && !Config::default().sharing);
+        let config = parsed("sharing = 1\nsharing_reserve = \"64MiB\"").unwrap();
+        assert_eq!((config.sharing, config.sharing_reserve), (true, Size::new(64 << 20)));
     }
 
     #[test]

@@ -118,6 +118,15 @@ impl Connection<'_> {
                 Reply::Status(Box::new(status))
             }
             Request::Index {} => Reply::Index(self.daemon.index_status()),
+            Request::Dedup {} => Reply::Dedup(self.daemon.dedup_status()),
+            Request::DedupEnable { enable } => {
+                self.daemon.dedup_enable(enable)?;
+                Reply::Done { new: 0 }
+            }
+            Request::DedupScan { guest_uuid } => {
+                self.daemon.dedup_scan(&guest_uuid)?;
+                Reply::Done { new: 0 }
+            }
             Request::StoreStats {} => Reply::StoreStats(self.daemon.stats()?),
             Request::StoreVerify {} => Reply::Verified(self.daemon.verify()?),
             Request::StoreGc {} => Reply::Collected(self.daemon.collect()?),

@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use xenfold::config::Config;
-use xenfold::control::{self, Absent, ErrorCode, Offer, Refusal, StoreStatus};
+use xenfold::control::{self, Absent, DedupStatus, ErrorCode, Offer, Refusal, StoreStatus};
 use xenfold::engine::chain;
 
 use crate::index::{self, Host, Index};
 use crate::keys::Keys;
 use crate::membership::{Members, Membership};
+use crate::sharing::Hold;
 use crate::store::{Group, HoldNew, Store, StoreError};
 
 /// Where the store is, inside the state folder. Beside it, not inside: groups are folders of the store by their names.
@@ -37,6 +38,8 @@ pub(crate) struct Bound {
     pub group: Option<Arc<Group>>,
     /// Contents put during a migration stay until its image is saved.
     _hold: Option<HoldNew>,
+    /// Its memory is the migration's.
+    _unshared: Option<Hold>,
 }
 
 impl Daemon {
@@ -94,6 +97,7 @@ impl Daemon {
             Err(_) => None,
         };
         Ok(Bound {
+            _unshared: self.index().map(|index| index.sharing().hold(&membership.uuid)),
             membership,
             _hold: group.as_ref().map(|group| group.hold_new()),
             group,
@@ -194,6 +198,37 @@ impl Daemon {
 
     pub(crate) fn index_status(&self) -> control::IndexStatus {
         index::status(&self.index)
+    }
+
+    pub(crate) fn dedup_status(&self) -> DedupStatus {
+        match &self.index {
+            Ok(index) => index.dedup_status(),
+            Err(absent) => DedupStatus::Absent(Absent {
+                reason: format!("there is no index: {}", absent.reason),
+                ..absent.clone()
+            }),
+        }
+    }
+
+    pub(crate) fn dedup_enable(&self, enable: bool) -> Result<(), Refusal> {
+        let enabled = match &self.index {
+            Ok(index) => index.sharing().enable(enable),
+            Err(absent) => Err(format!("there is no index: {}", absent.reason)),
+        };
+        enabled.map_err(|reason| Refusal {
+            code: ErrorCode::NoSharing,
+            message: format!("memory of guests cannot be shared: {reason}"),
+        })
+    }
+
+    pub(crate) fn dedup_scan(&self, uuid: &str) -> Result<(), Refusal> {
+        match self.index().is_some_and(|index| index.scan_now(uuid)) {
+            true => Ok(()),
+            false => Err(Refusal {
+                code: ErrorCode::NotFound,
+                message: format!("guest {uuid} is not looked at; `xenfold index` says why"),
+            }),
+        }
     }
 
     /// Lets guests alone from now on.

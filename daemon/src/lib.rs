@@ -3,8 +3,7 @@
 //!
 //! [`daemon::Daemon`] is what the service knows, [`server::serve`] its loop; `connection` follows one caller,
 //! `membership` decides which group and key a guest has, `keys` keeps the keys, `store` the contents; `index` knows those
-//! of running guests. The protocol is
-//! the library's ([`xenfold::control`]).
+//! of running guests, and `sharing` gives equal ones of a group one frame. The protocol is the library's ([`xenfold::control`]).
 #![forbid(unsafe_code)]
 
 mod connection;
@@ -13,6 +12,7 @@ mod index;
 mod keys;
 mod membership;
 pub mod server;
+mod sharing;
 pub mod socket;
 pub mod store;
 mod templates;

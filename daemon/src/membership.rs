@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use parking_lot::Mutex;
 use thiserror::Error;
-use xenfold::config::{ALONE, Groups, TwoGroups};
+pub(crate) use xenfold::config::ALONE;
+use xenfold::config::{Groups, TwoGroups};
 use xenfold::control::{ErrorCode, Offer};
 use xenfold::page::ContentKey;
 
@@ -63,8 +64,8 @@ pub struct Membership {
 pub enum Known {
     /// In no configured group.
     Alone,
-    /// In a group that has no key here yet.
-    NoKey,
+    /// In this group, which has no key here yet.
+    NoKey(String),
     Member(Membership),
 }
 
@@ -139,7 +140,7 @@ impl Members {
                 key,
                 replaced: false,
             }),
-            None => Known::NoKey,
+            None => Known::NoKey(group.into()),
         })
     }
 
@@ -227,7 +228,7 @@ mod tests {
     fn looking_up_makes_no_key() {
         let folder = tempfile::tempdir().unwrap();
         let members = members(folder.path(), "[group]\nweb = [\"web-*\"]");
-        assert_eq!(members.known(UUID, "web-1").unwrap(), Known::NoKey);
+        assert_eq!(members.known(UUID, "web-1").unwrap(), Known::NoKey("web".into()));
         assert_eq!(members.known(UUID, "database").unwrap(), Known::Alone);
         assert_eq!(members.keys.lock().groups().len(), 0);
         let found = members.find(UUID, "web-1", Some(&offer("web", 1))).unwrap();

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use xenfold::control::{
-    Client, ControlError, ErrorCode, HoldingsFrom, IndexStatus, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES, Message, Offer,
-    Opened, Reply, Request, StoreStatus, pages_payload, read_message, write_message,
+    Client, ControlError, DedupStatus, ErrorCode, HoldingsFrom, IndexStatus, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES,
+    Message, Offer, Opened, Reply, Request, StoreStatus, pages_payload, read_message, write_message,
 };
 use xenfold::page::{ContentId, ContentKey, PAGE_SIZE, Pfn};
 
@@ -564,4 +564,22 @@ fn systemd_hears_when_callers_are_served() {
     host.client().status().unwrap();
     daemon.kill().unwrap();
     daemon.wait().unwrap();
+}
+
+#[test]
+fn without_xen_sharing_is_refused_in_a_sentence() {
+    let host = Host::started("store_size = 0\nsharing = true");
+    let mut client = host.client();
+    match client.dedup().unwrap() {
+        DedupStatus::Absent(absent) => assert!(absent.reason.contains("no Xen"), "{absent:?}"),
+        running => panic!("{running:?}"),
+    }
+    let refused = |refused: Result<(), ControlError>, code: ErrorCode| match refused {
+        Err(ControlError::Refused(refusal)) => assert_eq!(refusal.code, code, "{refusal}"),
+        other => panic!("{other:?}"),
+    };
+    refused(client.dedup_enable(true), ErrorCode::NoSharing);
+    refused(client.dedup_scan(GUEST), ErrorCode::NotFound);
+    // The connection is as good as before.
+    client.status().unwrap();
 }

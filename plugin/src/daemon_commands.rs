@@ -12,7 +12,7 @@ use xenfold::control::{self, Client, ErrorCode, IndexStats, IndexStatus, StoreSt
 use crate::guest;
 
 /// How long the daemon may take to answer what needs no reading of the store.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Options of all commands that ask the daemon.
 #[derive(Debug, Args)]
@@ -86,11 +86,11 @@ enum TemplateCommand {
 
 impl Asking {
     /// A connection that waits at most so long for each answer.
-    fn connect(&self, patience: Option<Duration>) -> Result<Client> {
+    pub(crate) fn connect(&self, patience: Option<Duration>) -> Result<Client> {
         Ok(Client::connect(&self.socket, patience)?)
     }
 
-    fn print<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
+    pub(crate) fn print<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
         let line = match self.json {
             true => serde_json::to_string_pretty(value)?,
             false => text(value),
@@ -174,7 +174,7 @@ pub fn template(arguments: &TemplateArguments) -> Result<()> {
 }
 
 /// The uuid and the name of the guest that is meant. A uuid needs no Xen.
-fn uuid_of(guest: &str) -> Result<(String, String)> {
+pub(crate) fn uuid_of(guest: &str) -> Result<(String, String)> {
     let is_uuid = guest.len() == 36 && guest.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit());
     match guest::find(guest) {
         Ok(Some(found)) => Ok((found.uuid, found.name)),
@@ -337,12 +337,12 @@ fn templates_text(templates: &[TemplateInfo]) -> String {
     text
 }
 
-fn mib(bytes: u64) -> String {
+pub(crate) fn mib(bytes: u64) -> String {
     let tenths = u128::from(bytes) * 10 / (1 << 20);
     format!("{}.{} MiB", tenths / 10, tenths % 10)
 }
 
-fn duration(seconds: u64) -> String {
+pub(crate) fn duration(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds} s"),
         120..7200 => format!("{} min", seconds / 60),

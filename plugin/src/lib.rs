@@ -1,6 +1,7 @@
 //! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
 //! ([`receive`], [`arrival`]), and on the administrator's terminal `xenfold resume`, `xenfold abort` and `xenfold
-//! jobinfo` ([`job`]), `xenfold replay`, `xenfold trace` and `xenfold simulate`, and what is asked of the daemon ([`daemon_commands`]).
+//! jobinfo` ([`job`]), `xenfold replay`, `xenfold trace` and `xenfold simulate`, and what is asked of the daemon
+//! ([`daemon_commands`], [`dedup`]).
 #![forbid(unsafe_code)]
 
 /// Says something to the administrator. Unlike `eprintln!`, which panics when the terminal has been closed, it goes on
@@ -16,6 +17,8 @@ pub mod arguments;
 pub mod arrival;
 pub mod contents;
 pub mod daemon_commands;
+pub mod dedup;
+mod dedup_page;
 pub mod guest;
 pub mod job;
 pub mod process;

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::frame::{ControlError, Message, read_message, write_message};
 use super::message::{
-    Collected, HoldingsFrom, IndexStatus, KeyHex, Offered, Reply, Request, Status, StoreStats, TemplateInfo, Verified,
+    Collected, DedupStatus, HoldingsFrom, IndexStatus, KeyHex, Offered, Reply, Request, Status, StoreStats,
+    TemplateInfo, Verified,
 };
 use super::payload::{
     self, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_PUT_PAGES, MAX_READ_PAGES, MalformedPayload, found_pages, ids_payload,
@@ -174,6 +175,25 @@ impl Client {
             Reply::Index(index) => Ok(index),
             _ => Err(ControlError::Unexpected { what: "index" }),
         }
+    }
+
+    /// What memory is shared between guests.
+    pub fn dedup(&mut self) -> Result<DedupStatus, ControlError> {
+        match self.ask(&Request::Dedup {}, &[])?.body {
+            Reply::Dedup(dedup) => Ok(dedup),
+            _ => Err(ControlError::Unexpected { what: "dedup" }),
+        }
+    }
+
+    /// Begins to share memory, or ends it and has all pages given back, which takes its time.
+    pub fn dedup_enable(&mut self, enable: bool) -> Result<(), ControlError> {
+        self.done("dedup_enable", &Request::DedupEnable { enable }, &[])
+    }
+
+    /// Has a guest gone through at once, twice.
+    pub fn dedup_scan(&mut self, guest_uuid: &str) -> Result<(), ControlError> {
+        let guest_uuid = guest_uuid.into();
+        self.done("dedup_scan", &Request::DedupScan { guest_uuid }, &[])
     }
 
     pub fn store_stats(&mut self) -> Result<StoreStats, ControlError> {

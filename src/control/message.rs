@@ -60,6 +60,15 @@ pub enum Request {
     },
     Status {},
     Index {},
+    Dedup {},
+    /// Begins to share memory, or ends it and gives all pages back.
+    DedupEnable {
+        enable: bool,
+    },
+    /// Goes through a guest at once.
+    DedupScan {
+        guest_uuid: String,
+    },
     StoreStats {},
     StoreVerify {},
     StoreGc {},
@@ -116,6 +125,7 @@ pub enum Reply {
     None {},
     Status(Box<Status>),
     Index(IndexStatus),
+    Dedup(DedupStatus),
     StoreStats(StoreStats),
     Verified(Verified),
     Collected(Collected),
@@ -161,7 +171,9 @@ pub enum ErrorCode {
     NoStore,
     /// The store failed.
     Store,
-    /// There is no such guest image or template.
+    /// Memory cannot be shared on this host.
+    NoSharing,
+    /// There is no such guest, guest image or template.
     NotFound,
     /// The name fits several templates.
     Ambiguous,
@@ -187,6 +199,89 @@ pub struct Status {
     pub groups: Vec<String>,
     pub store: StoreStatus,
     pub index: IndexStatus,
+}
+
+/// Whether memory is shared between guests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum DedupStatus {
+    Running(DedupStats),
+    /// It cannot be; `failed`: the configuration wants it.
+    Absent(Absent),
+}
+
+impl Default for DedupStatus {
+    fn default() -> Self {
+        DedupStatus::Absent(Absent::default())
+    }
+}
+
+/// What is shared. Counts of pages are of 4096 bytes; those of the table are as of the last visit of each page.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DedupStats {
+    /// False: nothing further is shared.
+    pub enabled: bool,
+    /// What is shared is being given back to the guests.
+    pub returning: bool,
+    /// Pages in the table, the frames that they have, and the frames that this spares.
+    pub pages: u64,
+    pub frames: u64,
+    pub saved_pages: u64,
+    /// The same by Xen's counters: frames spared, and frames that are shared or about to be.
+    pub xen_saved_pages: u64,
+    pub xen_frames: u64,
+    /// Memory of the host that nobody has.
+    pub free_bytes: u64,
+    pub reserve_bytes: u64,
+    /// There is less than the reserve: nothing further is shared.
+    pub short: bool,
+    /// Memory of the daemon for what it knows of pages that stay.
+    pub history_bytes: u64,
+    /// Since the daemon started: pages that got another's frame; that were written to afterwards; that were written to
+    /// before they were shared; that Xen did not share; that were given back on purpose.
+    pub shared: u64,
+    pub broken: u64,
+    pub changed: u64,
+    pub refused: u64,
+    pub unshared: u64,
+    /// Pages found written to in the last second.
+    pub breaks_per_s: u64,
+    pub guests: Vec<DedupGuest>,
+    /// Pages that two guests have in one frame, the numbers ascending; the same number twice: one guest's own. The 1000
+    /// pairs with the most pages.
+    pub pairs: Vec<DedupPair>,
+    /// The oldest first.
+    pub samples: Vec<DedupSample>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DedupGuest {
+    pub domid: u32,
+    pub name: String,
+    pub group: String,
+    pub shared_pages: u64,
+    /// Why nothing further of it is shared, if so.
+    pub left_out: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DedupPair {
+    pub domids: [u32; 2],
+    pub pages: u64,
+}
+
+/// How it was at one time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DedupSample {
+    pub age_s: u64,
+    pub pages: u64,
+    pub saved_pages: u64,
+    /// Since the daemon started.
+    pub broken: u64,
 }
 
 /// Whether contents are kept.

@@ -13,8 +13,9 @@ pub use frame::{
     Body, ControlError, MAX_PAYLOAD_BYTES, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, Message, read_message, write_message,
 };
 pub use message::{
-    Absent, Collected, ErrorCode, GroupStats, HoldingsFrom, IndexStats, IndexStatus, IndexedGuest, KeyHex, Offered,
-    Refusal, Reply, Request, Status, StoreStats, StoreStatus, TemplateInfo, Verified,
+    Absent, Collected, DedupGuest, DedupPair, DedupSample, DedupStats, DedupStatus, ErrorCode, GroupStats,
+    HoldingsFrom, IndexStats, IndexStatus, IndexedGuest, KeyHex, Offered, Refusal, Reply, Request, Status, StoreStats,
+    StoreStatus, TemplateInfo, Verified,
 };
 pub use payload::{
     MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_PUT_PAGES, MAX_READ_PAGES, MalformedPayload, found_pages, ids,

@@ -93,10 +93,11 @@ macro_rules! symbol {
         match &$library.$name {
             Ok(function) => *function,
             Err(_) => {
-                return Err($crate::XenError::SymbolMissing {
+                let error = $crate::XenError::SymbolMissing {
                     library: $crate::ffi::library_of(&$library).to_string(),
                     symbol: stringify!($name),
-                })
+                };
+                return Err(error.into());
             }
         }
     };

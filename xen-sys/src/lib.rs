@@ -1,6 +1,7 @@
 //! Safe handles over Xen's libraries.
 //!
 //! - [`Xenctrl`] (libxenctrl): domains, pause and unpause, HVM parameters, idle times, and from it [`LogDirty`];
+//! - [`MemSharing`] (libxenctrl): equal frames of guests made one, copied when one of them is written to;
 //! - [`ForeignMemory`] (libxenforeignmemory): a domain's frames, mapped in batches with an error per frame;
 //! - [`Xenstore`] (libxenstore): read, write, watch;
 //! - [`Libxl`] (libxenlight): what repairs a guest that xl left behind: resume, rename, unpause, destroy.
@@ -10,8 +11,8 @@
 //! release that the bindings were made from is opened ([`BUILT_FOR`]), and calls that the hypervisor itself versions are
 //! refused when another release is running.
 //!
-//! Threads: every handle is `Send`. [`ForeignMemory`] and [`Xenstore`] are `Sync` too; [`Xenctrl`], [`LogDirty`] and
-//! [`Libxl`] are not (each says why): open one per thread, they are cheap. No handle survives `fork`.
+//! Threads: every handle is `Send`. [`ForeignMemory`] and [`Xenstore`] are `Sync` too; [`Xenctrl`], [`LogDirty`],
+//! [`MemSharing`] and [`Libxl`] are not (each says why): open one per thread, they are cheap. No handle survives `fork`.
 //!
 //! This is the only crate with unsafe code; `ffi` is private and everything public is safe to call with any arguments.
 
@@ -28,6 +29,7 @@ mod libxl;
 mod logdirty;
 mod names;
 mod processors;
+mod sharing;
 mod store;
 
 pub use allocator::keep_freed_memory;
@@ -38,6 +40,7 @@ pub use foreign::{Access, ForeignMemory, Mapping, PAGE_BYTES};
 pub use libxl::Libxl;
 pub use logdirty::{LogDirty, Peek};
 pub use names::{AWAY, INCOMING, uuid_text};
+pub use sharing::{HostMemory, MemSharing, ShareHandle, SharingError};
 pub use store::{WatchEvent, Xenstore};
 
 /// The Xen release whose headers the bindings were made from, the only one whose libxenctrl and libxenlight are opened.

@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 
 use serial_test::serial;
 use xen_sys::{
-    Access, BUILT_FOR, Bitmap, DOM0, DomId, DomainInfo, DomainState, ForeignMemory, Libxl, LogDirty, PAGE_BYTES, Peek,
-    ShutdownReason, XenError, Xenctrl, Xenstore, hvm_param, running_version,
+    Access, BUILT_FOR, Bitmap, DOM0, DomId, DomainInfo, DomainState, ForeignMemory, Libxl, LogDirty, MemSharing,
+    PAGE_BYTES, Peek, SharingError, ShutdownReason, XenError, Xenctrl, Xenstore, hvm_param, running_version,
 };
 
 /// A number that no domain has in the lab.
@@ -653,5 +653,93 @@ mod oracle {
         assert!(info(&ours, domid).paused);
         ours.unpause(domid).unwrap();
         assert!(!paused());
+    }
+}
+
+/// Frames of the guest that are zero, as many as this.
+fn zero_frames(memory: &ForeignMemory, domid: DomId, count: usize) -> Vec<u64> {
+    let mut found = Vec::new();
+    for first in (0..1 << 20).step_by(512) {
+        let gfns: Vec<u64> = (first..first + 512).collect();
+        let mapping = memory.map(domid, &gfns, Access::Read).unwrap();
+        for (index, gfn) in gfns.iter().enumerate() {
+            let mut page = [1; PAGE_BYTES];
+            if mapping.read(index, &mut page).is_ok() && page == [0; PAGE_BYTES] {
+                found.push(*gfn);
+            }
+        }
+        if found.len() >= count {
+            break;
+        }
+    }
+    found
+}
+
+/// Needs a hypervisor with memory sharing (scripts/lab up --hypervisor paging); on another one, that it says so.
+#[test]
+#[ignore = "needs a Xen dom0"]
+#[serial]
+fn frames_are_shared_and_become_their_guests_own_again() {
+    let (xc, sharing, domid) = (Xenctrl::open().unwrap(), MemSharing::open().unwrap(), guest());
+    if let Err(error) = sharing.probe() {
+        assert!(matches!(error, SharingError::NotBuilt), "{error}");
+        assert!(matches!(sharing.enable(domid, true), Err(SharingError::NotBuilt)));
+        assert_eq!(sharing.memory().unwrap().saved, 0);
+        eprintln!("SKIPPED: {error}");
+        return;
+    }
+    assert!(matches!(
+        sharing.enable(nobody(), true),
+        Err(SharingError::NoSuchDomain(_))
+    ));
+    sharing.enable(domid, true).unwrap();
+    let _paused = Paused::new(&xc, domid);
+    let memory = ForeignMemory::open().unwrap();
+    let before = sharing.memory().unwrap();
+    assert!(before.free > 0 && before.free < before.total);
+    let mut pairs = Vec::new();
+    for gfn in zero_frames(&memory, domid, 64) {
+        // Rings and the like are refused.
+        match sharing.nominate(domid, gfn) {
+            Ok(handle) => pairs.push((gfn, handle)),
+            Err(error) => assert!(matches!(error, SharingError::Unsharable), "{error}"),
+        }
+    }
+    let [a, b, c, ..] = pairs[..] else {
+        panic!("three frames of zeros")
+    };
+    assert_eq!(sharing.nominate(domid, a.0).unwrap(), a.1, "nominated already");
+    assert_eq!(sharing.references(domid, a.0).unwrap(), Some(1));
+    let own = |gfns: &[u64]| {
+        let mapping = memory.map(domid, gfns, Access::ReadWrite).unwrap();
+        assert_eq!(mapping.mapped(), gfns.len());
+    };
+    // Mapped writable it is the guest's own, and its handle is worth nothing.
+    own(&[c.0]);
+    assert_eq!(sharing.references(domid, c.0).unwrap(), None);
+    let share =
+        |source: (u64, _), client: (u64, _)| sharing.share((domid, source.0, source.1), (domid, client.0, client.1));
+    assert!(matches!(share(c, a), Err(SharingError::StaleSource)));
+    assert!(matches!(share(a, c), Err(SharingError::StaleClient)));
+    share(a, b).unwrap();
+    assert_eq!(sharing.references(domid, b.0).unwrap(), Some(2));
+    assert_eq!(sharing.nominate(domid, b.0).unwrap(), a.1);
+    let shared = sharing.memory().unwrap();
+    assert_eq!(shared.saved, before.saved + 1);
+    assert!(info(&xc, domid).shared_pages >= 2);
+    let mut page = [1; PAGE_BYTES];
+    memory
+        .map(domid, &[b.0], Access::Read)
+        .unwrap()
+        .read(0, &mut page)
+        .unwrap();
+    assert_eq!(page, [0; PAGE_BYTES], "reading leaves it shared");
+    assert_eq!(sharing.references(domid, b.0).unwrap(), Some(2));
+    own(&pairs.iter().map(|(gfn, _)| *gfn).collect::<Vec<_>>());
+    assert_eq!(sharing.references(domid, a.0).unwrap(), None);
+    assert_eq!(sharing.memory().unwrap().saved, before.saved);
+    match sharing.audit() {
+        Ok(mistakes) => assert_eq!(mistakes, 0),
+        Err(error) => assert!(matches!(error, SharingError::Unsupported), "{error}"),
     }
 }

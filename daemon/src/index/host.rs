@@ -5,11 +5,13 @@ use std::time::Duration;
 use xen_sys::{AWAY, DomId, DomainInfo, INCOMING, XenError, uuid_text};
 use xenfold::page::{PAGE_SIZE, Pfn};
 
+use crate::sharing::MemShr;
+
 /// A page's bytes.
 pub type Page = [u8; PAGE_SIZE];
 
 /// A host with guests: Xen, or one that a test makes up.
-pub trait Host: Send {
+pub trait Host: MemShr + Send {
     /// All guests, dom0 not among them.
     fn guests(&mut self) -> Result<Vec<Seen>, XenError>;
 

@@ -26,16 +26,16 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use xenfold::config::{Config, Patterns};
-use xenfold::control::{Absent, IndexStats, IndexStatus};
+use xenfold::control::{Absent, DedupStatus, IndexStats, IndexStatus};
 use xenfold::engine::chain;
 use xenfold::page::{ContentId, PAGE_SIZE, Pfn};
 
-pub(crate) use self::host::Host;
-use self::host::{Page, read_of};
-use self::scanner::Scanner;
+pub(crate) use self::host::{Host, Identity, LeftOut, Page, Seen, read_of};
+pub(crate) use self::scanner::Scanner;
 use self::state::State;
 use self::xen::XenHost;
-use crate::membership::{Members, Membership};
+use crate::membership::{Members, Membership, canonical};
+use crate::sharing::{self, Sharing};
 
 /// Pages that are mapped at a time, whoever reads; one lock over the host sees to it.
 const BATCH_PAGES: usize = 1024;
@@ -47,10 +47,11 @@ const LONGEST_SLEEP: Duration = Duration::from_millis(500);
 const NICE: i32 = 19;
 
 /// What the configuration says of the index.
-struct Settings {
-    limit_bytes: u64,
-    rate_pages_per_s: u32,
-    off: Patterns,
+pub(crate) struct Settings {
+    pub(crate) limit_bytes: u64,
+    pub(crate) rate_pages_per_s: u32,
+    pub(crate) off: Patterns,
+    pub(crate) sharing: sharing::Settings,
 }
 
 /// One for the process.
@@ -60,6 +61,10 @@ pub struct Index {
     members: Arc<Members>,
     settings: Settings,
     state: Mutex<State>,
+    /// What is done with what the scanner sees, beside remembering it.
+    sharing: Sharing,
+    /// Guests, by uuid, that shall be gone through before all others.
+    urgent: Mutex<Vec<String>>,
     began: Instant,
     ended: AtomicBool,
 }
@@ -81,6 +86,10 @@ impl Index {
             limit_bytes: config.index_size.bytes(),
             rate_pages_per_s: config.index_rate,
             off: config.index_off.clone(),
+            sharing: sharing::Settings {
+                enabled: config.sharing,
+                reserve_bytes: config.sharing_reserve.bytes(),
+            },
         };
         let index = Index::new(host()?, members.clone(), settings);
         let started = index.start();
@@ -88,8 +97,10 @@ impl Index {
         Ok(index)
     }
 
-    fn new(host: Box<dyn Host>, members: Arc<Members>, settings: Settings) -> Arc<Index> {
+    pub(crate) fn new(mut host: Box<dyn Host>, members: Arc<Members>, settings: Settings) -> Arc<Index> {
         Arc::new(Index {
+            sharing: Sharing::new(settings.sharing, host.as_mut()),
+            urgent: Mutex::default(),
             host: Mutex::new(host),
             members,
             state: Mutex::new(State::new(settings.limit_bytes)),
@@ -153,6 +164,24 @@ impl Index {
             }
         }
         found
+    }
+
+    pub(crate) fn sharing(&self) -> &Sharing {
+        &self.sharing
+    }
+
+    pub(crate) fn dedup_status(&self) -> DedupStatus {
+        self.sharing.status(&self.host, self.began.elapsed())
+    }
+
+    /// Goes through a guest twice as soon as it can, at no rate. False: it is none that is indexed.
+    pub(crate) fn scan_now(&self, uuid: &str) -> bool {
+        let Some(uuid) = canonical(uuid) else { return false };
+        let known = self.state.lock().guests().any(|(_, guest)| guest.identity.uuid == uuid);
+        if known {
+            self.urgent.lock().push(uuid);
+        }
+        known
     }
 
     pub(crate) fn stats(&self) -> IndexStats {

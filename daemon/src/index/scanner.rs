@@ -11,7 +11,8 @@ use super::pace::Pace;
 use super::state::Outside;
 use super::table::{Place, Slot, Table};
 use super::{BATCH_PAGES, Index};
-use crate::membership::{Known, Membership};
+use crate::membership::{ALONE, Known, Membership};
+use crate::sharing::{GuestPage, Judged, Sighting, ZERO};
 
 /// How often guests and processors are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -34,6 +35,9 @@ const FEW_FRAMES: u64 = 256;
 /// have no frame.
 const HOLE_PAGES: f64 = 0.125;
 
+/// What nominating and sharing a frame takes, measured in pages hashed; a guess.
+const NOMINATED_PAGES: f64 = 2.0;
+
 /// A guest that is being gone through.
 struct Cursor {
     slot: Slot,
@@ -48,6 +52,8 @@ struct Cursor {
     owned: u64,
     /// Its round in the table; `None` before the first frame.
     round: Option<u16>,
+    /// Somebody waits for it: as fast as it goes.
+    urgent: bool,
 }
 
 /// Goes round the guests. Time is given as a value.
@@ -59,6 +65,8 @@ pub struct Scanner {
     hashed: u64,
     /// Guests that are still to come in this round.
     queue: VecDeque<Slot>,
+    /// Guests that come before them, each as often as it is here.
+    urgent: VecDeque<Slot>,
     cursor: Option<Cursor>,
     /// When the round began; `None` between two.
     pub(super) round_began: Option<Duration>,
@@ -76,6 +84,7 @@ impl Scanner {
             looked: None,
             hashed: 0,
             queue: VecDeque::new(),
+            urgent: VecDeque::new(),
             cursor: None,
             round_began: None,
             last_began: None,
@@ -95,18 +104,45 @@ impl Scanner {
         let next_look = self
             .looked
             .map_or(Duration::ZERO, |looked| (looked + LOOK_EVERY).saturating_sub(now));
+        if self.index.sharing.work(&self.index.host) {
+            return Duration::ZERO;
+        }
+        self.take_urgent();
         if self.round_began.is_none() && !self.begin_round(now) {
             return next_look;
         }
         if !self.take_next(now) {
             return Duration::ZERO;
         }
+        if self.cursor.as_ref().is_some_and(|cursor| cursor.urgent) {
+            self.scan(BATCH_PAGES);
+            return Duration::ZERO;
+        }
         match self.pace.due(now, BATCH_PAGES) {
             Ok(pages) => {
-                self.scan(pages);
+                let spent = self.scan(pages);
+                self.pace.spend(spent);
                 Duration::ZERO
             }
             Err(wait) => wait.min(next_look),
+        }
+    }
+
+    /// Guests that somebody waits for come twice: a page that stays is one that was seen twice.
+    fn take_urgent(&mut self) {
+        let asked = std::mem::take(&mut *self.index.urgent.lock());
+        if asked.is_empty() {
+            return;
+        }
+        let state = self.index.state.lock();
+        for uuid in asked {
+            let slots = state.guests().filter(|(_, guest)| guest.identity.uuid == uuid);
+            let slots: Vec<Slot> = slots.map(|(slot, _)| slot).collect();
+            self.urgent.extend(slots.iter().chain(&slots));
+        }
+        // The guest in whose middle this comes begins anew afterwards.
+        if let Some(cursor) = self.cursor.take_if(|cursor| !cursor.urgent) {
+            self.queue.push_front(cursor.slot);
         }
     }
 
@@ -128,7 +164,7 @@ impl Scanner {
             }
         }
         match guests {
-            Ok(guests) => self.welcome(guests),
+            Ok(guests) => self.welcome(now, guests),
             Err(error) => self.say(&format!("guests cannot be listed: {}", chain(&error))),
         }
         let mut state = self.index.state.lock();
@@ -147,10 +183,16 @@ impl Scanner {
     }
 
     /// Takes guests up that have come, and off those that have gone or are others by now.
-    fn welcome(&mut self, guests: Vec<Seen>) {
+    fn welcome(&mut self, now: Duration, guests: Vec<Seen>) {
+        let judged = guests.into_iter().map(|seen| {
+            let verdict = self.judge(&seen);
+            (seen, verdict)
+        });
+        let judged: Vec<Judged> = judged.collect();
+        self.index.sharing.look(&self.index.host, now, &judged);
         let (mut inside, mut outside) = (Vec::new(), Vec::new());
-        for seen in guests {
-            match self.judge(&seen) {
+        for (seen, verdict) in judged {
+            match verdict {
                 Ok(one) => inside.push(one),
                 Err(reason) => outside.push(Outside {
                     domid: seen.info.domid.get(),
@@ -197,10 +239,26 @@ impl Scanner {
         if self.index.settings.off.fit(&identity.name) {
             return Err(LeftOut::Configured);
         }
+        let sharing = &self.index.sharing;
+        // Nobody can ask for what these have: their group has no key, or another one. Their pages may be equal all the same.
+        let unasked = |group: String| Membership {
+            uuid: identity.uuid.clone(),
+            group,
+            key: sharing.key().clone(),
+            replaced: false,
+        };
         match self.index.members.known(&identity.uuid, &identity.name) {
             Ok(Known::Member(membership)) => Ok((identity, membership)),
+            Ok(Known::Alone) if sharing.enabled() => {
+                let membership = unasked(format!("{ALONE}{}", identity.uuid));
+                Ok((identity, membership))
+            }
+            Ok(Known::NoKey(group)) if sharing.enabled() => {
+                let membership = unasked(group);
+                Ok((identity, membership))
+            }
             Ok(Known::Alone) => Err(LeftOut::Alone),
-            Ok(Known::NoKey) => Err(LeftOut::NoKey),
+            Ok(Known::NoKey(_)) => Err(LeftOut::NoKey),
             Err(error) => Err(LeftOut::NoGroup(chain(&error))),
         }
     }
@@ -208,6 +266,7 @@ impl Scanner {
     /// The slot is free for another guest when this returns, with nothing of this one left under it.
     fn take_off(&mut self, slot: Slot) {
         self.queue.retain(|queued| *queued != slot);
+        self.urgent.retain(|queued| *queued != slot);
         self.cursor.take_if(|cursor| cursor.slot == slot);
         let Some(group) = self.index.state.lock().leave(slot) else {
             return;
@@ -224,6 +283,10 @@ impl Scanner {
     }
 
     fn begin_round(&mut self, now: Duration) -> bool {
+        if !self.urgent.is_empty() {
+            self.round_began = Some(now);
+            return true;
+        }
         let early = self
             .last_began
             .is_some_and(|began| now.saturating_sub(began) < ROUND_AT_LEAST);
@@ -249,7 +312,8 @@ impl Scanner {
                 self.sweep(&cursor.membership.group, cursor.slot, cursor.round);
             }
         }
-        let Some(slot) = self.queue.pop_front() else {
+        let urgent = self.urgent.pop_front();
+        let Some(slot) = urgent.or_else(|| self.queue.pop_front()) else {
             let took = self
                 .round_began
                 .take()
@@ -273,7 +337,10 @@ impl Scanner {
         drop(host);
         match end.and_then(|end| Ok((end, seen?))) {
             Ok((end, seen)) => {
-                let owned = seen.map_or(u64::MAX, |seen| seen.info.total_pages);
+                // Shared frames are nobody's.
+                let owned = seen.map_or(u64::MAX, |seen| {
+                    seen.info.total_pages.saturating_add(seen.info.shared_pages)
+                });
                 self.cursor = Some(Cursor {
                     slot,
                     identity,
@@ -284,6 +351,7 @@ impl Scanner {
                     found: 0,
                     owned,
                     round,
+                    urgent: urgent.is_some(),
                 });
             }
             Err(error) => log::debug!("guest {} is left out of this round: {}", identity.name, chain(&error)),
@@ -291,16 +359,16 @@ impl Scanner {
         self.cursor.as_ref().is_some_and(|cursor| cursor.next < cursor.end)
     }
 
-    /// Reads and hashes the next frames of the guest.
-    fn scan(&mut self, pages: usize) {
+    /// Reads and hashes the next frames of the guest, and has equal ones shared. Returns what that took, in pages hashed.
+    fn scan(&mut self, pages: usize) -> f64 {
         let Some(cursor) = &mut self.cursor else {
-            return;
+            return 0.0;
         };
         let last = cursor.end.min(cursor.next.saturating_add(pages as u64));
         let pfns: Vec<Pfn> = (cursor.next..last).filter_map(Pfn::new).collect();
         let room = self.pages.len().min(pfns.len());
         let Some(buffer) = self.pages.get_mut(..room) else {
-            return;
+            return 0.0;
         };
         cursor.next = last;
         let read = read_of(self.index.host.lock().as_mut(), &cursor.identity, &pfns, buffer);
@@ -309,12 +377,12 @@ impl Scanner {
             Ok(None) => {
                 // The next look says what has become of it.
                 self.cursor = None;
-                return;
+                return 0.0;
             }
             Err(error) => {
                 log::debug!("guest {} cannot be read: {}", cursor.identity.name, chain(&error));
                 self.cursor = None;
-                return;
+                return 0.0;
             }
         };
         let there = read.iter().filter(|read| **read).count() as u64;
@@ -333,9 +401,43 @@ impl Scanner {
         if all_found || cursor.holes > MOST_HOLES {
             cursor.end = cursor.next;
         }
-        self.pace.spend(there as f64 + holes as f64 * HOLE_PAGES);
         self.hashed = self.hashed.saturating_add(there);
         let slot = cursor.slot;
-        self.index.state.lock().note(slot, &seen);
+        let sharing = &self.index.sharing;
+        let partners = {
+            let mut state = self.index.state.lock();
+            state.note(slot, &seen);
+            match sharing.enabled() {
+                true => state.partners(slot, &seen),
+                false => Vec::new(),
+            }
+        };
+        let mut spent = there as f64 + holes as f64 * HOLE_PAGES;
+        if sharing.enabled() {
+            let sightings = sightings(&pfns, &read, &seen, &partners);
+            let nominated = sharing.visit(&self.index.host, &cursor.identity, &sightings);
+            spent += nominated as f64 * NOMINATED_PAGES;
+        }
+        spent
     }
+}
+
+/// What sharing makes of a batch: the pages that were read are zero unless they are among those with keys.
+fn sightings(
+    pfns: &[Pfn],
+    read: &[bool],
+    seen: &[(u64, Place)],
+    partners: &[Option<(xen_sys::DomId, Place)>],
+) -> Vec<Sighting> {
+    let mut keyed = seen.iter().zip(partners).peekable();
+    let sighting = |(pfn, read): (&Pfn, &bool)| {
+        let keyed = keyed.next_if(|((_, place), _)| place.pfn() == *pfn);
+        let partner = keyed.and_then(|(_, partner)| *partner);
+        Sighting {
+            pfn: *pfn,
+            key: read.then(|| keyed.map_or(ZERO, |((key, _), _)| *key)),
+            partner: partner.and_then(|(domid, place)| GuestPage::new(domid, place.pfn())),
+        }
+    };
+    pfns.iter().zip(read).map(sighting).collect()
 }

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use xen_sys::{DomId, DomainInfo, DomainState, XenError};
+use xen_sys::{DomId, DomainInfo, DomainState, HostMemory, ShareHandle, SharingError, XenError};
 use xenfold::page::{PAGE_SIZE, Pfn};
 
 use super::host::{Host, Page, Seen};
+use crate::sharing::{GuestPage, MemShr, Nominated};
 
 /// A guest of a host that is made up.
 pub struct SimGuest {
@@ -79,6 +80,41 @@ impl Host for Sim {
 
     fn idle_times(&mut self) -> Result<Vec<Duration>, XenError> {
         Ok(self.0.lock().idle.clone())
+    }
+}
+
+/// A hypervisor without sharing.
+impl MemShr for Sim {
+    fn probe(&mut self) -> Result<(), String> {
+        Err(SharingError::NotBuilt.to_string())
+    }
+
+    fn enable(&mut self, _: DomId) -> Result<(), SharingError> {
+        Err(SharingError::NotBuilt)
+    }
+
+    fn nominate(&mut self, _: GuestPage) -> Result<ShareHandle, SharingError> {
+        Err(SharingError::NotBuilt)
+    }
+
+    fn share(&mut self, _: Nominated, _: Nominated) -> Result<(), SharingError> {
+        Err(SharingError::NotBuilt)
+    }
+
+    fn references(&mut self, _: GuestPage) -> Result<Option<u32>, SharingError> {
+        Err(SharingError::NotBuilt)
+    }
+
+    fn unshare(&mut self, _: DomId, pfns: &[Pfn]) -> Result<Vec<bool>, XenError> {
+        Ok(vec![true; pfns.len()])
+    }
+
+    fn memory(&mut self) -> Result<HostMemory, XenError> {
+        Ok(HostMemory::default())
+    }
+
+    fn departing(&mut self) -> Vec<DomId> {
+        Vec::new()
     }
 }
 

@@ -2,6 +2,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use xen_sys::DomId;
 use xenfold::control::{IndexStats, IndexedGuest};
 use xenfold::page::{ContentId, ContentKey};
 
@@ -160,6 +161,19 @@ impl State {
                 }
             }
         }
+    }
+
+    /// For each of these contents of a guest's pages, another page of its group that had it when it was last seen.
+    pub fn partners(&self, slot: Slot, seen: &[(u64, Place)]) -> Vec<Option<(DomId, Place)>> {
+        let group = self
+            .guests
+            .get(&slot)
+            .and_then(|guest| self.groups.get(&guest.membership.group));
+        let partner = |(key, place): &(u64, Place)| {
+            let found = group?.table.find(*key).filter(|found| found != place)?;
+            Some((self.guests.get(&found.slot)?.identity.domid, found))
+        };
+        seen.iter().map(partner).collect()
     }
 
     pub fn end_round(&mut self, now: Duration, took: Duration) {

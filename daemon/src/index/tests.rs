@@ -43,6 +43,7 @@ impl Lab {
             limit_bytes,
             rate_pages_per_s,
             off: config.index_off,
+            sharing: sharing::Settings::default(),
         };
         let index = Index::new(Box::new(sim.clone()), members.clone(), settings);
         let mut lab = Lab {

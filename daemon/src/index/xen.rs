@@ -1,16 +1,22 @@
 //! This host as Xen and xenstore know it.
 use std::time::Duration;
 
-use xen_sys::{Access, DOM0, DomId, DomainInfo, ForeignMemory, XenError, Xenctrl, Xenstore};
+use xen_sys::{
+    Access, DOM0, DomId, DomainInfo, ForeignMemory, HostMemory, MemSharing, ShareHandle, SharingError, XenError,
+    Xenctrl, Xenstore,
+};
+use xenfold::engine::chain;
 use xenfold::page::Pfn;
 
 use super::host::{Host, Page, Seen};
+use crate::sharing::{GuestPage, MemShr, Nominated};
 
 /// Frames that are mapped at a time. A mapped frame can neither be paged out nor shared, and stays its guest's.
 const MAP_FRAMES: usize = 1024;
 
 pub struct XenHost {
     xen: Xenctrl,
+    sharing: MemSharing,
     memory: ForeignMemory,
     store: Xenstore,
 }
@@ -20,6 +26,7 @@ impl XenHost {
     pub fn open() -> Result<XenHost, XenError> {
         Ok(XenHost {
             xen: Xenctrl::open()?,
+            sharing: MemSharing::open()?,
             memory: ForeignMemory::open()?,
             store: Xenstore::open()?,
         })
@@ -74,5 +81,100 @@ impl Host for XenHost {
 
     fn idle_times(&mut self) -> Result<Vec<Duration>, XenError> {
         self.xen.idle_times()
+    }
+}
+
+impl MemShr for XenHost {
+    fn probe(&mut self) -> Result<(), String> {
+        self.sharing.probe().map_err(|error| chain(&error))?;
+        match self.xen.domain(DOM0) {
+            // Frames that are shared cannot be mapped into it (xen/arch/x86/mm/p2m.c, p2m_add_foreign).
+            Ok(Some(dom0)) if dom0.hvm => {
+                Err("dom0 is a PVH guest, which cannot map shared memory: it has to be PV".into())
+            }
+            Ok(_) => Ok(()),
+            Err(error) => Err(chain(&error)),
+        }
+    }
+
+    fn enable(&mut self, domid: DomId) -> Result<(), SharingError> {
+        self.sharing.enable(domid, true)
+    }
+
+    fn nominate(&mut self, page: GuestPage) -> Result<ShareHandle, SharingError> {
+        self.sharing.nominate(page.domid, page.pfn().get())
+    }
+
+    fn share(&mut self, source: Nominated, client: Nominated) -> Result<(), SharingError> {
+        let xens = |(page, handle): Nominated| (page.domid, page.pfn().get(), handle);
+        self.sharing.share(xens(source), xens(client))
+    }
+
+    fn references(&mut self, page: GuestPage) -> Result<Option<u32>, SharingError> {
+        self.sharing.references(page.domid, page.pfn().get())
+    }
+
+    /// Mapping a shared frame writable makes Xen copy it, or hand it over when it is the last (xen/arch/x86/mm.c,
+    /// mod_l1_entry with P2M_UNSHARE).
+    fn unshare(&mut self, domid: DomId, pfns: &[Pfn]) -> Result<Vec<bool>, XenError> {
+        let mut done = Vec::with_capacity(pfns.len());
+        for pfns in pfns.chunks(MAP_FRAMES) {
+            let gfns: Vec<u64> = pfns.iter().map(|pfn| pfn.get()).collect();
+            let mapping = self.memory.map(domid, &gfns, Access::ReadWrite)?;
+            let no_memory = |index| {
+                let error = mapping.error(index);
+                error.is_some_and(|error| error.kind() == std::io::ErrorKind::OutOfMemory)
+            };
+            done.extend((0..gfns.len()).map(|index| !no_memory(index)));
+        }
+        Ok(done)
+    }
+
+    fn memory(&mut self) -> Result<HostMemory, XenError> {
+        self.sharing.memory()
+    }
+
+    fn departing(&mut self) -> Vec<DomId> {
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let lines = processes.filter_map(|process| {
+            let is_pid = process.file_name().to_str()?.bytes().all(|byte| byte.is_ascii_digit());
+            is_pid.then(|| std::fs::read(process.path().join("cmdline")).ok())?
+        });
+        lines.filter_map(|line| saved_domain(&line)).collect()
+    }
+}
+
+/// The domain that this process saves: `libxl-save-helper --save-domain STREAM_FD BACK_FD DOMID…`
+/// (tools/libs/light/libxl_save_callout.c), each word ended by a NUL.
+fn saved_domain(command_line: &[u8]) -> Option<DomId> {
+    let mut words = command_line.split(|byte| *byte == 0);
+    let helper = words.next()?.ends_with(b"libxl-save-helper");
+    let saves = words.next()? == b"--save-domain";
+    let domid = std::str::from_utf8(words.nth(2)?).ok()?.parse().ok()?;
+    DomId::new(domid).filter(|_| helper && saves)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_xl_saves_is_known_by_its_helper() {
+        let line = |what: &str| {
+            let words = [
+                "/usr/lib/xen-4.17/bin/libxl-save-helper",
+                what,
+                "12",
+                "13",
+                "7",
+                "0",
+                "",
+            ];
+            saved_domain(words.join("\0").as_bytes())
+        };
+        assert_eq!(line("--save-domain"), DomId::new(7));
+        assert_eq!(line("--restore-domain"), None);
+        assert_eq!(saved_domain(b"xl\0save\0"), None);
+        assert_eq!(saved_domain(b""), None);
     }
 }

@@ -106,6 +106,8 @@ impl ToollogLib {
 pub mod ctrl {
 use super::{FILE, libxl_asyncop_how, xentoollog_logger};
 
+pub const XENMEM_SHARING_OP_S_HANDLE_INVALID: i32 = -10;
+pub const XENMEM_SHARING_OP_C_HANDLE_INVALID: i32 = -9;
 pub const XEN_DOMINF_dying: u32 = 1;
 pub const XEN_DOMINF_hvm_guest: u32 = 2;
 pub const XEN_DOMINF_shutdown: u32 = 4;
@@ -304,6 +306,83 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct xen_sysctl_physinfo {
+    pub threads_per_core: u32,
+    pub cores_per_socket: u32,
+    pub nr_cpus: u32,
+    pub max_cpu_id: u32,
+    pub nr_nodes: u32,
+    pub max_node_id: u32,
+    pub cpu_khz: u32,
+    pub capabilities: u32,
+    pub arch_capabilities: u32,
+    pub pad: u32,
+    pub total_pages: u64,
+    pub free_pages: u64,
+    pub scrub_pages: u64,
+    pub outstanding_pages: u64,
+    pub max_mfn: u64,
+    pub hw_cap: [u32; 8usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of xen_sysctl_physinfo",
+    ][::std::mem::size_of::<xen_sysctl_physinfo>() - 112usize];
+    [
+        "Alignment of xen_sysctl_physinfo",
+    ][::std::mem::align_of::<xen_sysctl_physinfo>() - 8usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::threads_per_core",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, threads_per_core) - 0usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::cores_per_socket",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, cores_per_socket) - 4usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::nr_cpus",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, nr_cpus) - 8usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::max_cpu_id",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, max_cpu_id) - 12usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::nr_nodes",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, nr_nodes) - 16usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::max_node_id",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, max_node_id) - 20usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::cpu_khz",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, cpu_khz) - 24usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::capabilities",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, capabilities) - 28usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::arch_capabilities",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, arch_capabilities) - 32usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::pad",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, pad) - 36usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::total_pages",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, total_pages) - 40usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::free_pages",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, free_pages) - 48usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::scrub_pages",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, scrub_pages) - 56usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::outstanding_pages",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, outstanding_pages) - 64usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::max_mfn",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, max_mfn) - 72usize];
+    [
+        "Offset of field: xen_sysctl_physinfo::hw_cap",
+    ][::std::mem::offset_of!(xen_sysctl_physinfo, hw_cap) - 80usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct xen_sysctl_cpuinfo {
     pub idletime: u64,
 }
@@ -371,6 +450,7 @@ const _: () = {
 pub type xc_hypercall_buffer_t = xc_hypercall_buffer;
 pub type xc_domaininfo_t = xen_domctl_getdomaininfo_t;
 pub type xc_shadow_op_stats_t = xen_domctl_shadow_op_stats;
+pub type xc_physinfo_t = xen_sysctl_physinfo;
 pub type xc_cpuinfo_t = xen_sysctl_cpuinfo;
 pub struct CtrlLib {
     __library: ::libloading::Library,
@@ -441,6 +521,13 @@ pub struct CtrlLib {
         ) -> ::std::os::raw::c_longlong,
         ::libloading::Error,
     >,
+    pub xc_physinfo: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            info: *mut xc_physinfo_t,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
     pub xc_getcpuinfo: Result<
         unsafe extern "C" fn(
             xch: *mut xc_interface,
@@ -485,6 +572,55 @@ pub struct CtrlLib {
         ) -> ::std::os::raw::c_int,
         ::libloading::Error,
     >,
+    pub xc_memshr_control: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+            enable: ::std::os::raw::c_int,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_memshr_nominate_gfn: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+            gfn: ::std::os::raw::c_ulong,
+            handle: *mut u64,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_memshr_share_gfns: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            source_domain: u32,
+            source_gfn: ::std::os::raw::c_ulong,
+            source_handle: u64,
+            client_domain: u32,
+            client_gfn: ::std::os::raw::c_ulong,
+            client_handle: u64,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_memshr_debug_gfn: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+            gfn: ::std::os::raw::c_ulong,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_memshr_audit: Result<
+        unsafe extern "C" fn(xch: *mut xc_interface) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_sharing_freed_pages: Result<
+        unsafe extern "C" fn(xch: *mut xc_interface) -> ::std::os::raw::c_long,
+        ::libloading::Error,
+    >,
+    pub xc_sharing_used_frames: Result<
+        unsafe extern "C" fn(xch: *mut xc_interface) -> ::std::os::raw::c_long,
+        ::libloading::Error,
+    >,
 }
 impl CtrlLib {
     pub unsafe fn new<P>(path: P) -> Result<Self, ::libloading::Error>
@@ -522,6 +658,7 @@ impl CtrlLib {
             .map(|sym| *sym);
         let xc_logdirty_control = unsafe { __library.get(b"xc_logdirty_control\0") }
             .map(|sym| *sym);
+        let xc_physinfo = unsafe { __library.get(b"xc_physinfo\0") }.map(|sym| *sym);
         let xc_getcpuinfo = unsafe { __library.get(b"xc_getcpuinfo\0") }.map(|sym| *sym);
         let xc_domain_maximum_gpfn = unsafe {
             __library.get(b"xc_domain_maximum_gpfn\0")
@@ -534,6 +671,26 @@ impl CtrlLib {
         let xc_version = unsafe { __library.get(b"xc_version\0") }.map(|sym| *sym);
         let xc_hvm_param_get = unsafe { __library.get(b"xc_hvm_param_get\0") }
             .map(|sym| *sym);
+        let xc_memshr_control = unsafe { __library.get(b"xc_memshr_control\0") }
+            .map(|sym| *sym);
+        let xc_memshr_nominate_gfn = unsafe {
+            __library.get(b"xc_memshr_nominate_gfn\0")
+        }
+            .map(|sym| *sym);
+        let xc_memshr_share_gfns = unsafe { __library.get(b"xc_memshr_share_gfns\0") }
+            .map(|sym| *sym);
+        let xc_memshr_debug_gfn = unsafe { __library.get(b"xc_memshr_debug_gfn\0") }
+            .map(|sym| *sym);
+        let xc_memshr_audit = unsafe { __library.get(b"xc_memshr_audit\0") }
+            .map(|sym| *sym);
+        let xc_sharing_freed_pages = unsafe {
+            __library.get(b"xc_sharing_freed_pages\0")
+        }
+            .map(|sym| *sym);
+        let xc_sharing_used_frames = unsafe {
+            __library.get(b"xc_sharing_used_frames\0")
+        }
+            .map(|sym| *sym);
         Ok(CtrlLib {
             __library,
             xc_interface_open,
@@ -545,11 +702,19 @@ impl CtrlLib {
             xc_domain_unpause,
             xc_domain_getinfolist,
             xc_logdirty_control,
+            xc_physinfo,
             xc_getcpuinfo,
             xc_domain_maximum_gpfn,
             xc_domain_get_pod_target,
             xc_version,
             xc_hvm_param_get,
+            xc_memshr_control,
+            xc_memshr_nominate_gfn,
+            xc_memshr_share_gfns,
+            xc_memshr_debug_gfn,
+            xc_memshr_audit,
+            xc_sharing_freed_pages,
+            xc_sharing_used_frames,
         })
     }
     pub unsafe fn xc_interface_open(
@@ -671,6 +836,18 @@ impl CtrlLib {
                 ))(xch, domid, sop, dirty_bitmap, pages, mode, stats)
         }
     }
+    pub unsafe fn xc_physinfo(
+        &self,
+        xch: *mut xc_interface,
+        info: *mut xc_physinfo_t,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_physinfo
+                .as_ref()
+                .expect("Expected function, got error."))(xch, info)
+        }
+    }
     pub unsafe fn xc_getcpuinfo(
         &self,
         xch: *mut xc_interface,
@@ -740,6 +917,103 @@ impl CtrlLib {
                 .xc_hvm_param_get
                 .as_ref()
                 .expect("Expected function, got error."))(handle, dom, param, value)
+        }
+    }
+    pub unsafe fn xc_memshr_control(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+        enable: ::std::os::raw::c_int,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_memshr_control
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domid, enable)
+        }
+    }
+    pub unsafe fn xc_memshr_nominate_gfn(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+        gfn: ::std::os::raw::c_ulong,
+        handle: *mut u64,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_memshr_nominate_gfn
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domid, gfn, handle)
+        }
+    }
+    pub unsafe fn xc_memshr_share_gfns(
+        &self,
+        xch: *mut xc_interface,
+        source_domain: u32,
+        source_gfn: ::std::os::raw::c_ulong,
+        source_handle: u64,
+        client_domain: u32,
+        client_gfn: ::std::os::raw::c_ulong,
+        client_handle: u64,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_memshr_share_gfns
+                .as_ref()
+                .expect(
+                    "Expected function, got error.",
+                ))(
+                xch,
+                source_domain,
+                source_gfn,
+                source_handle,
+                client_domain,
+                client_gfn,
+                client_handle,
+            )
+        }
+    }
+    pub unsafe fn xc_memshr_debug_gfn(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+        gfn: ::std::os::raw::c_ulong,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_memshr_debug_gfn
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domid, gfn)
+        }
+    }
+    pub unsafe fn xc_memshr_audit(
+        &self,
+        xch: *mut xc_interface,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self.xc_memshr_audit.as_ref().expect("Expected function, got error."))(xch)
+        }
+    }
+    pub unsafe fn xc_sharing_freed_pages(
+        &self,
+        xch: *mut xc_interface,
+    ) -> ::std::os::raw::c_long {
+        unsafe {
+            (self
+                .xc_sharing_freed_pages
+                .as_ref()
+                .expect("Expected function, got error."))(xch)
+        }
+    }
+    pub unsafe fn xc_sharing_used_frames(
+        &self,
+        xch: *mut xc_interface,
+    ) -> ::std::os::raw::c_long {
+        unsafe {
+            (self
+                .xc_sharing_used_frames
+                .as_ref()
+                .expect("Expected function, got error."))(xch)
         }
     }
 }

@@ -1,0 +1,587 @@
+//! What sharing knows: its guests, the table, the figures; and what it makes of pages that the scanner has seen.
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use xen_sys::{DomId, HostMemory};
+use xenfold::control::{DedupGuest, DedupSample};
+use xenfold::engine::chain;
+
+use super::engine::{Engine, MOST_AT_ONCE, Outcome, Run, Task};
+use super::history::History;
+use super::host::GuestPage;
+use super::reserve::Reserve;
+use super::samples::Samples;
+use super::sweep::Sweeps;
+use super::table::{GroupNo, SharedTable};
+use super::{Judged, Sighting, ZERO};
+use crate::index::{Host, Identity, LeftOut};
+
+/// Pages that are made their guests' own at a time.
+const UNSHARE_AT_ONCE: usize = 256;
+
+/// What is counted since the daemon started.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// Pages that got another one's frame.
+    pub shared: u64,
+    /// Pages that were written to after that, as far as it was noticed.
+    pub broken: u64,
+    /// Pages that were written to between being seen and being shared.
+    pub changed: u64,
+    /// Pages that Xen did not share.
+    pub refused: u64,
+    /// Pages that were made their guests' own on purpose.
+    pub unshared: u64,
+}
+
+struct Guest {
+    identity: Identity,
+    group: GroupNo,
+    history: History,
+    /// Why nothing of it is shared at the moment.
+    refused: Option<String>,
+    /// It is sent, saved or received.
+    held: bool,
+    /// Its pages go back to it: it is in this group no more.
+    leaving: bool,
+}
+
+impl Guest {
+    fn takes_part(&self) -> bool {
+        !self.held && !self.leaving && self.refused.is_none()
+    }
+}
+
+pub struct State {
+    pub enabled: bool,
+    /// Everything goes back to the guests.
+    pub unshare_all: bool,
+    groups: Vec<String>,
+    guests: BTreeMap<DomId, Guest>,
+    pub table: SharedTable,
+    pub counts: Counts,
+    pub reserve: Reserve,
+    pub memory: Option<HostMemory>,
+    pub samples: Samples,
+    /// A page of zeros that stays and has no partner yet, for each group.
+    zeros: HashMap<GroupNo, GuestPage>,
+    /// Guests by uuid whose migration has called, and how often.
+    pub held: BTreeMap<String, u64>,
+    /// Guests that xl was sending or saving at the last look.
+    departing: BTreeSet<DomId>,
+    /// The least stable pages, which go back while memory is short.
+    returning: Vec<GuestPage>,
+    pub sweeps: Sweeps,
+    /// Nothing can be given back before the next look.
+    waiting: bool,
+    pub breaks_per_s: u64,
+    looked: Option<(Duration, u64)>,
+}
+
+pub type HostLock = Mutex<Box<dyn Host>>;
+
+impl State {
+    pub fn new(enabled: bool, reserve_bytes: u64) -> State {
+        State {
+            enabled,
+            unshare_all: false,
+            groups: Vec::new(),
+            guests: BTreeMap::new(),
+            table: SharedTable::default(),
+            counts: Counts::default(),
+            reserve: Reserve::new(reserve_bytes),
+            memory: None,
+            samples: Samples::default(),
+            zeros: HashMap::new(),
+            held: BTreeMap::new(),
+            departing: BTreeSet::new(),
+            returning: Vec::new(),
+            sweeps: Sweeps::default(),
+            waiting: false,
+            breaks_per_s: 0,
+            looked: None,
+        }
+    }
+
+    fn group_no(&mut self, name: &str) -> GroupNo {
+        let found = self.groups.iter().position(|group| group == name);
+        let no = found.unwrap_or_else(|| {
+            self.groups.push(name.to_owned());
+            self.groups.len() - 1
+        });
+        GroupNo::try_from(no).unwrap_or(GroupNo::MAX)
+    }
+
+    /// Whether guests are of interest.
+    pub fn looks(&self) -> bool {
+        self.enabled || self.unshare_all || !self.guests.is_empty()
+    }
+
+    pub fn is_held(&self, domid: DomId, uuid: &str) -> bool {
+        self.departing.contains(&domid) || self.held.contains_key(uuid)
+    }
+
+    pub fn history_bytes(&self) -> u64 {
+        self.guests.values().map(|guest| guest.history.bytes()).sum()
+    }
+
+    /// Takes what there is of guests and memory, once a second.
+    pub fn look(&mut self, host: &HostLock, now: Duration, judged: &[Judged]) {
+        self.departing = host.lock().departing().into_iter().collect();
+        self.part_from_others(judged);
+        for (seen, verdict) in judged {
+            match verdict {
+                Ok((identity, membership)) => self.welcome(host, identity, &membership.group),
+                Err(reason) => self.left_out(seen.info.domid, reason),
+            }
+        }
+        for (domid, guest) in &mut self.guests {
+            guest.held = self.departing.contains(domid) || self.held.contains_key(&guest.identity.uuid);
+        }
+        self.plan_sweeps(judged);
+        self.waiting = false;
+        self.look_at_memory(host, now);
+        let broken = self.counts.broken;
+        if let Some((then, before)) = self.looked {
+            let seconds = now.saturating_sub(then).as_secs_f64();
+            if seconds > 0.0 {
+                self.breaks_per_s = (broken.saturating_sub(before) as f64 / seconds).round() as u64;
+            }
+        }
+        self.looked = Some((now, broken));
+        self.samples.take(now, || DedupSample {
+            age_s: 0,
+            pages: self.table.pages(),
+            saved_pages: self.table.saved(),
+            broken,
+        });
+    }
+
+    /// Guests that ended, or whose number is another one's by now: Xen has let their frames go.
+    fn part_from_others(&mut self, judged: &[Judged]) {
+        let there = |domid: DomId, uuid: &str| {
+            let mut seen = judged.iter().map(|(seen, _)| seen);
+            seen.any(|seen| seen.info.domid == domid && seen.uuid() == uuid && !seen.info.dying)
+        };
+        let gone = self
+            .guests
+            .iter()
+            .filter(|(domid, guest)| !there(**domid, &guest.identity.uuid));
+        let gone: Vec<DomId> = gone.map(|(domid, _)| *domid).collect();
+        for domid in gone {
+            self.guests.remove(&domid);
+            let pages = self.table.forget(domid);
+            log::debug!("{domid} is gone, and {pages} shared pages with it");
+        }
+    }
+
+    fn welcome(&mut self, host: &HostLock, identity: &Identity, group: &str) {
+        let group = self.group_no(group);
+        let enabled = self.enabled;
+        if let Some(guest) = self.guests.get_mut(&identity.domid) {
+            guest.identity = identity.clone();
+            if guest.group == group {
+                guest.leaving = false;
+            } else if self.table.pages_of(identity.domid) > 0 {
+                // What it shares with the group that it was in goes back first.
+                guest.leaving = true;
+            } else {
+                (guest.group, guest.leaving) = (group, false);
+            }
+            return;
+        }
+        if !enabled {
+            return;
+        }
+        let refused = host.lock().enable(identity.domid).err().map(|error| chain(&error));
+        if let Some(reason) = &refused {
+            log::info!("nothing of guest {} is shared: {reason}", identity.name);
+        }
+        let guest = Guest {
+            identity: identity.clone(),
+            group,
+            history: History::default(),
+            refused,
+            held: false,
+            leaving: false,
+        };
+        self.guests.insert(identity.domid, guest);
+    }
+
+    fn left_out(&mut self, domid: DomId, reason: &LeftOut) {
+        let Some(guest) = self.guests.get_mut(&domid) else {
+            return;
+        };
+        match reason {
+            // The guest itself is as it was, and comes back or ends.
+            LeftOut::Pv
+            | LeftOut::Dying
+            | LeftOut::Shutdown
+            | LeftOut::Incoming
+            | LeftOut::Away
+            | LeftOut::Building
+            | LeftOut::Paged
+            | LeftOut::OnDemand => {}
+            LeftOut::Unnamed | LeftOut::Configured | LeftOut::Alone | LeftOut::NoKey | LeftOut::NoGroup(_) => {
+                guest.leaving = true;
+            }
+        }
+    }
+
+    fn look_at_memory(&mut self, host: &HostLock, now: Duration) {
+        let was = self.reserve.is_short();
+        match host.lock().memory() {
+            Ok(memory) => {
+                self.reserve.look(&memory);
+                self.memory = Some(memory);
+            }
+            Err(error) => {
+                log::debug!(
+                    "the host's memory is not known at {} s: {}",
+                    now.as_secs(),
+                    chain(&error)
+                );
+                self.reserve.ran_out();
+            }
+        }
+        let short = self.reserve.is_short();
+        if short != was {
+            match short {
+                true => log::warn!("free memory is below sharing_reserve: nothing further is shared"),
+                false => log::info!("free memory is above sharing_reserve again"),
+            }
+        }
+        self.returning.clear();
+        if short && self.enabled {
+            let mut pages: Vec<((u32, u32), GuestPage)> = self
+                .table
+                .all_pages()
+                .filter_map(|page| {
+                    let guest = self.guests.get(&page.domid).filter(|guest| guest.takes_part())?;
+                    Some((guest.history.stability(page.number()), page))
+                })
+                .collect();
+            let count = pages.len().min(UNSHARE_AT_ONCE);
+            if count < pages.len() {
+                pages.select_nth_unstable(count);
+            }
+            self.returning = pages.into_iter().take(count).map(|(_, page)| page).collect();
+        }
+    }
+
+    /// Gives pages back that shall be, a few at a time. True: there is more to do at once.
+    pub fn work(&mut self, host: &HostLock) -> bool {
+        if self.waiting {
+            return false;
+        }
+        let pages = self.due_back();
+        if pages.is_empty() {
+            // Those of guests that are held come later.
+            self.unshare_all &= self.table.pages() > 0 || !self.sweeps.done();
+            if !self.unshare_all {
+                self.waiting = true;
+                return false;
+            }
+        }
+        let memory = host.lock().memory();
+        let allowed = memory.map_or(0, |memory| {
+            self.memory = Some(memory);
+            self.reserve.may_unshare(&memory)
+        });
+        if pages.is_empty() {
+            let more = self.sweep(host, allowed);
+            self.waiting = !more;
+            return more;
+        }
+        let allowed = usize::try_from(allowed).unwrap_or(usize::MAX);
+        let count = pages.len().min(allowed);
+        let done = self.unshare(host, pages.get(..count).unwrap_or(&pages));
+        self.waiting = done == 0;
+        done > 0
+    }
+
+    fn due_back(&mut self) -> Vec<GuestPage> {
+        let guests = &self.guests;
+        let everything = self.unshare_all;
+        let wanted = |page: &GuestPage| {
+            let guest = guests.get(&page.domid);
+            guest.is_some_and(|guest| !guest.held && (everything || guest.leaving))
+        };
+        if everything || guests.values().any(|guest| guest.leaving) {
+            let pages: Vec<GuestPage> = self.table.all_pages().filter(wanted).take(UNSHARE_AT_ONCE).collect();
+            if !pages.is_empty() {
+                return pages;
+            }
+        }
+        std::mem::take(&mut self.returning)
+    }
+
+    /// Returns how many pages are their guest's own now.
+    fn unshare(&mut self, host: &HostLock, pages: &[GuestPage]) -> u64 {
+        let mut by_guest: BTreeMap<DomId, Vec<GuestPage>> = BTreeMap::new();
+        for page in pages {
+            by_guest.entry(page.domid).or_default().push(*page);
+            // Of a row that has one page left that page needs no frame to be its guest's own.
+            if let Some(row) = self.table.find(*page).and_then(|row| self.table.row(row))
+                && let [a, b] = row.pages.as_slice()
+            {
+                let other = if a == page { *b } else { *a };
+                if self.guests.get(&other.domid).is_some_and(|guest| !guest.held) {
+                    by_guest.entry(other.domid).or_default().push(other);
+                }
+            }
+        }
+        let mut all = 0u64;
+        for (domid, pages) in by_guest {
+            let pfns: Vec<_> = pages.iter().map(|page| page.pfn()).collect();
+            match host.lock().unshare(domid, &pfns) {
+                Ok(done) => {
+                    for (page, _) in pages.iter().zip(done).filter(|(_, done)| *done) {
+                        all += u64::from(self.table.remove(*page));
+                    }
+                }
+                Err(error) => log::debug!("pages of {domid} stay shared: {}", chain(&error)),
+            }
+        }
+        self.counts.unshared = self.counts.unshared.saturating_add(all);
+        all
+    }
+
+    /// Takes pages of a guest that have just been read, and shares what stays. Returns how many were nominated.
+    pub fn visit(&mut self, host: &HostLock, identity: &Identity, sightings: &[Sighting]) -> u64 {
+        let ours = |guest: &&Guest| guest.identity == *identity && !guest.leaving;
+        let Some((group, takes_part)) = self
+            .guests
+            .get(&identity.domid)
+            .filter(ours)
+            .map(|guest| (guest.group, guest.takes_part()))
+        else {
+            return 0;
+        };
+        let candidates = self.sift(host, identity.domid, group, takes_part, sightings);
+        if !self.enabled || self.unshare_all {
+            return 0;
+        }
+        let identities: BTreeMap<DomId, Identity> = self
+            .guests
+            .iter()
+            .filter(|(_, guest)| guest.takes_part() && guest.group == group)
+            .map(|(domid, guest)| (*domid, guest.identity.clone()))
+            .collect();
+        let mut nominated = 0;
+        // A partner may come with each.
+        for some in candidates.chunks(MOST_AT_ONCE / 2) {
+            if self.reserve.is_short() {
+                break;
+            }
+            let tasks = self.tasks(group, some);
+            if !tasks.is_empty() {
+                let run = Engine::new(host, &identities).run(&tasks);
+                nominated += run.nominated;
+                self.apply(&tasks, run);
+            }
+        }
+        nominated
+    }
+
+    /// Notes what is seen, keeps the table true, and returns the pages that may be shared.
+    fn sift(
+        &mut self,
+        host: &HostLock,
+        domid: DomId,
+        group: GroupNo,
+        takes_part: bool,
+        sightings: &[Sighting],
+    ) -> Vec<(GuestPage, Sighting)> {
+        let mut candidates = Vec::new();
+        let in_xen = match host.lock().guest(domid) {
+            Ok(Some(seen)) => seen.info.shared_pages,
+            _ => return candidates,
+        };
+        let in_table = self.table.pages_of(domid);
+        // Shared in Xen and not in the table: by a daemon before this one, or nominated and left behind. The other way
+        // round: written to, with what was there before.
+        let (mut unknown, lost) = (in_xen.saturating_sub(in_table), in_table > in_xen);
+        for sighting in sightings {
+            let Some(page) = GuestPage::new(domid, sighting.pfn) else {
+                continue;
+            };
+            let Some(key) = sighting.key else {
+                self.broke(page);
+                continue;
+            };
+            if let Some(id) = self.table.find(page) {
+                let same = self.table.row(id).is_some_and(|row| row.key == key);
+                if (same && !(lost && takes_part)) || self.still_shared(host, page, takes_part) {
+                    if !same {
+                        self.table.rekey(id, key);
+                    }
+                    self.seen(page, key);
+                } else {
+                    self.broke(page);
+                }
+                continue;
+            }
+            if unknown > 0 && takes_part && self.adopt(host, page, group, key) {
+                unknown -= 1;
+                continue;
+            }
+            if self.seen(page, key) && takes_part {
+                candidates.push((page, *sighting));
+            }
+        }
+        candidates
+    }
+
+    fn seen(&mut self, page: GuestPage, key: u64) -> bool {
+        let guest = self.guests.get_mut(&page.domid);
+        guest.is_some_and(|guest| guest.history.seen(page.number(), key))
+    }
+
+    /// The page has another content or frame than it had.
+    fn broke(&mut self, page: GuestPage) {
+        if self.table.remove(page) {
+            self.counts.broken = self.counts.broken.saturating_add(1);
+            self.unstable(page);
+        }
+    }
+
+    fn unstable(&mut self, page: GuestPage) {
+        if let Some(guest) = self.guests.get_mut(&page.domid) {
+            guest.history.broke(page.number());
+        }
+    }
+
+    /// Of a guest that is being sent nothing is asked: its page counts as broken when its content is another.
+    fn still_shared(&self, host: &HostLock, page: GuestPage, ask: bool) -> bool {
+        ask && matches!(host.lock().references(page), Ok(Some(_)))
+    }
+
+    /// Takes a page into the table that Xen shares already. False: it does not.
+    fn adopt(&mut self, host: &HostLock, page: GuestPage, group: GroupNo, key: u64) -> bool {
+        let Ok(Some(references)) = host.lock().references(page) else {
+            return false;
+        };
+        // What is shared has a handle already; nominating again gives it.
+        let handle = match references {
+            0 | 1 => None,
+            _ => host.lock().nominate(page).ok(),
+        };
+        let row = handle.and_then(|handle| self.table.by_handle(handle));
+        let row_group = row.and_then(|row| self.table.row(row)).map(|row| row.group);
+        match (handle, row) {
+            (Some(_), Some(row)) if row_group == Some(group) => self.table.join(row, page),
+            (Some(handle), None) => drop(self.table.add(group, key, handle, page)),
+            // A nomination that was left behind, or the frame of guests that are in another group by now.
+            _ => {
+                let _ = host.lock().unshare(page.domid, &[page.pfn()]);
+            }
+        }
+        self.seen(page, key);
+        true
+    }
+
+    /// What to share of pages of one group.
+    fn tasks(&mut self, group: GroupNo, candidates: &[(GuestPage, Sighting)]) -> Vec<Task> {
+        let mut by_key: BTreeMap<u64, (Vec<GuestPage>, Option<GuestPage>)> = BTreeMap::new();
+        for (page, sighting) in candidates {
+            // An earlier part of this visit may have shared it as somebody's partner.
+            if let Some(key) = sighting.key
+                && self.table.find(*page).is_none()
+            {
+                let (pages, partner) = by_key.entry(key).or_default();
+                pages.push(*page);
+                *partner = partner.or(sighting.partner);
+            }
+        }
+        let mut tasks = Vec::new();
+        for (key, (mut pages, partner)) in by_key {
+            let mut row = None;
+            if let Some(id) = self.table.open(group, key) {
+                let takes_part = |page: &&GuestPage| self.guests.get(&page.domid).is_some_and(Guest::takes_part);
+                let found = self.table.row(id);
+                row = found.and_then(|found| Some((id, (*found.pages.iter().find(takes_part)?, found.handle))));
+                if row.is_none() {
+                    continue;
+                }
+            } else {
+                let partner = match key {
+                    ZERO => self.zeros.get(&group).copied(),
+                    _ => partner,
+                };
+                pages.extend(partner.filter(|partner| !pages.contains(partner) && self.fits(*partner, group, key)));
+                if let ([page], ZERO) = (pages.as_slice(), key) {
+                    self.zeros.insert(group, *page);
+                }
+                if pages.len() < 2 {
+                    continue;
+                }
+            }
+            tasks.push(Task { group, key, row, pages });
+        }
+        tasks
+    }
+
+    /// Whether a page that had this content may be shared.
+    fn fits(&self, page: GuestPage, group: GroupNo, key: u64) -> bool {
+        let guest = self.guests.get(&page.domid);
+        let guest = guest.filter(|guest| guest.takes_part() && guest.group == group);
+        guest.is_some_and(|guest| guest.history.stays(page.number(), key)) && self.table.find(page).is_none()
+    }
+
+    fn apply(&mut self, tasks: &[Task], run: Run) {
+        for (task, outcome) in tasks.iter().zip(run.outcomes) {
+            let Outcome {
+                joined,
+                base,
+                changed,
+                refused,
+                left_row,
+            } = outcome;
+            let mut joining = joined.iter().copied();
+            let row = match (task.row, base) {
+                (Some((row, _)), _) => Some(row),
+                (None, Some((_, handle))) => {
+                    let first = joining.next();
+                    first.map(|first| self.table.add(task.group, task.key, handle, first))
+                }
+                (None, None) => None,
+            };
+            let mut gained = 0u64;
+            for page in joining {
+                if let Some(row) = row {
+                    self.table.join(row, page);
+                    gained += 1;
+                }
+            }
+            self.counts.shared = self.counts.shared.saturating_add(gained);
+            left_row.into_iter().for_each(|page| self.broke(page));
+            self.counts.changed = self.counts.changed.saturating_add(changed.len() as u64);
+            self.counts.refused = self.counts.refused.saturating_add(refused.len() as u64);
+            changed.iter().chain(&refused).for_each(|page| self.unstable(*page));
+        }
+        if run.no_memory {
+            self.reserve.ran_out();
+        }
+    }
+
+    /// For the status.
+    pub fn guests(&self) -> Vec<DedupGuest> {
+        let guests = self.guests.values().map(|guest| {
+            let domid = guest.identity.domid;
+            let held = guest.held.then(|| "is being migrated or saved".to_owned());
+            let leaving = guest
+                .leaving
+                .then(|| "has left its group: its pages go back to it".to_owned());
+            DedupGuest {
+                domid: domid.get(),
+                name: guest.identity.name.clone(),
+                group: self.groups.get(guest.group as usize).cloned().unwrap_or_default(),
+                shared_pages: self.table.pages_of(domid),
+                left_out: guest.refused.clone().or(held).or(leaving),
+            }
+        });
+        guests.collect()
+    }
+}

@@ -1,0 +1,410 @@
+//! Sharing through the scanner, on a Xen that is made up.
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+use xen_sys::ShareHandle;
+use xenfold::config;
+
+use super::sim::{SimXen, World, page};
+use super::*;
+use crate::index::sim::{domid, uuid};
+use crate::index::{Index, Scanner, Settings as IndexSettings};
+use crate::keys::Keys;
+use crate::membership::Members;
+
+const SECOND: Duration = Duration::from_secs(1);
+const GROUPS: &str = "[group]\nweb = [\"web-*\"]\nmail = [\"mail-*\"]";
+
+/// A host that shares, and its daemon.
+struct Lab {
+    _folder: TempDir,
+    members: Arc<Members>,
+    xen: SimXen,
+    index: Arc<Index>,
+    scanner: Scanner,
+    now: Duration,
+    reserve_pages: u64,
+}
+
+impl Lab {
+    fn new(seed: u64, free: u64, reserve_pages: u64, world: impl FnOnce(&mut World)) -> Lab {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("xenfold.conf");
+        std::fs::write(&path, GROUPS).unwrap();
+        let config = config::read(&path).unwrap();
+        let keys = Keys::new(folder.path().join("keys"));
+        keys.make("web").unwrap();
+        let members = Arc::new(Members::new(config.group, keys));
+        let xen = SimXen::new(seed, free);
+        world(&mut xen.0.lock());
+        let (index, scanner) = start(&xen, &members, reserve_pages);
+        let mut lab = Lab {
+            _folder: folder,
+            members,
+            xen,
+            index,
+            scanner,
+            now: Duration::ZERO,
+            reserve_pages,
+        };
+        lab.run(2 * SECOND);
+        lab
+    }
+
+    fn restart(&mut self) {
+        (self.index, self.scanner) = start(&self.xen, &self.members, self.reserve_pages);
+    }
+
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.xen.0.lock().idle = self.now + SECOND;
+            self.now += self.scanner.step(self.now);
+        }
+    }
+
+    /// Lets the scanner go round all guests so often.
+    fn rounds(&mut self, count: u64) {
+        let rounds = self.index.stats().rounds;
+        while self.index.stats().rounds < rounds + count {
+            self.run(SECOND);
+        }
+    }
+
+    fn stats(&self) -> DedupStats {
+        match self.index.dedup_status() {
+            DedupStatus::Running(stats) => stats,
+            absent => panic!("{absent:?}"),
+        }
+    }
+
+    /// The table says of every page that Xen shares with another what Xen says, and of no other.
+    fn check_table(&self) {
+        let world = self.xen.0.lock();
+        world.check();
+        let several = |pages: &&Vec<GuestPage>| pages.len() > 1;
+        let sorted = |pages: &Vec<GuestPage>| pages.iter().copied().collect::<BTreeSet<_>>();
+        let xen: BTreeMap<ShareHandle, BTreeSet<GuestPage>> = world
+            .shared()
+            .iter()
+            .filter(|(_, pages)| several(pages))
+            .map(|(handle, pages)| (ShareHandle::new(*handle), sorted(pages)))
+            .collect();
+        let state = self.index.sharing().state.lock();
+        let rows = state.table.rows().filter(|row| several(&&row.pages));
+        let table: BTreeMap<ShareHandle, BTreeSet<GuestPage>> =
+            rows.map(|row| (row.handle, sorted(&row.pages))).collect();
+        assert_eq!(table, xen);
+        assert_eq!(state.table.saved(), world.saved());
+    }
+}
+
+fn start(xen: &SimXen, members: &Arc<Members>, reserve_pages: u64) -> (Arc<Index>, Scanner) {
+    let settings = IndexSettings {
+        limit_bytes: 16 << 20,
+        rate_pages_per_s: 1_000_000,
+        off: Default::default(),
+        sharing: Settings {
+            enabled: true,
+            reserve_bytes: reserve_pages * PAGE_SIZE as u64,
+        },
+    };
+    let index = Index::new(Box::new(xen.clone()), members.clone(), settings);
+    let scanner = Scanner::new(index.clone());
+    (index, scanner)
+}
+
+#[test]
+fn equal_pages_of_a_group_get_one_frame() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[0, 1, 2, 3, 3, 0]);
+        world.add_guest(2, "web-2", &[0, 1, 5, 3]);
+        // Not in the group, and in one that has no key: equal pages of their own are one, no others.
+        world.add_guest(3, "database", &[1, 1, 2, 0]);
+        world.add_guest(4, "mail-1", &[1, 2]);
+        world.add_guest(5, "mail-2", &[2]);
+    });
+    lab.rounds(3);
+    lab.check_table();
+    let stats = lab.stats();
+    // web: three zeros, 1 twice, 3 three times; database: 1 twice; mail: 2 twice.
+    assert_eq!((stats.pages, stats.frames, stats.saved_pages), (12, 5, 7));
+    assert_eq!((stats.xen_saved_pages, stats.free_bytes), (7, 107 * 4096));
+    for pages in lab.xen.0.lock().shared().values() {
+        let groups: BTreeSet<u32> = pages
+            .iter()
+            .map(|page| [0, 1, 1, 3, 4, 4][page.domid.get() as usize])
+            .collect();
+        assert_eq!(groups.len(), 1, "{pages:?}");
+    }
+    // A write breaks a row, and is noticed.
+    lab.xen.0.lock().write(page(2, 1), 77);
+    lab.rounds(1);
+    lab.check_table();
+    assert_eq!((lab.stats().saved_pages, lab.stats().broken), (6, 1));
+    // What was there before is written: Xen's count tells.
+    lab.xen.0.lock().write(page(2, 3), 3);
+    lab.rounds(1);
+    lab.check_table();
+}
+
+#[test]
+fn pages_that_change_are_left_alone() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[1, 9]);
+        world.add_guest(2, "web-2", &[2, 9]);
+    });
+    for content in 20..26 {
+        {
+            let mut world = lab.xen.0.lock();
+            world.write(page(1, 0), content);
+            world.write(page(2, 0), content);
+        }
+        lab.rounds(1);
+    }
+    assert_eq!((lab.stats().pages, lab.stats().shared), (2, 1));
+}
+
+#[test]
+fn a_guest_that_is_migrated_or_saved_is_left_alone() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[1, 2]);
+        world.add_guest(2, "web-2", &[1, 3]);
+        world.departing = vec![domid(2)];
+    });
+    let hold = lab.index.sharing().hold(&uuid(1));
+    lab.rounds(3);
+    assert_eq!((lab.stats().pages, lab.stats().xen_frames), (0, 0));
+    assert!(lab.stats().guests.iter().all(|guest| guest.left_out.is_some()));
+    drop(hold);
+    lab.rounds(2);
+    assert_eq!(lab.stats().pages, 0);
+    lab.xen.0.lock().departing.clear();
+    lab.rounds(2);
+    assert_eq!(lab.stats().pages, 2);
+    // Nor is anything taken from it while it goes.
+    let hold = lab.index.sharing().hold(&uuid(1));
+    lab.run(2 * SECOND);
+    lab.index.sharing().enable(false).unwrap();
+    lab.run(2 * SECOND);
+    assert_eq!(lab.xen.0.lock().saved(), 0, "the other one's page went back");
+    assert_eq!(lab.stats().pages, 1);
+    drop(hold);
+    lab.run(3 * SECOND);
+    assert_eq!((lab.stats().pages, lab.stats().xen_frames), (0, 0));
+}
+
+#[test]
+fn a_guest_that_changes_its_group_gets_its_pages_back() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[0, 1, 2]);
+        world.add_guest(2, "web-2", &[0, 1, 3]);
+        world.add_guest(3, "mail-1", &[1]);
+    });
+    lab.rounds(2);
+    assert_eq!(lab.stats().saved_pages, 2);
+    lab.xen.0.lock().guests.get_mut(&domid(2)).unwrap().name = Some("mail-2".into());
+    lab.run(2 * SECOND);
+    assert_eq!(lab.xen.0.lock().saved(), 0);
+    lab.rounds(4);
+    lab.check_table();
+    assert_eq!(lab.stats().pairs.len(), 1);
+    assert_eq!((lab.stats().pairs[0].domids, lab.stats().saved_pages), ([2, 3], 1));
+}
+
+#[test]
+fn the_table_is_found_again_after_a_restart() {
+    let contents: Vec<u64> = (0..300).map(|n| n % 40).collect();
+    let mut lab = Lab::new(1, 10, 5, |world| {
+        world.add_guest(1, "web-1", &contents);
+        world.add_guest(2, "web-2", &contents);
+        world.add_guest(3, "database", &contents);
+    });
+    lab.rounds(2);
+    let before = lab.stats();
+    assert_eq!(before.saved_pages, 900 - 80);
+    lab.restart();
+    // A frame that was nominated when the daemon was killed.
+    lab.xen.0.lock().write(page(1, 7), 1000);
+    lab.xen.nominate(page(1, 7)).unwrap();
+    lab.run(3 * SECOND);
+    lab.rounds(2);
+    lab.check_table();
+    let after = lab.stats();
+    assert_eq!((after.saved_pages, after.shared), (before.saved_pages - 1, 0));
+    assert_eq!(after.xen_frames, after.frames);
+    // And what was shared across what is another group by now goes back.
+    lab.xen.0.lock().guests.get_mut(&domid(2)).unwrap().name = Some("mail-2".into());
+    lab.restart();
+    lab.rounds(4);
+    lab.check_table();
+    assert!(lab.stats().pairs.iter().all(|pair| pair.domids[0] == pair.domids[1]));
+}
+
+#[test]
+fn what_the_table_does_not_know_is_given_back_too() {
+    let mut lab = Lab::new(1, 200, 10, |world| {
+        world.add_guest(1, "web-1", &[1; 50]);
+        world.add_guest(2, "web-2", &[1; 50]);
+        world.add_guest(3, "database", &[2; 30]);
+    });
+    lab.rounds(2);
+    assert_eq!(lab.xen.0.lock().saved(), 128);
+    lab.restart();
+    lab.index.sharing().enable(false).unwrap();
+    let hold = lab.index.sharing().hold(&uuid(2));
+    lab.run(3 * SECOND);
+    assert_eq!(
+        lab.xen.0.lock().saved(),
+        49,
+        "of a guest that is being migrated nothing is taken"
+    );
+    assert!(!lab.stats().returning);
+    drop(hold);
+    lab.index.sharing().enable(false).unwrap();
+    lab.run(3 * SECOND);
+    let stats = lab.stats();
+    assert_eq!((stats.xen_saved_pages, stats.xen_frames), (0, 0));
+    lab.xen.0.lock().check();
+}
+
+#[test]
+fn memory_for_writes_is_kept() {
+    let contents = vec![5; 400];
+    let mut lab = Lab::new(1, 0, 100, |world| {
+        world.add_guest(1, "web-1", &contents);
+        world.add_guest(2, "web-2", &contents);
+    });
+    // A full host: what sharing spares is the reserve.
+    lab.rounds(2);
+    assert_eq!((lab.stats().saved_pages, lab.stats().short), (799, false));
+    // Another guest takes nearly all of it: what remains goes to pages that may break, and is not used up.
+    lab.xen.0.lock().free = 90;
+    lab.run(5 * SECOND);
+    let stats = lab.stats();
+    assert!(stats.short && stats.unshared > 0, "{stats:?}");
+    assert_eq!(stats.free_bytes / 4096, 25);
+    assert_eq!(stats.saved_pages, stats.xen_saved_pages);
+    lab.rounds(2);
+    assert_eq!(lab.stats().saved_pages, stats.saved_pages, "nothing further is shared");
+    lab.xen.0.lock().free = 500;
+    lab.rounds(9);
+    assert_eq!((lab.stats().saved_pages, lab.stats().short), (799, false));
+    // Given back as far as there is memory, and then the rest.
+    lab.index.sharing().enable(false).unwrap();
+    lab.run(3 * SECOND);
+    let stats = lab.stats();
+    assert!(
+        stats.returning && stats.pages > 0 && stats.free_bytes >= 20 * 4096,
+        "{stats:?}"
+    );
+    lab.xen.0.lock().free = 2000;
+    lab.run(5 * SECOND);
+    let stats = lab.stats();
+    assert_eq!((stats.returning, stats.pages, stats.xen_frames), (false, 0, 0));
+    assert!(lab.xen.0.lock().crashed.is_empty());
+    lab.xen.0.lock().check();
+}
+
+#[test]
+fn a_heap_without_room_is_no_harm() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[1, 2, 3]);
+        world.add_guest(2, "web-2", &[1, 2, 3]);
+        world.heap_full = true;
+    });
+    lab.rounds(3);
+    assert_eq!((lab.stats().pages, lab.stats().xen_frames), (0, 0));
+    lab.xen.0.lock().heap_full = false;
+    lab.rounds(3);
+    assert_eq!(lab.stats().saved_pages, 3);
+}
+
+#[test]
+fn a_guest_is_scanned_at_once_when_asked_for() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[1; 3000]);
+    });
+    lab.rounds(1);
+    assert!(!lab.index.scan_now(&uuid(9)) && lab.index.scan_now(&uuid(1)));
+    lab.run(SECOND);
+    // Two frames: a row is full with 2048 pages or a batch more.
+    assert_eq!((lab.stats().pages, lab.stats().frames), (3000, 2));
+}
+
+#[test]
+fn a_hypervisor_without_sharing_is_said_plainly() {
+    let mut host: Box<dyn Host> = Box::new(crate::index::sim::Sim::default());
+    let settings = Settings {
+        enabled: true,
+        reserve_bytes: 0,
+    };
+    let sharing = Sharing::new(settings, host.as_mut());
+    assert!(!sharing.enabled());
+    assert!(sharing.enable(true).unwrap_err().contains("MEM_SHARING"));
+    let status = sharing.status(&Mutex::new(host), SECOND);
+    assert!(matches!(status, DedupStatus::Absent(absent) if absent.failed && absent.reason.contains("UNSUPPORTED")));
+}
+
+/// Guests that write, give frames up and die at every step, a daemon that is killed in between; returns the races.
+fn race(seed: u64, restless: u64, rounds: u64) -> u64 {
+    let mut lab = Lab::new(seed, 5000, 50, |world| {
+        world.contents(6);
+        for number in 1..=5 {
+            let contents: Vec<u64> = (0..40).map(|_| world.below(6)).collect();
+            let name = if number == 5 {
+                "other".into()
+            } else {
+                format!("web-{number}")
+            };
+            world.add_guest(number, &name, &contents);
+        }
+        (world.restless, world.deadly) = (restless, true);
+    });
+    for round in 0..rounds {
+        lab.rounds(1);
+        lab.xen.0.lock().check();
+        if round % 5 == seed % 5 {
+            lab.restart();
+        }
+    }
+    // Everybody rests: what the table says is true, and what can be shared is.
+    lab.xen.0.lock().restless = 0;
+    lab.rounds(18);
+    lab.check_table();
+    let world = lab.xen.0.lock();
+    assert!(world.crashed.is_empty());
+    let mut frames: BTreeSet<(bool, u64)> = BTreeSet::new();
+    let pages = world
+        .expected
+        .iter()
+        .filter(|(page, content)| !frames.insert((page.domid == domid(5), **content)));
+    // Nearly: two rows that came to the same content apart from each other stay two.
+    let equal = pages.count() as u64;
+    assert!(
+        world.saved() <= equal && world.saved() * 100 >= equal * 95,
+        "{} of {equal}",
+        world.saved()
+    );
+    world.races
+}
+
+#[test]
+fn ten_thousand_races_change_no_byte() {
+    let mut races = 0;
+    let mut seed = 1;
+    while races < 10_000 {
+        races += race(seed, 100 + seed * 37 % 400, 6);
+        seed += 1;
+    }
+    println!("{races} races in {seed} hosts");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+    #[test]
+    fn any_races_change_no_byte(seed in any::<u64>(), restless in 1u64..700, rounds in 1u64..8) {
+        race(seed, restless, rounds);
+    }
+}
