@@ -23,8 +23,8 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --quiet          no lines of progress, no summary
   --version, --help
 
-/etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout, bandwidth,
-downtime_limit, on_no_convergence, hold, model_seconds, quiet, ssh.";
+/etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout,
+downtime_limit, on_no_convergence, bandwidth, hold, model_seconds, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]

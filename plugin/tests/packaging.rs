@@ -41,10 +41,12 @@ fn the_shipped_configuration_shows_every_key_and_its_default() {
         .filter(|key| !key.is_empty())
         .collect();
     let (_, named) = USAGE.rsplit_once("for every migration: ").unwrap();
-    let agents = named.trim_end_matches('.');
+    let agents = named.trim_end_matches('.').replace('\n', " ");
     assert_eq!(
         keys.join(", "),
-        format!("{agents}, store, store_size, auto_template, index, index_size, index_rate, index_off")
+        format!(
+            "{agents}, store, store_size, auto_template, index, index_size, index_rate, index_off, sharing, sharing_reserve"
+        )
     );
 }
 
