@@ -14,8 +14,6 @@ pub(super) struct PageRecord {
     /// Each entry's page number, type, and the index of its page among the record's pages.
     pub list: Vec<(Pfn, PageType, Option<usize>)>,
     pub reserved: u32,
-    /// The pass of xl's that it belongs to, from 1 on.
-    pub pass: u32,
 }
 
 impl PageRecord {
@@ -43,7 +41,6 @@ impl PageRecord {
             entries,
             list,
             reserved,
-            pass: 0,
         })
     }
 
@@ -79,11 +76,7 @@ impl PageRecord {
             self.buffer.copy_within(from..from + PAGE_SIZE, end);
             end += PAGE_SIZE;
         }
-        let pass = self.pass;
-        Ok(PageRecord {
-            pass,
-            ..PageRecord::parse(self.buffer, end, 0)?
-        })
+        PageRecord::parse(self.buffer, end, 0)
     }
 
     /// Its memory, with what is in it.

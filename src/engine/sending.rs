@@ -185,6 +185,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             buffers,
             link,
             held: holding.map(|holding| Held::new(holding, figures.clone())),
+            figures: figures.clone(),
             pass: 0,
             last_pfn: None,
             give_back,
@@ -215,6 +216,7 @@ struct Front<R> {
     link: Link,
     /// Pages held back, where the guest allows it.
     held: Option<Held>,
+    figures: Arc<Mutex<Figures>>,
     /// Passes of xl's that were seen to begin.
     pass: u32,
     last_pfn: Option<Pfn>,
@@ -340,6 +342,9 @@ impl<R: Read> Front<R> {
         let first = list.first().map(|entry| entry.pfn);
         if first <= self.last_pfn || self.last_pfn.is_none() {
             self.pass += 1;
+            let mut figures = self.figures.lock();
+            (figures.iteration, figures.iteration_pages) = (self.pass, 0);
+            drop(figures);
             if let Some(held) = &mut self.held {
                 held.pass();
             }
@@ -347,8 +352,7 @@ impl<R: Read> Front<R> {
         self.last_pfn = list.last().map(|entry| entry.pfn);
     }
 
-    fn pages(&self, mut record: PageRecord) -> Result<(), EngineError> {
-        record.pass = self.pass;
+    fn pages(&self, record: PageRecord) -> Result<(), EngineError> {
         let record = Arc::new(record);
         let ids = ids_of(&record, record.page_count(), PageRecord::pages, &self.key, &self.pool);
         self.pass(FromXl::Pages { record, ids })
@@ -501,7 +505,7 @@ impl Back {
         if let Some(ping) = ping {
             self.send(Kind::Ping, &[&ping])?;
         }
-        self.note(&blocks, ready.pages, ready.record.pass);
+        self.note(&blocks, ready.pages);
         self.guest_bytes += guest_bytes;
         if self.policy.lock().wants_spent(self.guest_bytes) {
             let spent = Spent {
@@ -517,12 +521,8 @@ impl Back {
         Ok(ready.record)
     }
 
-    fn note(&mut self, blocks: &[ReadyBlock], pages: Pages, pass: u32) {
+    fn note(&mut self, blocks: &[ReadyBlock], pages: Pages) {
         let mut figures = self.figures.lock();
-        if pass > figures.iteration {
-            figures.iteration = pass;
-            figures.iteration_pages = 0;
-        }
         figures.add_rows(pages);
         for block in blocks {
             *figures.blocks.entry(block.name.clone()).or_default() += 1;
