@@ -38,6 +38,8 @@ pub struct Outcome {
     pub changed: Vec<GuestPage>,
     /// Xen does not share them.
     pub refused: Vec<GuestPage>,
+    /// They have a frame with other pages already, another one: they keep it.
+    pub elsewhere: Vec<GuestPage>,
     /// The row's page is not in the row any more.
     pub left_row: Option<GuestPage>,
 }
@@ -83,7 +85,8 @@ impl<'a> Engine<'a> {
         for ((task, nominated), outcome) in tasks.iter().zip(&nominated).zip(&mut outcomes) {
             self.share(task, nominated, &bytes, outcome);
         }
-        let shared: Vec<GuestPage> = outcomes.iter().flat_map(|outcome| &outcome.joined).copied().collect();
+        let of_outcome = |outcome: &Outcome| [outcome.joined.clone(), outcome.elsewhere.clone()].concat();
+        let shared: Vec<GuestPage> = outcomes.iter().flat_map(of_outcome).collect();
         self.give_back(all.iter().copied().filter(|page| !shared.contains(page)));
         Run {
             outcomes,
@@ -145,12 +148,17 @@ impl<'a> Engine<'a> {
             .collect();
         let base = match task.row {
             Some((_, member)) => member,
-            // Which frame survives is nobody's choice: a guest that could tell would get its own frame, which it may have
-            // chosen for a bit that flips, under the page of another.
-            None => match there.get(random_below(there.len())) {
-                Some(base) => *base,
-                None => return,
-            },
+            // A frame of several pages cannot be given up (xen-sys, SharingError::ClientIsShared), so it stays. Else which one
+            // survives is nobody's choice: a guest that could tell would get its own frame, which it may have chosen for a bit
+            // that flips, under the page of another.
+            None => {
+                let of_several = there.iter().find(|(page, _)| self.is_shared(*page));
+                outcome.elsewhere.extend(of_several.map(|(page, _)| *page));
+                match of_several.or_else(|| there.get(random_below(there.len()))) {
+                    Some(base) => *base,
+                    None => return,
+                }
+            }
         };
         let Some(expected) = bytes.get(&base.0) else {
             outcome.left_row = task.row.map(|_| base.0);
@@ -160,12 +168,18 @@ impl<'a> Engine<'a> {
             if page.0 == base.0 || self.no_memory {
                 continue;
             }
+            if self.is_shared(page.0) {
+                outcome.elsewhere.push(page.0);
+                continue;
+            }
             if bytes.get(&page.0) != Some(expected) {
                 outcome.changed.push(page.0);
                 continue;
             }
-            match self.host.lock().share(base, page) {
+            let shared = self.host.lock().share(base, page);
+            match shared {
                 Ok(()) => outcome.joined.push(page.0),
+                Err(SharingError::ClientIsShared) => outcome.elsewhere.push(page.0),
                 Err(SharingError::StaleSource) => {
                     // What has joined keeps the frame; the page that was its first does not have it any more.
                     match task.row {
@@ -188,6 +202,11 @@ impl<'a> Engine<'a> {
                 outcome.joined.push(base.0);
             }
         }
+    }
+
+    /// Whether the page's frame is that of other pages, too. Nobody but this engine can make it so.
+    fn is_shared(&self, page: GuestPage) -> bool {
+        matches!(self.host.lock().references(page), Ok(Some(pages)) if pages > 1)
     }
 
     /// Takes nominations back: frames of one page, which needs no memory.

@@ -269,6 +269,11 @@ impl MemShr for SimXen {
             .map(|(page, _)| *page)
             .collect();
         assert_eq!(moving.len(), references as usize);
+        let asked = [source.0.domid, client.0.domid];
+        assert!(
+            moving.iter().all(|page| asked.contains(&page.domid)),
+            "Xen stops the host: the frame that is given up has a page of a third guest"
+        );
         for page in moving {
             world.p2m.insert(page, to);
         }

@@ -538,6 +538,7 @@ impl State {
                 changed,
                 refused,
                 left_row,
+                elsewhere: _,
             } = outcome;
             let mut joining = joined.iter().copied();
             let row = match (task.row, base) {

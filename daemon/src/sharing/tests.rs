@@ -3,9 +3,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
-use xen_sys::ShareHandle;
+use xen_sys::{DomId, ShareHandle};
 use xenfold::config;
 
+use super::engine::{Engine, Task};
 use super::sim::{SimXen, World, page};
 use super::*;
 use crate::index::sim::{domid, uuid};
@@ -240,6 +241,53 @@ fn the_table_is_found_again_after_a_restart() {
     lab.rounds(4);
     lab.check_table();
     assert!(lab.stats().pairs.iter().all(|pair| pair.domids[0] == pair.domids[1]));
+}
+
+/// Xen stops the host when a frame that is given up has a page of a third guest. A new daemon's table does not know yet
+/// which frames are several pages' already.
+#[test]
+fn a_frame_of_several_pages_is_never_given_up() {
+    let xen = SimXen::new(1, 10);
+    for number in 1..=3 {
+        let name = format!("web-{number}");
+        xen.0.lock().add_guest(number, &name, &[7; 40]);
+    }
+    let identities: BTreeMap<DomId, Identity> = (1..=3)
+        .map(|number| Identity {
+            domid: domid(number),
+            uuid: uuid(number as u8),
+            name: format!("web-{number}"),
+        })
+        .map(|identity| (identity.domid, identity))
+        .collect();
+    let mut before = xen.clone();
+    for pfn in 0..40 {
+        let [first, second] = [page(1, pfn), page(2, pfn)].map(|page| (page, before.nominate(page).unwrap()));
+        before.share(first, second).unwrap();
+    }
+    let host: Mutex<Box<dyn Host>> = Mutex::new(Box::new(xen.clone()));
+    // Which one would stay is drawn: in 40 pairs the one of two pages would have to go sometime.
+    let pair = |pfn| Task {
+        group: 0,
+        key: 7,
+        row: None,
+        pages: vec![page(3, pfn), page(1, pfn)],
+    };
+    let tasks: Vec<Task> = (0..40).map(pair).collect();
+    let run = Engine::new(&host, &identities).run(&tasks);
+    assert!(run.outcomes.iter().all(|outcome| outcome.joined.len() == 2));
+    // Nor does it leave for another frame of several pages.
+    let row = (0, (page(1, 0), before.nominate(page(1, 0)).unwrap()));
+    let other = Task {
+        row: Some(row),
+        pages: vec![page(2, 1)],
+        ..pair(0)
+    };
+    let run = Engine::new(&host, &identities).run(&[other]);
+    assert_eq!(run.outcomes[0].elsewhere, [page(2, 1)]);
+    let world = xen.0.lock();
+    world.check();
+    assert_eq!(world.saved(), 80);
 }
 
 #[test]
