@@ -49,6 +49,8 @@ struct Memory {
     /// The bitmap was read while the helper may have read it itself.
     unsafe_peeks: u64,
     peeks: u64,
+    /// So many of a hundred readings find the bitmap in use.
+    busy_percent: u64,
 }
 
 impl Memory {
@@ -101,7 +103,8 @@ impl DirtyLog for Log {
         let mut memory = self.0.lock();
         memory.peeks += 1;
         memory.unsafe_peeks += u64::from(!memory.in_write);
-        Ok((memory.dice.throw(5) > 0).then(|| memory.dirty.clone()))
+        let busy = memory.dice.throw(100) < memory.busy_percent;
+        Ok((!busy).then(|| memory.dirty.clone()))
     }
 
     fn sample(&mut self, _: Duration, count: u32, each: &mut dyn FnMut(&PageSet)) -> Result<(), FrameError> {
@@ -196,8 +199,9 @@ fn around_pages() -> (Vec<u8>, Vec<u8>) {
 }
 
 /// One pass of xl's helper over these pages. The guest goes on while each record is written.
-fn send_pages(memory: &Shared, out: &mut dyn Write, pages: &[u64], batch: usize) -> io::Result<()> {
+fn send_pages(memory: &Shared, out: &mut dyn Write, pages: &[u64], batch: usize, time: Duration) -> io::Result<()> {
     for list in pages.chunks(batch.max(1)) {
+        std::thread::sleep(time);
         let mut body = (list.len() as u32).to_le_bytes().to_vec();
         body.extend_from_slice(&[0; 4]);
         // As they are when the helper maps them; their bytes are those of the moment in which they are written.
@@ -239,6 +243,9 @@ struct Case {
     hold_percent: u64,
     release_percent: u64,
     forecast: bool,
+    busy_percent: u64,
+    /// What xl's helper takes for a record, beside its writes.
+    record_time: Duration,
     downtime: DowntimeLimit,
 }
 
@@ -267,6 +274,8 @@ fn case() -> impl Strategy<Value = Case> {
                 hold_percent,
                 release_percent,
                 forecast,
+                busy_percent: 20,
+                record_time: Duration::ZERO,
                 downtime: NO_LIMIT,
             },
         )
@@ -286,8 +295,9 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
         in_write: false,
         unsafe_peeks: 0,
         peeks: 0,
+        busy_percent: case.busy_percent,
     }));
-    let (xls, passes, batch) = (memory.clone(), case.passes, case.batch);
+    let (xls, passes, batch, record_time) = (memory.clone(), case.passes, case.batch, case.record_time);
     let all: Vec<u64> = (0..case.pages as u64).collect();
     let live = move |out: &mut dyn Write| {
         let (before, behind) = around_pages();
@@ -302,7 +312,7 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
             } else if passes == 0 {
                 xls.lock().suspended = true;
             }
-            send_pages(&xls, out, &list, batch)?;
+            send_pages(&xls, out, &list, batch, record_time)?;
         }
         out.write_all(&behind)
     };
@@ -391,6 +401,9 @@ fn pages_written_again_are_not_sent_again() {
         hold_percent: 0,
         release_percent: 0,
         forecast: true,
+        busy_percent: 0,
+        // A pass is longer than the time between two readings of the bitmap, on a machine of any speed.
+        record_time: Duration::from_millis(10),
         downtime: NO_LIMIT,
     };
     let (outcome, _) = live(&case).unwrap();
@@ -413,6 +426,8 @@ fn a_guest_that_does_not_converge_stays_where_that_is_wanted() {
         hold_percent: 50,
         release_percent: 10,
         forecast: false,
+        busy_percent: 20,
+        record_time: Duration::ZERO,
         downtime: DowntimeLimit {
             limit: Duration::from_millis(699),
             abort: true,

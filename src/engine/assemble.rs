@@ -12,12 +12,12 @@ use super::decode::{Answer, Answers};
 use super::hashing::ids_of;
 use super::link::Link;
 use super::pool::Pool;
-use super::rebuilt::{RebuiltRecord, Recent};
+use super::rebuilt::{RebuiltRecord, Recent, Spare};
 use super::receiving::{
     Arrived, ArrivedBlock, ArrivedRows, Assembled, AssembledRecord, DeltaBlock, Unread, is_plain, pfn_of,
 };
 use super::{EngineError, Frames};
-use crate::codec::{Base, Decompressor, Row, delta};
+use crate::codec::{Base, Decompressor, MAX_ROWS, Row, delta};
 use crate::page::{ContentKey, PAGE_SIZE, Pfn};
 use crate::report::DestinationFigures;
 use crate::stream::libxc;
@@ -25,6 +25,9 @@ use crate::wire::Kind;
 
 /// How often the pipe to xl is looked at while waiting for a record to be applied.
 const POLL: Duration = Duration::from_micros(200);
+
+/// The largest record: header, list and pages.
+const RECORD_BYTES: usize = 16 + MAX_ROWS * (8 + PAGE_SIZE);
 
 /// Which records xl's helper has certainly applied. It applies records in order and reads the next one's header only
 /// then, so a record is applied when a byte behind its end has been taken out of the pipe.
@@ -97,6 +100,7 @@ pub(super) struct Assembling {
 
 pub(super) struct Assembler {
     recent: Recent,
+    spare: Spare,
     frames: Frames,
     /// The guest's frames are found by page number (HVM and PVH).
     frames_by_pfn: bool,
@@ -134,6 +138,7 @@ impl Assembler {
         } = parts;
         Assembler {
             recent: Recent::default(),
+            spare: Spare::default(),
             frames,
             frames_by_pfn: false,
             applied,
@@ -178,7 +183,8 @@ impl Assembler {
     }
 
     fn record(&mut self, mut arrived: ArrivedRows, stopped: &Receiver<()>) -> Result<AssembledRecord, EngineError> {
-        let (pages_at, mut bytes, pages) = header(&arrived);
+        let mut bytes = self.spare.take();
+        let (pages_at, pages) = header(&arrived, &mut bytes);
         let (_, out) = bytes.split_at_mut(pages_at);
         fill_full(&arrived.rows, std::mem::take(&mut arrived.blocks), &arrived.body, out)?;
         self.fill_contents(&mut arrived, stopped, out)?;
@@ -195,6 +201,7 @@ impl Assembler {
             number: self.next_number,
             bytes,
             pages_at,
+            spare: self.spare.clone(),
         });
         if !frozen {
             self.next_number += 1;
@@ -412,8 +419,8 @@ impl Assembler {
     }
 }
 
-/// The record's first bytes, with room for its pages; where they start, and their number.
-fn header(arrived: &ArrivedRows) -> (usize, Vec<u8>, usize) {
+/// Puts the record's first bytes into an empty buffer, with room for its pages; where they start, and their number.
+fn header(arrived: &ArrivedRows, bytes: &mut Vec<u8>) -> (usize, usize) {
     let ArrivedRows {
         reserved,
         entries,
@@ -422,7 +429,8 @@ fn header(arrived: &ArrivedRows) -> (usize, Vec<u8>, usize) {
     } = arrived;
     let pages = rows.iter().filter(|row| **row != Row::Absent).count();
     let pages_at = 16 + entries.len() * 8;
-    let mut bytes = Vec::with_capacity(pages_at + pages * PAGE_SIZE);
+    // Of the largest size always, so that any record fits into any buffer.
+    bytes.reserve(RECORD_BYTES);
     bytes.extend_from_slice(&libxc::PAGE_DATA.to_le_bytes());
     bytes.extend_from_slice(&((8 + entries.len() * 8 + pages * PAGE_SIZE) as u32).to_le_bytes());
     bytes.extend_from_slice(&(entries.len() as u32).to_le_bytes());
@@ -431,7 +439,7 @@ fn header(arrived: &ArrivedRows) -> (usize, Vec<u8>, usize) {
         .iter()
         .for_each(|entry| bytes.extend_from_slice(&entry.to_le_bytes()));
     bytes.resize(pages_at + pages * PAGE_SIZE, 0);
-    (pages_at, bytes, pages)
+    (pages_at, pages)
 }
 
 /// Where each row's page stands among the record's pages.

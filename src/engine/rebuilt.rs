@@ -5,6 +5,8 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use crate::page::{PAGE_SIZE, Pfn};
 
 /// Rows that are certainly still in memory at the destination: the last this many that were carried (6 MiB). Rows of
@@ -73,6 +75,37 @@ pub struct RebuiltRecord {
     pub bytes: Vec<u8>,
     /// Where the pages start in `bytes`.
     pub pages_at: usize,
+    /// Where `bytes` goes when the record is not needed any more.
+    pub spare: Spare,
+}
+
+impl Drop for RebuiltRecord {
+    fn drop(&mut self) {
+        self.spare.give_back(std::mem::take(&mut self.bytes));
+    }
+}
+
+/// Buffers of records for the next ones. Among the blocks of all sizes that come and go beside them, records of megabytes
+/// would leave holes in the heap that nothing fits into (20 MiB and more).
+#[derive(Clone, Default)]
+pub struct Spare(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl Spare {
+    /// So many records are under way or kept at once.
+    const BUFFERS: usize = 8;
+
+    /// An empty buffer.
+    pub fn take(&self) -> Vec<u8> {
+        self.0.lock().pop().unwrap_or_default()
+    }
+
+    fn give_back(&self, mut buffer: Vec<u8>) {
+        buffer.clear();
+        let mut buffers = self.0.lock();
+        if buffers.len() < Self::BUFFERS {
+            buffers.push(buffer);
+        }
+    }
 }
 
 impl RebuiltRecord {
@@ -193,6 +226,7 @@ mod tests {
                     number,
                     bytes,
                     pages_at: 0,
+                    spare: Spare::default(),
                 }),
                 pages,
                 rows,

@@ -160,7 +160,7 @@ impl<R: Read> FrameReader<R> {
         FrameReader { inner, sequence: 0 }
     }
 
-    /// The next frame. The body's memory grows with what arrives, up to [`MAX_FRAME_BODY`].
+    /// The next frame. Its body takes as much memory as the header announces, which is at most [`MAX_FRAME_BODY`].
     pub fn read(&mut self) -> Result<Frame, WireError> {
         let mut header = [0; FRAME_HEADER_BYTES];
         match read_up_to(&mut self.inner, &mut header)? {
@@ -211,7 +211,7 @@ impl<R: Read> FrameReader<R> {
                 length: length.into(),
             });
         }
-        let mut body = Vec::new();
+        let mut body = Vec::with_capacity(length as usize);
         let arrived = (&mut self.inner).take(length.into()).read_to_end(&mut body)?;
         if arrived != length as usize {
             return Err(WireError::Cut { what: "a frame's body" });

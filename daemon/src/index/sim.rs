@@ -15,6 +15,8 @@ pub struct SimGuest {
     pub seen: Seen,
     pub frames: BTreeMap<u64, Page>,
     pub end: u64,
+    /// Each frame that is not among those has a content that no other guest has.
+    pub generated: bool,
 }
 
 type Meanwhile = Box<dyn FnOnce(&mut Vec<SimGuest>) + Send>;
@@ -69,6 +71,10 @@ impl Host for Sim {
             .map(|(pfn, page)| match guest.frames.get(&pfn.get()) {
                 Some(bytes) => {
                     *page = *bytes;
+                    true
+                }
+                None if guest.generated => {
+                    *page = generated(domid, *pfn);
                     true
                 }
                 None => false,
@@ -128,6 +134,11 @@ pub fn page(n: u64) -> Page {
     page
 }
 
+/// What a frame of a guest holds whose contents are generated.
+pub fn generated(domid: DomId, pfn: Pfn) -> Page {
+    page(u64::from(domid.get()) << 40 | pfn.get())
+}
+
 pub fn uuid(n: u8) -> String {
     format!("00000000-0000-0000-0000-0000000000{n:02x}")
 }
@@ -160,5 +171,6 @@ pub fn guest(number: u32, uuid: u8, name: &str, pages: impl IntoIterator<Item = 
         },
         end: frames.len() as u64 + 5,
         frames,
+        generated: false,
     }
 }

@@ -419,3 +419,70 @@ fn the_hole_behind_all_frames_is_not_walked() {
     lab.run(Duration::from_secs(4));
     assert_eq!((lab.stats().rounds, lab.stats().pages), (1, 2000));
 }
+
+/// Ten million contents of two guests: memory, rates, and whether the pace is kept. By hand, its figures are printed:
+/// `cargo test --release -p xenfoldd --lib ten_million -- --ignored --nocapture`
+#[test]
+#[ignore = "takes a minute; for its figures"]
+fn ten_million_pages() {
+    const RATE: u32 = 250_000;
+    const PAGES: [u64; 2] = [6_000_000, 4_000_000];
+    let guests = [(3u32, PAGES[0]), (4, PAGES[1])].map(|(number, pages)| {
+        let mut guest = guest(number, number as u8, &format!("web-{number}"), []);
+        (guest.end, guest.generated, guest.seen.info.total_pages) = (pages, true, pages);
+        guest
+    });
+    let mut lab = Lab::with(guests.into(), RATE, 1 << 30, "");
+    let (mut most, mut busy) = (0, Duration::ZERO);
+    while lab.stats().rounds == 0 {
+        let before = lab.sim.0.lock().copied;
+        let begin = Instant::now();
+        lab.run(SECOND);
+        busy += begin.elapsed();
+        most = most.max(lab.sim.0.lock().copied - before);
+    }
+    let stats = lab.stats();
+    let contents = stats.pages as f64;
+    assert_eq!(stats.pages, PAGES.iter().sum::<u64>());
+    println!("contents                    {contents}");
+    println!(
+        "memory a content            {:.1} bytes",
+        stats.memory_bytes as f64 / contents
+    );
+    println!(
+        "read, hashed, entered       {:.0} a second",
+        contents / busy.as_secs_f64()
+    );
+    println!("the most in a second        {most} at a rate of {RATE}");
+    assert!(most <= RATE as usize * 11 / 10);
+
+    let asking = lab.asking(0xee, "web-9");
+    let held = |n: u64| sim::generated(domid(3), Pfn::new(n * 3_900_001 % PAGES[0]).unwrap());
+    for (what, pages) in [
+        (
+            "found, read, hashed again",
+            (0..200 * 1024).map(held).collect::<Vec<Page>>(),
+        ),
+        ("not there", (0..200 * 1024).map(page).collect()),
+    ] {
+        let ids: Vec<ContentId> = pages.iter().map(|page| asking.key.id(page)).collect();
+        let begin = Instant::now();
+        let found: usize = ids
+            .chunks(1024)
+            .map(|ids| lab.index.read(&asking, ids).iter().flatten().count())
+            .sum();
+        let took = begin.elapsed().as_secs_f64();
+        println!(
+            "{what:<27} {found} of {}, {:.0} a second",
+            ids.len(),
+            ids.len() as f64 / took
+        );
+        assert_eq!(found, if what == "not there" { 0 } else { ids.len() });
+    }
+    let begin = Instant::now();
+    let keys = lab.index.lookup_keys(&asking).len();
+    println!(
+        "keys for a filter           {keys} in {:.2} s",
+        begin.elapsed().as_secs_f64()
+    );
+}

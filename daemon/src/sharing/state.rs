@@ -301,6 +301,12 @@ impl State {
         done > 0
     }
 
+    /// Whether the table has pages of guests that may be touched.
+    pub fn knows_pages_to_give_back(&self) -> bool {
+        let held = |page: &GuestPage| self.guests.get(&page.domid).is_none_or(|guest| guest.held);
+        !self.table.all_pages().all(|page| held(&page))
+    }
+
     fn due_back(&mut self) -> Vec<GuestPage> {
         let guests = &self.guests;
         let everything = self.unshare_all;

@@ -27,9 +27,10 @@ impl Sweeps {
 }
 
 impl State {
-    /// Takes up guests of which Xen shares more than the table knows.
+    /// Takes up guests of which Xen shares more than the table knows. Not before the table's pages have gone back: some of
+    /// them were written to since they were last seen, and would pass for others that Xen still shares.
     pub fn plan_sweeps(&mut self, judged: &[Judged]) {
-        if !self.unshare_all || self.sweeps.asked {
+        if !self.unshare_all || self.sweeps.asked || self.knows_pages_to_give_back() {
             return;
         }
         self.sweeps.asked = true;

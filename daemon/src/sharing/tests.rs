@@ -317,6 +317,34 @@ fn what_the_table_does_not_know_is_given_back_too() {
     lab.xen.0.lock().check();
 }
 
+/// As many pages of the table were written to since they were last seen as Xen shares that the table does not know.
+#[test]
+fn an_old_table_hides_no_shared_page() {
+    let mut lab = Lab::new(1, 200, 10, |world| {
+        for number in 1..=2 {
+            let mut contents = vec![1; 50];
+            contents.push(100 + u64::from(number));
+            world.add_guest(number, &format!("web-{number}"), &contents);
+        }
+    });
+    lab.rounds(2);
+    assert_eq!(lab.stats().pages, 100);
+    for pfn in 0..5 {
+        lab.xen.0.lock().write(page(1, pfn), 1000 + pfn);
+        lab.xen.0.lock().write(page(2, pfn), 2000 + pfn);
+    }
+    let [first, second] = [1, 2].map(|number| {
+        lab.xen.0.lock().write(page(number, 50), 9);
+        (page(number, 50), lab.xen.nominate(page(number, 50)).unwrap())
+    });
+    lab.xen.share(first, second).unwrap();
+    lab.index.sharing().enable(false).unwrap();
+    lab.run(4 * SECOND);
+    let stats = lab.stats();
+    assert_eq!((stats.pages, stats.xen_saved_pages, stats.xen_frames), (0, 0, 0));
+    assert!(!stats.returning);
+}
+
 #[test]
 fn memory_for_writes_is_kept() {
     let contents = vec![5; 400];
