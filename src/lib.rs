@@ -2,13 +2,14 @@
 //!
 //! `stream` reads and writes Xen's migration stream, `table` knows which page holds which content, `codec` turns pages
 //! into rows and back, `policy` decides, `wire` frames the rows between two hosts, `engine` runs the phases of a
-//! migration in order. Beside them `config` reads the configuration and `control` speaks with the daemon.
+//! migration in order, `late` knows which pages follow a guest that runs already. Beside them `config` reads the configuration and `control` speaks with the daemon.
 #![forbid(unsafe_code)]
 
 pub mod codec;
 pub mod config;
 pub mod control;
 pub mod engine;
+pub mod late;
 pub mod page;
 mod page_hash;
 pub mod page_set;
