@@ -15,7 +15,8 @@ pub fn refusal(guest: Option<&Guest>, xl: &[String]) -> Option<&'static str> {
     of_kind(&info)
 }
 
-fn of_kind(info: &DomainInfo) -> Option<&'static str> {
+/// The same of a guest that is looked at apart from a migration.
+pub fn of_kind(info: &DomainInfo) -> Option<&'static str> {
     if !info.hvm {
         Some("it is a PV guest, whose page tables Xen's toolstack rewrites; only HVM and PVH guests can")
     } else if !info.hap {

@@ -19,6 +19,7 @@ pub mod contents;
 pub mod daemon_commands;
 pub mod dedup;
 mod dedup_page;
+pub mod doctor;
 mod follow;
 pub mod guest;
 pub mod job;

@@ -1,7 +1,8 @@
 //! A guest's pages taken out and put back by Xen, as the engine wants it.
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use xen_sys::{Access, ForeignMemory, Paging, PagingError, PagingRequest, Xenctrl, hvm_param};
@@ -12,6 +13,14 @@ use xenfold::page::{PAGE_SIZE, Pfn};
 use crate::guest::KnownDomain;
 
 type Page = [u8; PAGE_SIZE];
+
+/// How long somebody may have a page mapped that is being taken out.
+const EVICT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a page may wait for a free frame.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(30);
+
+const RETRY: Duration = Duration::from_millis(20);
 
 /// The guest that xl builds here.
 pub struct GuestPager {
@@ -105,7 +114,10 @@ impl GuestPaging for GuestPager {
         for pfn in pfns {
             let claimed = self.claimed;
             let paging = self.paging()?;
-            let out = paging.nominate(pfn.get()).map_err(refused)? && paging.evict(pfn.get()).map_err(refused)?;
+            let out = paging.nominate(pfn.get()).map_err(refused)?;
+            if out {
+                evict_nominated(paging, *pfn)?;
+            }
             if out && !claimed {
                 // Its frame is free for anybody until this.
                 paging.claim(total).map_err(refused)?;
@@ -127,8 +139,17 @@ impl GuestPaging for GuestPager {
     }
 
     fn load(&mut self, pfn: Pfn, page: &Page) -> Result<(), FrameError> {
-        // One that is not paged out has been given up: the guest has another page there, or none.
-        self.paging()?.load(pfn.get(), page).map(drop).map_err(refused)
+        let paging = self.paging()?;
+        let begin = Instant::now();
+        loop {
+            match paging.load(pfn.get(), page) {
+                // One that is not paged out has been given up: the guest has another page there, or none.
+                Ok(_) => return Ok(()),
+                // Memory was kept back for it, but for the moment somebody was quicker.
+                Err(PagingError::NoMemory) if begin.elapsed() < MEMORY_PATIENCE => thread::sleep(RETRY),
+                Err(error) => return Err(refused(error)),
+            }
+        }
     }
 
     fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError> {
@@ -190,19 +211,35 @@ impl GuestPaging for GuestPager {
     }
 
     fn disable(&mut self) -> Result<(), FrameError> {
-        let Some(paging) = self.paging.take() else {
-            return Ok(());
-        };
-        if self.claimed {
-            paging.claim(0).map_err(refused)?;
+        let claimed = self.claimed;
+        if let Some(paging) = &mut self.paging {
+            if claimed {
+                paging.claim(0).map_err(refused)?;
+            }
+            paging.disable().map_err(refused)?;
         }
+        self.paging = None;
         self.requests.clear();
-        paging.disable().map_err(refused)?;
         match self.ring_page.take() {
             Some((pfn, page)) => self.write_frame(pfn, &page),
             None => Ok(()),
         }
     }
+}
+
+/// Evicts a page that was nominated, which is not undone otherwise: left so, the guest would be crashed at its next write to
+/// it once paging is off. Somebody may have it mapped for a moment.
+fn evict_nominated(paging: &Paging, pfn: Pfn) -> Result<(), FrameError> {
+    let begin = Instant::now();
+    while !paging.evict(pfn.get()).map_err(refused)? {
+        if begin.elapsed() > EVICT_PATIENCE {
+            return Err(FrameError::Xen(format!(
+                "page {pfn} was to be taken out, and somebody has it mapped"
+            )));
+        }
+        thread::sleep(RETRY);
+    }
+    Ok(())
 }
 
 struct Descriptor(OwnedFd);

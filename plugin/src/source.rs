@@ -446,6 +446,18 @@ impl Agent<'_> {
                 figures.error = Some(why);
                 exit_status(&error)
             }
+            Ending::Unknown(error) if figures.late.as_ref().is_some_and(|late| late.started) => {
+                figures.error = Some(chain(&error));
+                say!(
+                    "xenfold: the connection failed while pages followed guest {guest} to {host}: {}\n\
+                     xenfold: it was started on {host} and stands still there; the pages that it lacks are here only, in the \
+                     suspended {guest}{AWAY}. They cannot be sent again yet. To take the guest back as it was when it was \
+                     suspended, if it has not written to its disks since: `ssh {host} xl destroy {guest}`, then `xenfold resume \
+                     {guest} --force`.",
+                    chain(&error)
+                );
+                exit_status(&error)
+            }
             Ending::Unknown(error) => {
                 figures.error = Some(chain(&error));
                 say!(

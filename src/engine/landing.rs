@@ -134,13 +134,20 @@ impl Landing {
         let Late {
             pages,
             mut paging,
-            frames,
+            mut frames,
             verify,
             link,
             key,
         } = late;
         let start = Instant::now();
         let mut resident = Vec::new();
+        let mut pager = Pager::new(pages.iter().copied());
+        // Xen's toolstack has emptied these, and whoever is at the other end of them has begun anew.
+        let rewritten = frames
+            .as_mut()
+            .map_or(Ok(Vec::new()), |frames| frames.rewritten_by_xen())?;
+        rewritten.iter().for_each(|pfn| pager.leave_alone(*pfn));
+        let pages: Vec<Pfn> = pager.missing_pages().collect();
         match paging.enable() {
             Ok(()) => {
                 for batch in pages.chunks(EVICT_PAGES) {
@@ -164,7 +171,7 @@ impl Landing {
         };
         Ok(Arc::new(Landing {
             state: Mutex::new(State {
-                pager: Pager::new(pages),
+                pager,
                 paging,
                 resident,
                 decompressor: Decompressor::default(),

@@ -247,6 +247,13 @@ impl<R> Pager<R> {
         }
     }
 
+    /// A page is there already, and what comes for it is not to be used.
+    pub fn leave_alone(&mut self, pfn: Pfn) {
+        if let Some((page, _)) = self.find(pfn) {
+            self.give_up(page);
+        }
+    }
+
     /// A page is to be there soon, though nobody waits for it.
     pub fn bring(&mut self, pfn: Pfn) {
         if let Some((page, State::Late)) = self.find(pfn) {
@@ -445,6 +452,8 @@ mod tests {
         let again = pager.wants(1000);
         assert_eq!((first[0], again.len()), (again[0], 1));
         assert_eq!(pager.missing_pages().count(), 99);
+        pager.leave_alone(pfn(9));
+        assert_eq!((pager.judge(pfn(9)), pager.missing()), (Arrival::NotNeeded, 98));
         pager.again(pfn(7));
         assert_eq!(pager.wants(1000), [first[0]]);
         assert_eq!(pager.abandon(), [1]);

@@ -214,7 +214,7 @@ impl GuestPaging for Paged {
     fn evict(&mut self, pfns: &[Pfn]) -> Result<Vec<bool>, FrameError> {
         let mut state = self.0.state.lock();
         let busy = state.faults.busy;
-        let out = |pfn: &Pfn| busy == 0 || pfn.get() % busy != 0;
+        let out = |pfn: &Pfn| busy == 0 || !pfn.get().is_multiple_of(busy);
         for pfn in pfns.iter().filter(|pfn| out(pfn)) {
             state.evicted.insert(pfn.get());
             self.0.image.lock().remove(&pfn.get());

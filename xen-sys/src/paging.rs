@@ -91,10 +91,9 @@ pub struct Paging {
     xen: Xenctrl,
     domid: DomId,
     ring_gfn: u64,
-    ring: BackRing,
+    /// The ring and its page, which is unmapped behind it; `None` once paging is off.
+    ring: Option<(BackRing, RingPage)>,
     port: EventPort,
-    /// The ring's page, unmapped when dropped; behind `ring`, which uses it.
-    _page: RingPage,
 }
 
 impl Paging {
@@ -156,9 +155,8 @@ impl Paging {
             xen,
             domid,
             ring_gfn: gfn,
-            ring,
+            ring: Some((ring, page)),
             port,
-            _page: page,
         })
     }
 
@@ -182,7 +180,9 @@ impl Paging {
                 paging_flags: ctrl::MEM_PAGING_DROP_PAGE,
                 ..PagingRequest::default()
             };
-            paging.ring.answer_unasked(&response(&wake));
+            if let Some((ring, _)) = &mut paging.ring {
+                ring.answer_unasked(&response(&wake));
+            }
             // Xen takes the answer before this returns.
             paging.port.notify()?;
         }
@@ -254,35 +254,38 @@ impl Paging {
 
     /// All requests that have come. Each has to be answered: until then Xen has one place less for others.
     pub fn requests(&mut self) -> Vec<PagingRequest> {
-        std::iter::from_fn(|| self.ring.take()).map(request).collect()
+        let Some((ring, _)) = &mut self.ring else {
+            return Vec::new();
+        };
+        std::iter::from_fn(|| ring.take()).map(request).collect()
     }
 
     /// Requests that have not been answered yet.
     pub fn unanswered(&self) -> u32 {
-        self.ring.unanswered()
+        self.ring.as_ref().map_or(0, |(ring, _)| ring.unanswered())
     }
 
     /// Answers a request. A guest's processor goes on, and asks again if its page is still not there.
     pub fn answer(&mut self, request: &PagingRequest) -> Result<(), PagingError> {
-        if !self.ring.answer(&response(request)) {
+        let asked = self
+            .ring
+            .as_mut()
+            .is_some_and(|(ring, _)| ring.answer(&response(request)));
+        if !asked {
             return Err(PagingError::NothingAsked);
         }
         Ok(self.port.notify()?)
     }
 
-    /// Turns paging off and gives the ring's page back to the guest, empty. Only when no page is evicted.
-    pub fn disable(self) -> Result<(), PagingError> {
-        let Paging {
-            xen,
-            domid,
-            ring_gfn,
-            _page: page,
-            ..
-        } = self;
-        control_off(&xen, domid)?;
-        // The old page counts for the guest's while it is mapped.
-        drop(page);
-        populate(&xen, domid, ring_gfn)
+    /// Turns paging off and gives the ring's page back to the guest, empty. Only when no page is evicted. Nothing else is of
+    /// use afterwards; after an error it can be tried again.
+    pub fn disable(&mut self) -> Result<(), PagingError> {
+        if self.ring.is_some() {
+            control_off(&self.xen, self.domid)?;
+            // The old page counts for the guest's while it is mapped.
+            self.ring = None;
+        }
+        populate(&self.xen, self.domid, self.ring_gfn)
     }
 }
 
