@@ -27,7 +27,7 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --version, --help
 
 /etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout,
-downtime_limit, on_no_convergence, bandwidth, mode, hold, model_seconds, quiet, ssh.";
+downtime_limit, on_no_convergence, bandwidth, hold, model_seconds, mode, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]
