@@ -12,7 +12,7 @@ use crate::dedup_page;
 
 pub(crate) const PAGE_BYTES: u64 = 4096;
 
-/// Without a page given back for this long, `disable` does not wait any more.
+/// Without a page given back or a frame gone through for this long, `disable` does not wait any more.
 const GIVE_BACK_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Args)]
@@ -60,18 +60,20 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Command::Disable { no_wait } => {
             client.dedup_enable(false)?;
             let mut status = client.dedup()?;
-            let mut gained = (Instant::now(), u64::MAX);
+            let mut gained = (Instant::now(), None);
             while let DedupStatus::Running(stats) = &status
                 && stats.returning
                 && !no_wait
             {
-                if stats.pages < gained.1 {
-                    gained = (Instant::now(), stats.pages);
+                let so_far = Some((stats.pages, stats.swept_frames));
+                if so_far != gained.1 {
+                    gained = (Instant::now(), so_far);
                 } else if gained.0.elapsed() > GIVE_BACK_PATIENCE {
                     bail!(
-                        "{} pages are still shared: memory for them is missing, or their guests are being migrated; the \
-                         daemon goes on",
-                        stats.pages
+                        "{} pages are still shared as far as the daemon knows, and Xen spares {} frames: memory for them is \
+                         missing, or their guests are being migrated; the daemon goes on",
+                        stats.pages,
+                        stats.xen_saved_pages
                     );
                 }
                 std::thread::sleep(Duration::from_millis(300));

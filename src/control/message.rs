@@ -224,6 +224,8 @@ pub struct DedupStats {
     pub enabled: bool,
     /// What is shared is being given back to the guests.
     pub returning: bool,
+    /// Frames gone through meanwhile for shared pages that the table does not know.
+    pub swept_frames: u64,
     /// Pages in the table, the frames that they have, and the frames that this spares.
     pub pages: u64,
     pub frames: u64,

@@ -175,6 +175,7 @@ impl Sharing {
         DedupStatus::Running(DedupStats {
             enabled: state.enabled,
             returning: state.unshare_all,
+            swept_frames: state.sweeps.frames,
             pages: state.table.pages(),
             frames: state.table.frames(),
             saved_pages: state.table.saved(),
