@@ -3,6 +3,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::migrations::UnderWay;
 use crate::page::ContentKey;
 
 /// A group's key in 64 hexadecimal digits, as far as the sender keeps to the protocol.
@@ -199,6 +200,16 @@ pub struct Status {
     pub groups: Vec<String>,
     pub store: StoreStatus,
     pub index: IndexStatus,
+}
+
+/// All figures of a host together.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Overview {
+    pub status: Status,
+    pub dedup: DedupStatus,
+    /// From this host to others.
+    pub migrations: Vec<UnderWay>,
 }
 
 /// Whether memory is shared between guests.
