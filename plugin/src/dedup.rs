@@ -137,6 +137,12 @@ pub(crate) fn status_text(status: &DedupStatus) -> String {
         stats.refused,
         stats.unshared,
     );
+    if stats.arrived > 0 {
+        text += &format!(
+            "arrived   {} pages that another guest had, {} of them shared at once, {} still to come\n",
+            stats.arrived, stats.arrived_shared, stats.arrived_waiting
+        );
+    }
     let width = |of: fn(&xenfold::control::DedupGuest) -> &str| {
         let lengths = stats.guests.iter().map(|guest| of(guest).len());
         lengths.max().unwrap_or(0).max(5)
@@ -220,6 +226,8 @@ mod tests {
             pages: 1024,
             frames: 512,
             saved_pages: 512,
+            arrived: 9,
+            arrived_shared: 7,
             xen_saved_pages: 513,
             free_bytes: 1 << 30,
             reserve_bytes: 256 << 20,
@@ -240,11 +248,12 @@ mod tests {
             samples: vec![DedupSample::default(); 100],
             ..DedupStats::default()
         };
-        let text = report_text(&DedupStatus::Running(stats.clone()));
+        let text = report_text(&DedupStatus::Running(Box::new(stats.clone())));
         for says in [
             "sharing   on\n",
             "2.0 MiB by the table, 2.0 MiB by Xen",
             "1024 pages have 512 frames",
+            "arrived   9 pages that another guest had, 7 of them shared at once, 0 still to come\n",
             "1024.0 MiB, sharing_reserve 256MiB",
             "    3 web-1  web          512\n",
             "    4 web-22 web          512  left alone: passed-through device",
@@ -255,7 +264,7 @@ mod tests {
         }
         assert!(text.lines().count() < 40);
         let short = DedupStats { short: true, ..stats };
-        assert!(status_text(&DedupStatus::Running(short)).contains("below sharing_reserve"));
+        assert!(status_text(&DedupStatus::Running(Box::new(short))).contains("below sharing_reserve"));
         let absent = |failed| {
             DedupStatus::Absent(Absent {
                 failed,
