@@ -77,6 +77,9 @@ pub struct Config {
     pub sharing: bool,
     /// Daemon: free memory of the host below which nothing further is shared.
     pub sharing_reserve: Size,
+    /// Daemon: the socket on which it tells its figures, if any.
+    #[serde(deserialize_with = "socket")]
+    pub metrics: Option<PathBuf>,
     /// Which guests share contents.
     pub group: Groups,
 }
@@ -105,6 +108,7 @@ impl Default for Config {
             index_off: Patterns::default(),
             sharing: false,
             sharing_reserve: Size(256 << 20),
+            metrics: None,
             group: Groups::default(),
         }
     }
@@ -182,6 +186,20 @@ fn index_rate<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Erro
                 "index_rate is {rate} pages a second, and must be 1 to {MAX_INDEX_RATE}; index = false turns it off"
             ))
         })
+}
+
+/// The longest name of a socket that every system takes (sun_path in sockaddr_un, with its NUL).
+const MAX_SOCKET_BYTES: usize = 107;
+
+fn socket<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    if !path.is_absolute() || path.as_os_str().len() > MAX_SOCKET_BYTES {
+        return Err(D::Error::custom(format!(
+            "metrics is {path:?}, and must be the whole path of a socket, like \"/run/xenfold/metrics.sock\", of at most \
+             {MAX_SOCKET_BYTES} bytes"
+        )));
+    }
+    Ok(Some(path))
 }
 
 /// Names of guests, with `*` and `?` as in a shell.
@@ -417,6 +435,8 @@ mod tests {
             ("\nindex_size = 8", "8GiB"),
             ("\nindex_off = \"web\"", "sequence"),
             ("\nindex_of = []", "index_off"),
+            ("\nmetrics = \"run/metrics\"", "/run/xenfold/metrics.sock"),
+            ("\nmetrics = 9100", "string"),
             ("[group]\n\"a/b\" = [\"web\"]", "no name for a group"),
             ("[group]\nguest-1 = [\"web\"]", "a guest alone"),
             ("[group]\nweb = \"web-*\"", "sequence"),
@@ -445,6 +465,9 @@ mod tests {
         assert!(!Config::default().index_off.fit("") && !Config::default().sharing);
         let config = parsed("sharing = 1\nsharing_reserve = \"64MiB\"").unwrap();
         assert_eq!((config.sharing, config.sharing_reserve), (true, Size::new(64 << 20)));
+        let metrics = parsed("metrics = \"/run/m.sock\"").unwrap().metrics;
+        assert_eq!(metrics.as_deref(), Some(Path::new("/run/m.sock")));
+        assert!(parsed(&format!("metrics = \"/{}\"", "m".repeat(MAX_SOCKET_BYTES))).is_err());
     }
 
     #[test]

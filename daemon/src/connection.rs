@@ -254,6 +254,9 @@ impl Connection<'_> {
             return Ok(Reply::Done { new: 0 });
         }
         let bound = self.bound()?;
+        if let Some(index) = self.daemon.index() {
+            index.arrived(&bound.membership, &all);
+        }
         if let Some(group) = &bound.group {
             let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
             let image = Image {

@@ -3,7 +3,7 @@
 //!
 //! [`daemon::Daemon`] is what the service knows, [`server::serve`] its loop; `connection` follows one caller,
 //! `membership` decides which group and key a guest has, `keys` keeps the keys, `store` the contents; `index` knows those
-//! of running guests, and `sharing` gives equal ones of a group one frame. The protocol is the library's ([`xenfold::control`]).
+//! of running guests, and `sharing` gives equal ones of a group one frame. [`metrics`] tells the figures of all that. The protocol is the library's ([`xenfold::control`]).
 #![forbid(unsafe_code)]
 
 mod connection;
@@ -11,6 +11,7 @@ pub mod daemon;
 mod index;
 mod keys;
 mod membership;
+pub mod metrics;
 pub mod server;
 mod sharing;
 pub mod socket;

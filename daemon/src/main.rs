@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -13,8 +14,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 use xenfold::{config, control};
 use xenfoldd::daemon::Daemon;
-use xenfoldd::server;
 use xenfoldd::socket::Socket;
+use xenfoldd::{metrics, server};
 
 #[derive(Parser)]
 #[command(name = "xenfoldd", version = xenfold::VERSION, about = "Keeps contents of guests across migrations")]
@@ -62,9 +63,17 @@ fn run(arguments: &Arguments) -> Result<()> {
         log::warn!("there is no Xen here: contents are kept and answered for, nothing else");
     }
     log::info!("listening on {}", arguments.socket.display());
+    // The agents have their records beside the socket.
+    let records = arguments.socket.parent().unwrap_or(Path::new("/"));
+    let telling = match &config.metrics {
+        Some(path) => metrics::start(&daemon, path, records, stopped.try_clone()?.into()),
+        None => None,
+    };
     sd_notify::notify(&[sd_notify::NotifyState::Ready]).context("systemd cannot be told")?;
 
     server::serve(&daemon, &socket, &stopped).context("callers cannot be waited for")?;
+    // It has been told to end as well, and removes its socket.
+    drop(telling.map(JoinHandle::join));
     log::info!("stopped");
     Ok(())
 }

@@ -12,9 +12,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use xenfold::control::{
     Client, ControlError, DedupStatus, ErrorCode, HoldingsFrom, IndexStatus, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES,
-    Message, Offer, Opened, Reply, Request, StoreStatus, pages_payload, read_message, write_message,
+    Message, Offer, Opened, Overview, Reply, Request, StoreStatus, pages_payload, read_message, write_message,
 };
+use xenfold::migrations::{Migration, figures_path, record_path};
 use xenfold::page::{ContentId, ContentKey, PAGE_SIZE, Pfn};
+use xenfold::report::Figures;
 
 const GUEST: &str = "00112233-4455-6677-8899-aabbccddeeff";
 const OTHER: &str = "00112233-4455-6677-8899-000000000000";
@@ -27,8 +29,10 @@ struct Host {
 }
 
 impl Host {
+    /// `HERE` in the configuration is the folder.
     fn new(config: &str) -> Host {
         let folder = tempfile::tempdir().unwrap();
+        let config = config.replace("HERE", folder.path().to_str().unwrap());
         fs::write(folder.path().join("xenfold.conf"), config).unwrap();
         Host { folder, daemon: None }
     }
@@ -582,4 +586,132 @@ fn without_xen_sharing_is_refused_in_a_sentence() {
     refused(client.dedup_scan(GUEST), ErrorCode::NotFound);
     // The connection is as good as before.
     client.status().unwrap();
+}
+
+const METRICS: &str = "store_size = \"64MiB\"\nmetrics = \"HERE/run/metrics.sock\"";
+
+impl Host {
+    /// The socket of the figures, connected.
+    fn figures(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.path("run/metrics.sock")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// What a caller of that socket gets for these bytes.
+    fn told(&self, request: &[u8]) -> String {
+        let mut stream = self.figures();
+        // The daemon may close before it has read all.
+        let _ = stream.write_all(request);
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        answer
+    }
+
+    fn get(&self, path: &str) -> String {
+        let answer = self.told(format!("GET {path} HTTP/1.1\r\nHost: xen\r\n\r\n").as_bytes());
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        answer.split_once("\r\n\r\n").unwrap().1.to_owned()
+    }
+}
+
+#[test]
+fn figures_are_told_as_text_and_as_json() {
+    let mut host = Host::started(METRICS);
+    let (mut client, opened) = host.opened(GUEST, "guest", None);
+    client.put(&borrowed(&contents(&opened.key, 20))).unwrap();
+    // A migration whose agent is this process, and one whose agent was killed.
+    let record = |uuid: &str| {
+        let migration = Migration {
+            guest: "we\"b".into(),
+            uuid: uuid.into(),
+            host: "b".into(),
+            agent: std::process::id(),
+            ..Migration::default()
+        };
+        let file = fs::File::create(record_path(&host.path("run"), uuid)).unwrap();
+        serde_json::to_writer(&file, &migration).unwrap();
+        file
+    };
+    let agent = record(GUEST);
+    agent.lock().unwrap();
+    drop(record(OTHER));
+    let figures = Figures {
+        iteration: 2,
+        wire_bytes: 12345,
+        ..Figures::default()
+    };
+    fs::write(
+        figures_path(&host.path("run"), GUEST),
+        serde_json::to_vec(&figures).unwrap(),
+    )
+    .unwrap();
+    let text = host.get("/metrics");
+    for line in [
+        "xenfold_store_up 1",
+        "xenfold_store_contents 20",
+        "xenfold_store_limit_bytes 67108864",
+        "xenfold_migrations 1",
+        "xenfold_migration_wire_bytes{domid=\"0\",guest=\"we\\\"b\",host=\"b\"} 12345",
+    ] {
+        assert!(text.lines().any(|one| one == line), "{line}\n{text}");
+    }
+    let overview: Overview = serde_json::from_str(&host.get("/metrics.json")).unwrap();
+    assert_eq!(overview.status.pid, client.status().unwrap().pid);
+    assert!(matches!(overview.status.store, StoreStatus::Open { contents: 20, .. }));
+    assert_eq!(overview.migrations.len(), 1);
+    assert_eq!(overview.migrations[0].figures.as_ref(), Some(&figures));
+    let mode = fs::metadata(host.path("run/metrics.sock"))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(host.told(b"GET /etc/passwd HTTP/1.1\r\n\r\n").contains(" 404 "));
+    drop(client);
+    let (status, said) = host.end(Signal::TERM);
+    assert!(status.success() && said.contains("figures are told on"), "{said}");
+    assert!(!host.path("run/metrics.sock").exists());
+}
+
+#[test]
+fn nobody_holds_the_figures_up() {
+    let host = Host::started(METRICS);
+    // More than are answered at a time, who say nothing, or never come to an end.
+    let silent: Vec<UnixStream> = (0..3).map(|_| host.figures()).collect();
+    let slow: Vec<UnixStream> = (0..9).map(|_| host.figures()).collect();
+    for mut stream in &slow {
+        let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nX: ");
+    }
+    host.is_well();
+    for bytes in [&b"\xff\x00\r\n\r\n"[..], b"POST / HTTP/1.1\r\n\r\n", &[b'x'; 100_000]] {
+        assert!(!host.told(bytes).contains(" 200 "));
+    }
+    host.is_well();
+    // They are still there: their time is up before long.
+    let deadline = Instant::now() + PATIENCE;
+    while !host.told(b"GET /metrics HTTP/1.0\r\n\r\n").contains(" 200 OK") {
+        assert!(Instant::now() < deadline);
+        sleep(Duration::from_millis(50));
+    }
+    drop((silent, slow));
+    for _ in 0..50 {
+        let mut stream = host.figures();
+        let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n");
+    }
+    host.is_well();
+}
+
+#[test]
+fn figures_are_told_only_where_it_is_configured() {
+    let host = Host::started("store_size = 0");
+    assert!(!host.path("run/metrics.sock").exists());
+    let mut host = Host::new("metrics = \"HERE/taken\"");
+    fs::write(host.path("taken"), "no socket").unwrap();
+    host.start();
+    host.is_well();
+    let (_, said) = host.end(Signal::TERM);
+    assert!(said.contains("no figures are told") && said.contains("taken"), "{said}");
+    let wrong = Host::new("store_size = 0\nmetrics = \"metrics.sock\"");
+    let said = wrong.spawn().wait_with_output().unwrap().stderr;
+    assert!(String::from_utf8_lossy(&said).contains("line 2"));
 }

@@ -90,6 +90,10 @@ impl Asking {
         Ok(Client::connect(&self.socket, patience)?)
     }
 
+    pub(crate) fn wants_json(&self) -> bool {
+        self.json
+    }
+
     pub(crate) fn print<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
         let line = match self.json {
             true => serde_json::to_string_pretty(value)?,

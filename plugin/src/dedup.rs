@@ -12,7 +12,7 @@ use crate::dedup_page;
 
 pub(crate) const PAGE_BYTES: u64 = 4096;
 
-/// Without a page given back for this long, `disable` does not wait any more.
+/// Without a page given back or a frame gone through for this long, `disable` does not wait any more.
 const GIVE_BACK_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Args)]
@@ -60,18 +60,20 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Command::Disable { no_wait } => {
             client.dedup_enable(false)?;
             let mut status = client.dedup()?;
-            let mut gained = (Instant::now(), u64::MAX);
+            let mut gained = (Instant::now(), None);
             while let DedupStatus::Running(stats) = &status
                 && stats.returning
                 && !no_wait
             {
-                if stats.pages < gained.1 {
-                    gained = (Instant::now(), stats.pages);
+                let so_far = Some((stats.pages, stats.swept_frames));
+                if so_far != gained.1 {
+                    gained = (Instant::now(), so_far);
                 } else if gained.0.elapsed() > GIVE_BACK_PATIENCE {
                     bail!(
-                        "{} pages are still shared: memory for them is missing, or their guests are being migrated; the \
-                         daemon goes on",
-                        stats.pages
+                        "{} pages are still shared as far as the daemon knows, and Xen spares {} frames: memory for them is \
+                         missing, or their guests are being migrated; the daemon goes on",
+                        stats.pages,
+                        stats.xen_saved_pages
                     );
                 }
                 std::thread::sleep(Duration::from_millis(300));
@@ -135,6 +137,12 @@ pub(crate) fn status_text(status: &DedupStatus) -> String {
         stats.refused,
         stats.unshared,
     );
+    if stats.arrived > 0 {
+        text += &format!(
+            "arrived   {} pages that another guest had, {} of them shared at once, {} still to come\n",
+            stats.arrived, stats.arrived_shared, stats.arrived_waiting
+        );
+    }
     let width = |of: fn(&xenfold::control::DedupGuest) -> &str| {
         let lengths = stats.guests.iter().map(|guest| of(guest).len());
         lengths.max().unwrap_or(0).max(5)
@@ -218,6 +226,8 @@ mod tests {
             pages: 1024,
             frames: 512,
             saved_pages: 512,
+            arrived: 9,
+            arrived_shared: 7,
             xen_saved_pages: 513,
             free_bytes: 1 << 30,
             reserve_bytes: 256 << 20,
@@ -238,11 +248,12 @@ mod tests {
             samples: vec![DedupSample::default(); 100],
             ..DedupStats::default()
         };
-        let text = report_text(&DedupStatus::Running(stats.clone()));
+        let text = report_text(&DedupStatus::Running(Box::new(stats.clone())));
         for says in [
             "sharing   on\n",
             "2.0 MiB by the table, 2.0 MiB by Xen",
             "1024 pages have 512 frames",
+            "arrived   9 pages that another guest had, 7 of them shared at once, 0 still to come\n",
             "1024.0 MiB, sharing_reserve 256MiB",
             "    3 web-1  web          512\n",
             "    4 web-22 web          512  left alone: passed-through device",
@@ -253,7 +264,7 @@ mod tests {
         }
         assert!(text.lines().count() < 40);
         let short = DedupStats { short: true, ..stats };
-        assert!(status_text(&DedupStatus::Running(short)).contains("below sharing_reserve"));
+        assert!(status_text(&DedupStatus::Running(Box::new(short))).contains("below sharing_reserve"));
         let absent = |failed| {
             DedupStatus::Absent(Absent {
                 failed,

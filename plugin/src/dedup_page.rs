@@ -123,7 +123,7 @@ mod tests {
             samples: vec![sample(60, 0), sample(30, 256), sample(0, 512)],
             ..DedupStats::default()
         };
-        let page = page(&DedupStatus::Running(stats));
+        let page = page(&DedupStatus::Running(Box::new(stats)));
         assert!(!page.contains("<script>") && page.contains("&lt;script&gt;"));
         assert_eq!(page.matches(">77</td>").count(), 2);
         for says in ["90.0,196.0 425.0,103.0 760.0,10.0", "2.0 MiB", "60 s ago"] {

@@ -1,7 +1,7 @@
 //! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
 //! ([`receive`], [`arrival`]), and on the administrator's terminal `xenfold resume`, `xenfold abort` and `xenfold
 //! jobinfo` ([`job`]), `xenfold replay`, `xenfold trace` and `xenfold simulate`, and what is asked of the daemon
-//! ([`daemon_commands`], [`dedup`]).
+//! ([`daemon_commands`], [`dedup`], [`top`]).
 #![forbid(unsafe_code)]
 
 /// Says something to the administrator. Unlike `eprintln!`, which panics when the terminal has been closed, it goes on
@@ -35,6 +35,7 @@ pub mod signals;
 pub mod simulate;
 pub mod source;
 pub mod ssh;
+pub mod top;
 pub mod trace;
 pub mod usage;
 pub mod writes;

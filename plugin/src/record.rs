@@ -7,28 +7,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
+pub use xenfold::migrations::Migration;
+use xenfold::migrations::{self, FOLDER};
 
 use crate::guest::Guest;
-
-const FOLDER: &str = "/run/xenfold";
-
-/// Where a guest was going, and how its host is reached.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Migration {
-    pub guest: String,
-    pub uuid: String,
-    pub domid: u32,
-    pub host: String,
-    /// The ssh that was used, and its options.
-    pub ssh: Vec<String>,
-    /// Its name: 32 hexadecimal digits by chance.
-    #[serde(default)]
-    pub migration: String,
-    /// Its agent's process number.
-    #[serde(default)]
-    pub agent: u32,
-}
 
 /// The locked record of a migration that this process does. Unless it is closed it stays behind for `xenfold resume`.
 pub struct Record {
@@ -37,12 +19,12 @@ pub struct Record {
 }
 
 fn path(uuid: &str) -> PathBuf {
-    PathBuf::from(FOLDER).join(format!("{uuid}.json"))
+    migrations::record_path(Path::new(FOLDER), uuid)
 }
 
 /// Where the figures of a guest's migration are, as long as it is under way.
 pub fn figures_path(uuid: &str) -> PathBuf {
-    PathBuf::from(FOLDER).join(format!("{uuid}.figures"))
+    migrations::figures_path(Path::new(FOLDER), uuid)
 }
 
 impl Record {

@@ -20,6 +20,7 @@ fn the_shipped_configuration_shows_every_key_and_its_default() {
     std::fs::write(file.path(), settings.join("\n")).unwrap();
     let uncommented = config::read(file.path()).unwrap();
     let stats = Some(PathBuf::from("/var/log/xen/xenfold.json"));
+    let metrics = Some(PathBuf::from("/run/xenfold/metrics.sock"));
     assert_eq!(
         uncommented.group.of("web-1").unwrap(),
         Some("web"),
@@ -29,6 +30,7 @@ fn the_shipped_configuration_shows_every_key_and_its_default() {
         uncommented,
         Config {
             stats,
+            metrics,
             group: uncommented.group.clone(),
             ..Config::default()
         }
@@ -45,7 +47,8 @@ fn the_shipped_configuration_shows_every_key_and_its_default() {
     assert_eq!(
         keys.join(", "),
         format!(
-            "{agents}, store, store_size, auto_template, index, index_size, index_rate, index_off, sharing, sharing_reserve"
+            "{agents}, store, store_size, auto_template, index, index_size, index_rate, index_off, sharing, sharing_reserve, \
+             metrics"
         )
     );
 }

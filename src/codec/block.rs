@@ -112,30 +112,44 @@ impl Decompressor {
     /// Decompresses a block of `codec` (its number on the wire) that must yield exactly `pages` pages. Never allocates
     /// more than that, whatever the block claims.
     pub fn decompress(&mut self, codec: u8, block: &[u8], pages: usize) -> Result<Vec<u8>, CodecError> {
+        let mut out = Vec::new();
+        self.decompress_into(codec, block, pages, &mut out)?;
+        Ok(out)
+    }
+
+    /// The same into a buffer, in place of what it has.
+    pub fn decompress_into(
+        &mut self,
+        codec: u8,
+        block: &[u8],
+        pages: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), CodecError> {
         let fail = |why: &dyn ToString| CodecError::Block {
             pages,
             why: why.to_string(),
         };
         let wanted = pages * PAGE_SIZE;
-        let mut out = vec![0; wanted];
-        let got = match codec {
-            0 if block.len() == wanted => {
-                out.copy_from_slice(block);
-                wanted
+        out.clear();
+        out.reserve(wanted);
+        match codec {
+            0 => out.extend_from_slice(block.get(..wanted).unwrap_or_default()),
+            1 => {
+                out.resize(wanted, 0);
+                let got = lz4_flex::block::decompress_into(block, out).map_err(|error| fail(&error))?;
+                out.truncate(got);
             }
-            0 => block.len(),
-            1 => lz4_flex::block::decompress_into(block, &mut out).map_err(|error| fail(&error))?,
             2 => {
                 let zstd = self.zstd.as_mut().ok_or_else(|| fail(&"out of memory"))?;
-                zstd.decompress_to_buffer(block, &mut out[..])
-                    .map_err(|error| fail(&error))?
+                // Into the room that is there, which need not be zero.
+                zstd.decompress_to_buffer(block, out).map_err(|error| fail(&error))?;
             }
             other => return Err(CodecError::BlockCodec(other)),
         };
-        if got == wanted {
-            Ok(out)
+        if out.len() == wanted && (codec != 0 || block.len() == wanted) {
+            Ok(())
         } else {
-            Err(fail(&format!("{got} bytes, not {wanted}")))
+            Err(fail(&format!("{} bytes, not {wanted}", out.len())))
         }
     }
 }

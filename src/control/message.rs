@@ -3,6 +3,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::migrations::UnderWay;
 use crate::page::ContentKey;
 
 /// A group's key in 64 hexadecimal digits, as far as the sender keeps to the protocol.
@@ -201,11 +202,21 @@ pub struct Status {
     pub index: IndexStatus,
 }
 
+/// All figures of a host together.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Overview {
+    pub status: Status,
+    pub dedup: DedupStatus,
+    /// From this host to others.
+    pub migrations: Vec<UnderWay>,
+}
+
 /// Whether memory is shared between guests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum DedupStatus {
-    Running(DedupStats),
+    Running(Box<DedupStats>),
     /// It cannot be; `failed`: the configuration wants it.
     Absent(Absent),
 }
@@ -224,6 +235,8 @@ pub struct DedupStats {
     pub enabled: bool,
     /// What is shared is being given back to the guests.
     pub returning: bool,
+    /// Frames gone through meanwhile for shared pages that the table does not know.
+    pub swept_frames: u64,
     /// Pages in the table, the frames that they have, and the frames that this spares.
     pub pages: u64,
     pub frames: u64,
@@ -247,6 +260,13 @@ pub struct DedupStats {
     pub unshared: u64,
     /// Pages found written to in the last second.
     pub breaks_per_s: u64,
+    /// Since the daemon started: pages of guests that arrived with a content which another guest of their group had; those
+    /// of them that were shared at once; those that still wait for that.
+    pub arrived: u64,
+    pub arrived_shared: u64,
+    pub arrived_waiting: u64,
+    /// How long that took for the last guest, from when its agent had told of its pages.
+    pub arrival_ms: Option<u64>,
     pub guests: Vec<DedupGuest>,
     /// Pages that two guests have in one frame, the numbers ascending; the same number twice: one guest's own. The 1000
     /// pairs with the most pages.

@@ -14,8 +14,8 @@ pub use frame::{
 };
 pub use message::{
     Absent, Collected, DedupGuest, DedupPair, DedupSample, DedupStats, DedupStatus, ErrorCode, GroupStats,
-    HoldingsFrom, IndexStats, IndexStatus, IndexedGuest, KeyHex, Offered, Refusal, Reply, Request, Status, StoreStats,
-    StoreStatus, TemplateInfo, Verified,
+    HoldingsFrom, IndexStats, IndexStatus, IndexedGuest, KeyHex, Offered, Overview, Refusal, Reply, Request, Status,
+    StoreStats, StoreStatus, TemplateInfo, Verified,
 };
 pub use payload::{
     MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_PUT_PAGES, MAX_READ_PAGES, MalformedPayload, found_pages, ids,

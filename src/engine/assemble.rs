@@ -91,6 +91,7 @@ pub(super) struct Assembling {
     pub frames: Frames,
     pub applied: Arc<Applied>,
     pub pool: Pool,
+    pub spare_blocks: Spare,
     pub key: ContentKey,
     pub answers: Answers,
     pub patience: Duration,
@@ -101,6 +102,8 @@ pub(super) struct Assembling {
 pub(super) struct Assembler {
     recent: Recent,
     spare: Spare,
+    /// Where the decoder has buffers from.
+    spare_blocks: Spare,
     frames: Frames,
     /// The guest's frames are found by page number (HVM and PVH).
     frames_by_pfn: bool,
@@ -130,6 +133,7 @@ impl Assembler {
             frames,
             applied,
             pool,
+            spare_blocks,
             key,
             answers,
             patience,
@@ -139,6 +143,7 @@ impl Assembler {
         Assembler {
             recent: Recent::default(),
             spare: Spare::default(),
+            spare_blocks,
             frames,
             frames_by_pfn: false,
             applied,
@@ -183,10 +188,12 @@ impl Assembler {
     }
 
     fn record(&mut self, mut arrived: ArrivedRows, stopped: &Receiver<()>) -> Result<AssembledRecord, EngineError> {
-        let mut bytes = self.spare.take();
+        // Of the largest size always, so that any record fits into any buffer.
+        let mut bytes = self.spare.take(RECORD_BYTES);
         let (pages_at, pages) = header(&arrived, &mut bytes);
         let (_, out) = bytes.split_at_mut(pages_at);
-        fill_full(&arrived.rows, std::mem::take(&mut arrived.blocks), &arrived.body, out)?;
+        let blocks = std::mem::take(&mut arrived.blocks);
+        fill_full(&arrived.rows, blocks, &arrived.body, &self.spare_blocks, out)?;
         self.fill_contents(&mut arrived, stopped, out)?;
         let ArrivedRows {
             frozen,
@@ -419,7 +426,8 @@ impl Assembler {
     }
 }
 
-/// Puts the record's first bytes into an empty buffer, with room for its pages; where they start, and their number.
+/// Puts the record's first bytes into a buffer, makes room for its pages, and empties those that are zero: the others have
+/// what was there before until they are filled. Where the pages start, and their number.
 fn header(arrived: &ArrivedRows, bytes: &mut Vec<u8>) -> (usize, usize) {
     let ArrivedRows {
         reserved,
@@ -428,18 +436,22 @@ fn header(arrived: &ArrivedRows, bytes: &mut Vec<u8>) -> (usize, usize) {
         ..
     } = arrived;
     let pages = rows.iter().filter(|row| **row != Row::Absent).count();
-    let pages_at = 16 + entries.len() * 8;
-    // Of the largest size always, so that any record fits into any buffer.
-    bytes.reserve(RECORD_BYTES);
-    bytes.extend_from_slice(&libxc::PAGE_DATA.to_le_bytes());
-    bytes.extend_from_slice(&((8 + entries.len() * 8 + pages * PAGE_SIZE) as u32).to_le_bytes());
-    bytes.extend_from_slice(&(entries.len() as u32).to_le_bytes());
-    bytes.extend_from_slice(&reserved.to_le_bytes());
+    let mut head = Vec::with_capacity(16 + entries.len() * 8);
+    head.extend_from_slice(&libxc::PAGE_DATA.to_le_bytes());
+    head.extend_from_slice(&((8 + entries.len() * 8 + pages * PAGE_SIZE) as u32).to_le_bytes());
+    head.extend_from_slice(&(entries.len() as u32).to_le_bytes());
+    head.extend_from_slice(&reserved.to_le_bytes());
     entries
         .iter()
-        .for_each(|entry| bytes.extend_from_slice(&entry.to_le_bytes()));
-    bytes.resize(pages_at + pages * PAGE_SIZE, 0);
-    (pages_at, pages)
+        .for_each(|entry| head.extend_from_slice(&entry.to_le_bytes()));
+    bytes.resize(head.len() + pages * PAGE_SIZE, 0);
+    let (start, out) = bytes.split_at_mut(head.len());
+    start.copy_from_slice(&head);
+    let present = rows.iter().filter(|row| **row != Row::Absent);
+    let zero = present.zip(out.chunks_exact_mut(PAGE_SIZE));
+    zero.filter(|(row, _)| **row == Row::Zero)
+        .for_each(|(_, page)| page.fill(0));
+    (head.len(), pages)
 }
 
 /// Where each row's page stands among the record's pages.
@@ -465,7 +477,13 @@ impl Places {
 }
 
 /// Puts the pages of the blocks where the rows sent in full want them.
-fn fill_full(rows: &[Row], blocks: Vec<ArrivedBlock>, body: &[u8], out: &mut [u8]) -> Result<(), EngineError> {
+fn fill_full(
+    rows: &[Row],
+    blocks: Vec<ArrivedBlock>,
+    body: &[u8],
+    spare: &Spare,
+    out: &mut [u8],
+) -> Result<(), EngineError> {
     let mut places = rows
         .iter()
         .filter(|row| **row != Row::Absent)
@@ -480,7 +498,11 @@ fn fill_full(rows: &[Row], blocks: Vec<ArrivedBlock>, body: &[u8], out: &mut [u8
     for block in blocks {
         match block {
             ArrivedBlock::Raw(range) => fill(body.get(range).unwrap_or_default()),
-            ArrivedBlock::Packed(pending) => fill(&pending.wait()??),
+            ArrivedBlock::Packed(pending) => {
+                let pages = pending.wait()??;
+                fill(&pages);
+                spare.give_back(pages);
+            }
         }
     }
     Ok(())

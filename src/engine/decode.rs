@@ -8,8 +8,10 @@ use parking_lot::{Condvar, Mutex};
 use super::contents::read_checked;
 use super::link::Link;
 use super::pool::{Pending, Pool};
+use super::rebuilt::Spare;
 use super::receiving::{Arrived, ArrivedBlock, ArrivedRows, DeltaBlock, Lookup};
 use super::{Contents, EngineError};
+use crate::codec::block::BLOCK_PAGES;
 use crate::codec::{MAX_ROWS, Row, delta, rows};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE};
 use crate::stream::PageType;
@@ -145,6 +147,8 @@ impl Answers {
 
 pub(super) struct Decoder {
     pub pool: Pool,
+    /// For decompressed blocks; [`super::assemble::Assembler`] gives them back.
+    pub spare_blocks: Spare,
     pub key: ContentKey,
     pub speaks_contents: bool,
     pub contents: Option<Arc<dyn Contents>>,
@@ -247,9 +251,12 @@ impl Decoder {
                 continue;
             }
             let (body, codec, pages) = (body.clone(), block.codec, block.pages);
+            let spare = self.spare_blocks.clone();
             now.push(ArrivedBlock::Packed(self.pool.run(move |tools| {
                 let block = body.get(range).unwrap_or_default();
-                tools.decompressor.decompress(codec, block, pages)
+                let mut out = spare.take(BLOCK_PAGES * PAGE_SIZE);
+                let decompressed = tools.decompressor.decompress_into(codec, block, pages, &mut out);
+                decompressed.map(|()| out)
             })));
         }
         if full == 0 && differ.next().is_none() {

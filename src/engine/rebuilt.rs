@@ -85,22 +85,23 @@ impl Drop for RebuiltRecord {
     }
 }
 
-/// Buffers of records for the next ones. Among the blocks of all sizes that come and go beside them, records of megabytes
+/// Buffers for what comes next. Among frames of all sizes that come and go beside them, records and blocks of megabytes
 /// would leave holes in the heap that nothing fits into (20 MiB and more).
 #[derive(Clone, Default)]
 pub struct Spare(Arc<Mutex<Vec<Vec<u8>>>>);
 
 impl Spare {
-    /// So many records are under way or kept at once.
-    const BUFFERS: usize = 8;
+    /// As many are under way or kept at once; blocks are smaller than records, and more.
+    const BUFFERS: usize = 16;
 
-    /// An empty buffer.
-    pub fn take(&self) -> Vec<u8> {
-        self.0.lock().pop().unwrap_or_default()
+    /// A buffer with the bytes of an earlier use, and room for so many.
+    pub fn take(&self, room: usize) -> Vec<u8> {
+        let mut buffer = self.0.lock().pop().unwrap_or_default();
+        buffer.reserve(room.saturating_sub(buffer.len()));
+        buffer
     }
 
-    fn give_back(&self, mut buffer: Vec<u8>) {
-        buffer.clear();
+    pub fn give_back(&self, buffer: Vec<u8>) {
         let mut buffers = self.0.lock();
         if buffers.len() < Self::BUFFERS {
             buffers.push(buffer);

@@ -17,7 +17,7 @@ use super::decode::{Answer, Answers, Backlog, Decoder, Intake};
 use super::link::Link;
 use super::outlet::Outlet;
 use super::pool::{Pending, Pool};
-use super::rebuilt::RebuiltRecord;
+use super::rebuilt::{RebuiltRecord, Spare};
 use super::threads::{first_cause, join, spawn};
 use super::{Contents, EngineError, Frames};
 use crate::codec::{CodecError, Row};
@@ -27,8 +27,8 @@ use crate::stream::PageType;
 use crate::table::PageIds;
 use crate::wire::{End, Frame};
 
-/// Records that may wait between two stages.
-const STAGE_DEPTH: usize = 1;
+/// Records that may wait between two stages, beside the one that each has in hand.
+const STAGE_DEPTH: usize = 0;
 
 /// The pipe to the receiving xl.
 pub struct XlInput {
@@ -180,8 +180,10 @@ impl Receiving {
         let applied = Arc::new(Applied::new(xl.unread.clone()));
         let backlog = Arc::new(Backlog::default());
         let answers = Answers::default();
+        let spare_blocks = Spare::default();
         let decoder = Decoder {
             pool: pool.clone(),
+            spare_blocks: spare_blocks.clone(),
             key: key.clone(),
             speaks_contents,
             contents: contents.clone(),
@@ -193,6 +195,7 @@ impl Receiving {
             frames,
             applied: applied.clone(),
             pool,
+            spare_blocks,
             key: key.clone(),
             answers: answers.clone(),
             patience,

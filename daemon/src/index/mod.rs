@@ -7,7 +7,9 @@
 //!
 //! Contents of different groups never mix: each group has a table of its own, found by the group's name *and* key; a
 //! frame is believed to be a guest's only when that guest was there under the same name before and after it was copied.
+//! What a guest that has just arrived has in common with others is shared before any round ([`arrivals`]).
 //! Everything but `xen` runs without Xen.
+mod arrivals;
 mod host;
 mod pace;
 mod scanner;
@@ -30,6 +32,7 @@ use xenfold::control::{Absent, DedupStatus, IndexStats, IndexStatus};
 use xenfold::engine::chain;
 use xenfold::page::{ContentId, PAGE_SIZE, Pfn};
 
+use self::arrivals::Arrivals;
 pub(crate) use self::host::{Host, Identity, LeftOut, Page, Seen, read_of};
 pub(crate) use self::scanner::Scanner;
 use self::state::State;
@@ -65,6 +68,8 @@ pub struct Index {
     sharing: Sharing,
     /// Guests, by uuid, that shall be gone through before all others.
     urgent: Mutex<Vec<String>>,
+    /// Pages of guests that have arrived and are to be shared. Locked for a moment, without the others.
+    arrivals: Mutex<Arrivals>,
     began: Instant,
     ended: AtomicBool,
 }
@@ -101,6 +106,7 @@ impl Index {
         Arc::new(Index {
             sharing: Sharing::new(settings.sharing, host.as_mut()),
             urgent: Mutex::default(),
+            arrivals: Mutex::default(),
             host: Mutex::new(host),
             members,
             state: Mutex::new(State::new(settings.limit_bytes)),
@@ -171,7 +177,11 @@ impl Index {
     }
 
     pub(crate) fn dedup_status(&self) -> DedupStatus {
-        self.sharing.status(&self.host, self.began.elapsed())
+        let mut status = self.sharing.status(&self.host, self.began.elapsed());
+        if let DedupStatus::Running(stats) = &mut status {
+            self.arrivals.lock().tell(stats);
+        }
+        status
     }
 
     /// Goes through a guest twice as soon as it can, at no rate. False: it is none that is indexed.

@@ -107,6 +107,9 @@ impl Scanner {
         if self.index.sharing.work(&self.index.host) {
             return Duration::ZERO;
         }
+        if self.index.share_arrived(now) {
+            return Duration::ZERO;
+        }
         self.take_urgent();
         if self.round_began.is_none() && !self.begin_round(now) {
             return next_look;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use xen_sys::DomId;
 use xenfold::control::{IndexStats, IndexedGuest};
-use xenfold::page::{ContentId, ContentKey};
+use xenfold::page::{ContentId, ContentKey, Pfn};
 
 use super::host::Identity;
 use super::table::{Noted, Place, Slot, Table};
@@ -174,6 +174,16 @@ impl State {
             Some((self.guests.get(&found.slot)?.identity.domid, found))
         };
         seen.iter().map(partner).collect()
+    }
+
+    /// The lookup keys of a guest's pages, as far as another guest of its group had the same when it was last looked at.
+    pub fn had_by_others(&self, asking: &Membership, pages: &[(Pfn, ContentId)]) -> Vec<(Pfn, u64)> {
+        let Some(table) = self.table_of(asking) else {
+            return Vec::new();
+        };
+        let keys = pages.iter().map(|(pfn, id)| (*pfn, id.lookup_key()));
+        let others = |key: u64| table.find(key).is_some_and(|place| self.answers(place.slot, asking));
+        keys.filter(|(_, key)| others(*key)).collect()
     }
 
     pub fn end_round(&mut self, now: Duration, took: Duration) {

@@ -2,7 +2,7 @@
 //!
 //! The scanner of the index ([`crate::index`]) reads and hashes the pages; what it has seen comes here
 //! ([`Sharing::visit`]). A page that had one content in two visits ([`history`]) and has a partner joins or begins a row of
-//! the shared-page table ([`table`]) after its bytes were compared ([`engine`]). Once a second guests and free memory are
+//! the shared-page table ([`table`]) after its bytes were compared ([`visit`], [`engine`]). Once a second guests and free memory are
 //! looked at ([`Sharing::look`], [`reserve`]), and pages go back to their guests where they shall ([`Sharing::work`]). A guest
 //! whose migration has called ([`Sharing::hold`]), or whose memory xl is saving, is left alone meanwhile: not because
 //! sharing would lose its writes (Xen marks a page dirty when it is copied), but because xl owns its memory then.
@@ -23,6 +23,7 @@ mod sweep;
 mod table;
 #[cfg(test)]
 mod tests;
+mod visit;
 
 use std::fs::File;
 use std::io::Read;
@@ -157,6 +158,20 @@ impl Sharing {
         }
     }
 
+    /// Whether pages of this guest are shared at this moment.
+    pub fn may_share(&self, guest: &Identity) -> bool {
+        self.missing.is_none() && self.state.lock().may_share(guest).is_some()
+    }
+
+    /// Shares pages of a guest that has just arrived. What they hold is known from its migration: not from a visit, and not
+    /// from two. Returns how many of them have one frame with another page now.
+    pub fn share_arrived(&self, host: &Mutex<Box<dyn Host>>, guest: &Identity, arrived: &[Sighting]) -> u64 {
+        match self.missing {
+            None => self.state.lock().share_arrived(host, guest, arrived),
+            Some(_) => 0,
+        }
+    }
+
     /// For the status, with what Xen counts at this moment.
     pub fn status(&self, host: &Mutex<Box<dyn Host>>, now: Duration) -> DedupStatus {
         if let Some(reason) = &self.missing {
@@ -172,9 +187,10 @@ impl Sharing {
         let mut pairs: Vec<_> = state.table.pairs().into_iter().collect();
         pairs.sort_by_key(|(domids, pages)| (std::cmp::Reverse(*pages), *domids));
         pairs.truncate(MOST_PAIRS);
-        DedupStatus::Running(DedupStats {
+        DedupStatus::Running(Box::new(DedupStats {
             enabled: state.enabled,
             returning: state.unshare_all,
+            swept_frames: state.sweeps.frames,
             pages: state.table.pages(),
             frames: state.table.frames(),
             saved_pages: state.table.saved(),
@@ -190,6 +206,11 @@ impl Sharing {
             refused: state.counts.refused,
             unshared: state.counts.unshared,
             breaks_per_s: state.breaks_per_s,
+            // Whoever keeps the list of arrivals adds these.
+            arrived: 0,
+            arrived_shared: 0,
+            arrived_waiting: 0,
+            arrival_ms: None,
             guests: state.guests(),
             pairs: pairs
                 .into_iter()
@@ -199,7 +220,7 @@ impl Sharing {
                 })
                 .collect(),
             samples: state.samples.at(now),
-        })
+        }))
     }
 }
 

@@ -1,4 +1,4 @@
-//! What sharing knows: its guests, the table, the figures; and what it makes of pages that the scanner has seen.
+//! What sharing knows: its guests, the table, the figures; and which pages go back to their guests.
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
@@ -7,14 +7,13 @@ use xen_sys::{DomId, HostMemory};
 use xenfold::control::{DedupGuest, DedupSample};
 use xenfold::engine::chain;
 
-use super::engine::{Engine, MOST_AT_ONCE, Outcome, Run, Task};
+use super::Judged;
 use super::history::History;
 use super::host::GuestPage;
 use super::reserve::Reserve;
 use super::samples::Samples;
 use super::sweep::Sweeps;
 use super::table::{GroupNo, SharedTable};
-use super::{Judged, Sighting, ZERO};
 use crate::index::{Host, Identity, LeftOut};
 
 /// Pages that are made their guests' own at a time.
@@ -35,20 +34,20 @@ pub struct Counts {
     pub unshared: u64,
 }
 
-struct Guest {
-    identity: Identity,
-    group: GroupNo,
-    history: History,
+pub struct Guest {
+    pub identity: Identity,
+    pub group: GroupNo,
+    pub history: History,
     /// Why nothing of it is shared at the moment.
     refused: Option<String>,
     /// It is sent, saved or received.
     held: bool,
     /// Its pages go back to it: it is in this group no more.
-    leaving: bool,
+    pub leaving: bool,
 }
 
 impl Guest {
-    fn takes_part(&self) -> bool {
+    pub fn takes_part(&self) -> bool {
         !self.held && !self.leaving && self.refused.is_none()
     }
 }
@@ -58,14 +57,14 @@ pub struct State {
     /// Everything goes back to the guests.
     pub unshare_all: bool,
     groups: Vec<String>,
-    guests: BTreeMap<DomId, Guest>,
+    pub guests: BTreeMap<DomId, Guest>,
     pub table: SharedTable,
     pub counts: Counts,
     pub reserve: Reserve,
     pub memory: Option<HostMemory>,
     pub samples: Samples,
     /// A page of zeros that stays and has no partner yet, for each group.
-    zeros: HashMap<GroupNo, GuestPage>,
+    pub zeros: HashMap<GroupNo, GuestPage>,
     /// Guests by uuid whose migration has called, and how often.
     pub held: BTreeMap<String, u64>,
     /// Guests that xl was sending or saving at the last look.
@@ -352,225 +351,6 @@ impl State {
         }
         self.counts.unshared = self.counts.unshared.saturating_add(all);
         all
-    }
-
-    /// Takes pages of a guest that have just been read, and shares what stays. Returns how many were nominated.
-    pub fn visit(&mut self, host: &HostLock, identity: &Identity, sightings: &[Sighting]) -> u64 {
-        let ours = |guest: &&Guest| guest.identity == *identity && !guest.leaving;
-        let Some((group, takes_part)) = self
-            .guests
-            .get(&identity.domid)
-            .filter(ours)
-            .map(|guest| (guest.group, guest.takes_part()))
-        else {
-            return 0;
-        };
-        let candidates = self.sift(host, identity.domid, group, takes_part, sightings);
-        if !self.enabled || self.unshare_all {
-            return 0;
-        }
-        let identities: BTreeMap<DomId, Identity> = self
-            .guests
-            .iter()
-            .filter(|(_, guest)| guest.takes_part() && guest.group == group)
-            .map(|(domid, guest)| (*domid, guest.identity.clone()))
-            .collect();
-        let mut nominated = 0;
-        // A partner may come with each.
-        for some in candidates.chunks(MOST_AT_ONCE / 2) {
-            if self.reserve.is_short() {
-                break;
-            }
-            let tasks = self.tasks(group, some);
-            if !tasks.is_empty() {
-                let run = Engine::new(host, &identities).run(&tasks);
-                nominated += run.nominated;
-                self.apply(&tasks, run);
-            }
-        }
-        nominated
-    }
-
-    /// Notes what is seen, keeps the table true, and returns the pages that may be shared.
-    fn sift(
-        &mut self,
-        host: &HostLock,
-        domid: DomId,
-        group: GroupNo,
-        takes_part: bool,
-        sightings: &[Sighting],
-    ) -> Vec<(GuestPage, Sighting)> {
-        let mut candidates = Vec::new();
-        let in_xen = match host.lock().guest(domid) {
-            Ok(Some(seen)) => seen.info.shared_pages,
-            _ => return candidates,
-        };
-        let in_table = self.table.pages_of(domid);
-        // Shared in Xen and not in the table: by a daemon before this one, or nominated and left behind. The other way
-        // round: written to, with what was there before.
-        let (mut unknown, lost) = (in_xen.saturating_sub(in_table), in_table > in_xen);
-        for sighting in sightings {
-            let Some(page) = GuestPage::new(domid, sighting.pfn) else {
-                continue;
-            };
-            let Some(key) = sighting.key else {
-                self.broke(page);
-                continue;
-            };
-            if let Some(id) = self.table.find(page) {
-                let same = self.table.row(id).is_some_and(|row| row.key == key);
-                if (same && !(lost && takes_part)) || self.still_shared(host, page, takes_part) {
-                    if !same {
-                        self.table.rekey(id, key);
-                    }
-                    self.seen(page, key);
-                } else {
-                    self.broke(page);
-                }
-                continue;
-            }
-            if unknown > 0 && takes_part && self.adopt(host, page, group, key) {
-                unknown -= 1;
-                continue;
-            }
-            if self.seen(page, key) && takes_part {
-                candidates.push((page, *sighting));
-            }
-        }
-        candidates
-    }
-
-    fn seen(&mut self, page: GuestPage, key: u64) -> bool {
-        let guest = self.guests.get_mut(&page.domid);
-        guest.is_some_and(|guest| guest.history.seen(page.number(), key))
-    }
-
-    /// The page has another content or frame than it had.
-    fn broke(&mut self, page: GuestPage) {
-        if self.table.remove(page) {
-            self.counts.broken = self.counts.broken.saturating_add(1);
-            self.unstable(page);
-        }
-    }
-
-    fn unstable(&mut self, page: GuestPage) {
-        if let Some(guest) = self.guests.get_mut(&page.domid) {
-            guest.history.broke(page.number());
-        }
-    }
-
-    /// Of a guest that is being sent nothing is asked: its page counts as broken when its content is another.
-    fn still_shared(&self, host: &HostLock, page: GuestPage, ask: bool) -> bool {
-        ask && matches!(host.lock().references(page), Ok(Some(_)))
-    }
-
-    /// Takes a page into the table that Xen shares already. False: it does not.
-    fn adopt(&mut self, host: &HostLock, page: GuestPage, group: GroupNo, key: u64) -> bool {
-        let Ok(Some(references)) = host.lock().references(page) else {
-            return false;
-        };
-        // What is shared has a handle already; nominating again gives it.
-        let handle = match references {
-            0 | 1 => None,
-            _ => host.lock().nominate(page).ok(),
-        };
-        let row = handle.and_then(|handle| self.table.by_handle(handle));
-        let row_group = row.and_then(|row| self.table.row(row)).map(|row| row.group);
-        match (handle, row) {
-            (Some(_), Some(row)) if row_group == Some(group) => self.table.join(row, page),
-            (Some(handle), None) => drop(self.table.add(group, key, handle, page)),
-            // A nomination that was left behind, or the frame of guests that are in another group by now.
-            _ => {
-                let _ = host.lock().unshare(page.domid, &[page.pfn()]);
-            }
-        }
-        self.seen(page, key);
-        true
-    }
-
-    /// What to share of pages of one group.
-    fn tasks(&mut self, group: GroupNo, candidates: &[(GuestPage, Sighting)]) -> Vec<Task> {
-        let mut by_key: BTreeMap<u64, (Vec<GuestPage>, Option<GuestPage>)> = BTreeMap::new();
-        for (page, sighting) in candidates {
-            // An earlier part of this visit may have shared it as somebody's partner.
-            if let Some(key) = sighting.key
-                && self.table.find(*page).is_none()
-            {
-                let (pages, partner) = by_key.entry(key).or_default();
-                pages.push(*page);
-                *partner = partner.or(sighting.partner);
-            }
-        }
-        let mut tasks = Vec::new();
-        for (key, (mut pages, partner)) in by_key {
-            let mut row = None;
-            if let Some(id) = self.table.open(group, key) {
-                let takes_part = |page: &&GuestPage| self.guests.get(&page.domid).is_some_and(Guest::takes_part);
-                let found = self.table.row(id);
-                row = found.and_then(|found| Some((id, (*found.pages.iter().find(takes_part)?, found.handle))));
-                if row.is_none() {
-                    continue;
-                }
-            } else {
-                let partner = match key {
-                    ZERO => self.zeros.get(&group).copied(),
-                    _ => partner,
-                };
-                pages.extend(partner.filter(|partner| !pages.contains(partner) && self.fits(*partner, group, key)));
-                if let ([page], ZERO) = (pages.as_slice(), key) {
-                    self.zeros.insert(group, *page);
-                }
-                if pages.len() < 2 {
-                    continue;
-                }
-            }
-            tasks.push(Task { group, key, row, pages });
-        }
-        tasks
-    }
-
-    /// Whether a page that had this content may be shared.
-    fn fits(&self, page: GuestPage, group: GroupNo, key: u64) -> bool {
-        let guest = self.guests.get(&page.domid);
-        let guest = guest.filter(|guest| guest.takes_part() && guest.group == group);
-        guest.is_some_and(|guest| guest.history.stays(page.number(), key)) && self.table.find(page).is_none()
-    }
-
-    fn apply(&mut self, tasks: &[Task], run: Run) {
-        for (task, outcome) in tasks.iter().zip(run.outcomes) {
-            let Outcome {
-                joined,
-                base,
-                changed,
-                refused,
-                left_row,
-                elsewhere: _,
-            } = outcome;
-            let mut joining = joined.iter().copied();
-            let row = match (task.row, base) {
-                (Some((row, _)), _) => Some(row),
-                (None, Some((_, handle))) => {
-                    let first = joining.next();
-                    first.map(|first| self.table.add(task.group, task.key, handle, first))
-                }
-                (None, None) => None,
-            };
-            let mut gained = 0u64;
-            for page in joining {
-                if let Some(row) = row {
-                    self.table.join(row, page);
-                    gained += 1;
-                }
-            }
-            self.counts.shared = self.counts.shared.saturating_add(gained);
-            left_row.into_iter().for_each(|page| self.broke(page));
-            self.counts.changed = self.counts.changed.saturating_add(changed.len() as u64);
-            self.counts.refused = self.counts.refused.saturating_add(refused.len() as u64);
-            changed.iter().chain(&refused).for_each(|page| self.unstable(*page));
-        }
-        if run.no_memory {
-            self.reserve.ran_out();
-        }
     }
 
     /// For the status.

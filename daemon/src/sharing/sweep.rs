@@ -18,6 +18,8 @@ pub struct Sweeps {
     asked: bool,
     /// And the next frame of each that has some.
     left: Vec<(DomId, u64)>,
+    /// Gone through so far.
+    pub frames: u64,
 }
 
 impl Sweeps {
@@ -71,6 +73,7 @@ impl State {
                 if let Some((_, next)) = self.sweeps.left.last_mut() {
                     *next = next.saturating_add(done);
                 }
+                self.sweeps.frames = self.sweeps.frames.saturating_add(done);
                 done > 0
             }
             Err(error) => {

@@ -1,4 +1,6 @@
 //! Sharing through the scanner, on a Xen that is made up.
+mod arrivals;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
@@ -75,7 +77,7 @@ impl Lab {
 
     fn stats(&self) -> DedupStats {
         match self.index.dedup_status() {
-            DedupStatus::Running(stats) => stats,
+            DedupStatus::Running(stats) => *stats,
             absent => panic!("{absent:?}"),
         }
     }

@@ -194,15 +194,17 @@ impl Core {
         Ok(files)
     }
 
-    /// Drops a content that is not what it should be.
-    pub fn drop_damaged(&self, id: &ContentId, slot: Slot) {
-        if self.state.write().remove(id, slot) {
+    /// Drops a content that is not what it should be. False: it is not there any more.
+    pub fn drop_damaged(&self, id: &ContentId, slot: Slot) -> bool {
+        let dropped = self.state.write().remove(id, slot);
+        if dropped {
             self.damaged.fetch_add(1, Ordering::Relaxed);
             log::warn!(
                 "{}: the content {id:?} in slot {slot} is damaged: dropped",
                 self.folder.display()
             );
         }
+        dropped
     }
 
     /// Gives up to `most` slots of slack back to the file system; returns how many.

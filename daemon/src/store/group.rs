@@ -179,7 +179,10 @@ impl Group {
         let again = ids.iter().zip(once).map(|(id, found)| match found {
             Found::Page(page) => Some(page),
             Found::Nothing => None,
-            Found::Damaged(slot) => self.read_again(id, slot),
+            Found::Damaged(slot) => match self.read_again(id, slot) {
+                Found::Page(page) => Some(page),
+                _ => None,
+            },
         });
         again.collect()
     }
@@ -226,17 +229,20 @@ impl Group {
 
     /// What was read from the slot is not the content. The slot may have changed hands since it was looked up; the
     /// content is damaged if it is still said to be there.
-    fn read_again(&self, id: &ContentId, slot: Slot) -> Option<Box<[u8]>> {
+    fn read_again(&self, id: &ContentId, slot: Slot) -> Found {
         if self.core.state.read().find(id) != Some(slot)
             && let Some(Found::Page(page)) = self.read_once(std::slice::from_ref(id)).pop()
         {
-            return Some(page);
+            return Found::Page(page);
         }
-        self.core.drop_damaged(id, slot);
-        None
+        match self.core.drop_damaged(id, slot) {
+            true => Found::Damaged(slot),
+            false => Found::Nothing,
+        }
     }
 
-    /// Reads and hashes all contents. Returns how many there were, and how many were dropped.
+    /// Reads and hashes all contents. Returns how many there were, and how many were dropped because they are damaged: not
+    /// those that have made room for others meanwhile.
     pub(super) fn verify(&self) -> (u64, u64) {
         let (mut contents, mut damaged, mut from) = (0, 0, 0);
         loop {
@@ -246,10 +252,14 @@ impl Group {
             };
             from = last.saturating_add(1);
             let ids: Vec<ContentId> = slots.iter().map(|(_, id)| *id).collect();
-            let pages = self.read(&ids);
-            contents += ids.len() as u64;
-            let missing = ids.iter().zip(pages).filter(|(_, page)| page.is_none());
-            damaged += missing.count() as u64;
+            for (id, found) in ids.iter().zip(self.read_once(&ids)) {
+                let found = match found {
+                    Found::Damaged(slot) => self.read_again(id, slot),
+                    found => found,
+                };
+                contents += u64::from(!matches!(found, Found::Nothing));
+                damaged += u64::from(matches!(found, Found::Damaged(_)));
+            }
         }
     }
 

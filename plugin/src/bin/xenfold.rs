@@ -7,7 +7,7 @@ use std::process::exit;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xenfold::config::{self, Config};
-use xenfold_plugin::{daemon_commands, dedup, doctor, job, receive, replay, resume, say, simulate, trace};
+use xenfold_plugin::{daemon_commands, dedup, doctor, job, receive, replay, resume, say, simulate, top, trace};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
@@ -36,6 +36,8 @@ enum Command {
     Index(daemon_commands::IndexArguments),
     /// Memory that guests of this host share.
     Dedup(dedup::Arguments),
+    /// Guests, memory and migrations of this host, once a second; q ends it.
+    Top(top::Arguments),
     /// Contents that the daemon keeps.
     Store(daemon_commands::StoreArguments),
     /// Images whose contents stay.
@@ -80,6 +82,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Status(arguments) => daemon_commands::status(&arguments).map(|()| 0),
         Command::Index(arguments) => daemon_commands::index(&arguments).map(|()| 0),
         Command::Dedup(arguments) => dedup::run(&arguments).map(|()| 0),
+        Command::Top(arguments) => top::run(&arguments).map(|()| 0),
         Command::Store(arguments) => daemon_commands::store(&arguments).map(|()| 0),
         Command::Template(arguments) => daemon_commands::template(&arguments).map(|()| 0),
         Command::Replay(arguments) => replay::run(&arguments).map(i32::from),
