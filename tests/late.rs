@@ -121,7 +121,8 @@ fn plan(case: &Case) -> (Plan, Arc<Mutex<Memory>>, Paged) {
 }
 
 /// Every page is what the source had, or what the guest has written since.
-fn compare(outcome: &Outcome, memory: &Mutex<Memory>, guest: &Paged, pages: u64) {
+fn compare(memory: &Mutex<Memory>, guest: &Paged, pages: u64) {
+    let image = guest.stop();
     let (written, given_up, wrong) = guest.story();
     assert!(wrong.is_empty(), "{wrong:?}");
     let memory = memory.lock();
@@ -131,7 +132,7 @@ fn compare(outcome: &Outcome, memory: &Mutex<Memory>, guest: &Paged, pages: u64)
             (None, Some(right)) => right,
             (None, None) => continue,
         };
-        let found = outcome.image.get(&page);
+        let found = image.get(&page);
         assert_eq!(found, Some(&right), "page {page}: {:?}", found.map(|page| page[0]));
     }
     assert_eq!(guest.condition(), (0, true, false), "pages out, paging off, held still");
@@ -171,7 +172,7 @@ fn a_guest_finds_its_memory_while_it_follows() {
         let (plan, memory, guest) = plan(&case);
         let outcome = migrate(plan);
         let late = completed(&outcome);
-        compare(&outcome, &memory, &guest, case.pages);
+        compare(&memory, &guest, case.pages);
         assert_eq!(late.missing, 0, "{late:?}");
         let came = late.pushed + late.fetched + late.prefetched + late.given_up;
         assert_eq!(late.pages, came, "{late:?}");
@@ -184,7 +185,7 @@ fn nearly_all_follows_where_that_is_wanted() {
     let (plan, memory, guest) = plan(&case);
     let outcome = migrate(plan);
     let late = completed(&outcome);
-    compare(&outcome, &memory, &guest, case.pages);
+    compare(&memory, &guest, case.pages);
     assert!(late.pages > case.pages * 8 / 10, "{late:?}");
     assert!(
         late.started && late.faults > 0 && late.latency_longest_us > 0,
@@ -205,7 +206,7 @@ fn a_guest_that_stays_paused_is_compared_as_a_whole() {
     let (plan, memory, guest) = plan(&case);
     let outcome = migrate(plan);
     let late = completed(&outcome);
-    compare(&outcome, &memory, &guest, case.pages);
+    compare(&memory, &guest, case.pages);
     assert_eq!((late.verified_pages, late.different_pages), (late.pages, 0), "{late:?}");
 }
 
@@ -223,7 +224,7 @@ fn without_paging_all_comes_before_the_guest_is_started() {
     let outcome = migrate(plan);
     let late = completed(&outcome);
     assert_eq!(late.pages, late.fetched_before, "{late:?}");
-    compare(&outcome, &memory, &guest, case.pages);
+    compare(&memory, &guest, case.pages);
 }
 
 #[test]

@@ -56,6 +56,9 @@ const LEAVING_SHARE: u32 = 20;
 /// How hard pages are compressed that the other host needs at once.
 const NEEDED_LEVEL: Level = Level::Zstd(1);
 
+/// Want frames that may come before the end of the stream has been noticed.
+const EARLY_WANTS: usize = 64;
+
 /// Bytes of the destination's xl that may be waiting. What it has to say has 172; more is not believed to be its.
 const INBOX_BYTES: usize = 64 << 10;
 
@@ -149,6 +152,8 @@ pub struct Source {
     leaving: Option<Leaving>,
     /// Sends the pages that follow the guest.
     serving: Option<Serving>,
+    /// What the destination wants of them before the end of the stream has been noticed here.
+    early_wants: Vec<Vec<u8>>,
     /// What is needed to hold pages back.
     holding: Option<Holding>,
     bandwidth: Option<NonZeroU64>,
@@ -299,6 +304,7 @@ impl Source {
             verify,
             leaving: None,
             serving: None,
+            early_wants: Vec::new(),
             holding: holding.map(|holding| Holding {
                 behind: holding.behind.filter(|_| agreement_late),
                 ..holding
@@ -393,7 +399,11 @@ impl Source {
             table: end.sent.table.clone(),
             figures: self.figures.clone(),
         })?);
-        Ok(())
+        let (wants, serving) = (std::mem::take(&mut self.early_wants), self.serving.as_ref());
+        wants
+            .iter()
+            .zip(serving.into_iter().cycle())
+            .try_for_each(|(body, serving)| serving.want(body))
     }
 
     /// The destination says what it holds before the first page: what it says later comes too late for most of them.
@@ -741,6 +751,10 @@ impl Source {
             }
             Kind::Have | Kind::Need | Kind::Settled => {
                 self.about_contents(frame)?;
+                return Ok(None);
+            }
+            Kind::Want if self.agreement.late && self.serving.is_none() && self.early_wants.len() < EARLY_WANTS => {
+                self.early_wants.push(frame.body);
                 return Ok(None);
             }
             Kind::Want | Kind::Started => {

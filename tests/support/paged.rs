@@ -49,6 +49,7 @@ struct State {
     runs: bool,
     gone: bool,
     enabled: bool,
+    stopped: bool,
     off: bool,
     /// What the guest has written, and the pages it has given up.
     written: BTreeMap<u64, u8>,
@@ -97,6 +98,15 @@ impl Paged {
                 }
             }
         });
+    }
+
+    /// Stops the guest where it is, and returns its memory.
+    pub fn stop(&self) -> HashMap<u64, Vec<u8>> {
+        let mut state = self.0.state.lock();
+        state.stopped = true;
+        let image = self.0.image.lock().clone();
+        drop(state);
+        image
     }
 
     /// Waits until the page is there, as the guest would. False: the guest is gone.
@@ -164,6 +174,9 @@ impl Paged {
 
     fn write(&self, page: u64, value: u8) {
         let mut state = self.0.state.lock();
+        if state.stopped {
+            return;
+        }
         if let Some(place) = self.0.image.lock().get_mut(&page) {
             place.fill(value);
             state.written.insert(page, value);
