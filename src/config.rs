@@ -9,6 +9,8 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 
+use crate::late::Mode;
+
 /// Where the configuration is read from.
 pub const PATH: &str = "/etc/xen/xenfold.conf";
 
@@ -48,6 +50,8 @@ pub struct Config {
     /// Hold pages back that will be written again.
     #[serde(deserialize_with = "boolean")]
     pub hold: bool,
+    /// When the guest starts at the destination.
+    pub mode: Mode,
     /// Seconds for which the guest's writes are watched before its migration begins.
     #[serde(deserialize_with = "model_seconds")]
     pub model_seconds: u32,
@@ -93,6 +97,7 @@ impl Default for Config {
             on_no_convergence: NoConvergence::GoOn,
             bandwidth: Size(0),
             hold: true,
+            mode: Mode::Precopy,
             model_seconds: 2,
             store: "/var/lib/xenfold".into(),
             store_size: Size(4 << 30),
@@ -424,6 +429,7 @@ mod tests {
             ("\nhold = 2", "0 or 1"),
             ("\ndowntime_limit = 0", "1 to 86400000"),
             ("\non_no_convergence = \"stop\"", "go-on"),
+            ("\nmode = \"live\"", "postcopy"),
             ("\nbandwidth = 10", "MiB"),
             ("\nindex_rate = 0", "index = false"),
             ("\nindex_size = 8", "8GiB"),

@@ -106,8 +106,20 @@ impl PageSet {
 
     /// Its pages, ascending.
     pub fn iter(&self) -> impl Iterator<Item = Pfn> + '_ {
-        self.words.iter().zip(0u64..).flat_map(|(word, index)| {
-            let mut left = *word;
+        self.iter_from(0)
+    }
+
+    /// Its pages from `first` on, ascending.
+    pub fn iter_from(&self, first: u64) -> impl Iterator<Item = Pfn> + '_ {
+        let start = usize::try_from(first / 64).unwrap_or(usize::MAX);
+        let words = self.words.iter().zip(0u64..).skip(start);
+        words.flat_map(move |(word, index)| {
+            let below = if index == first / 64 {
+                (1 << (first % 64)) - 1
+            } else {
+                0
+            };
+            let mut left = *word & !below;
             std::iter::from_fn(move || {
                 let bit = (left != 0).then(|| left.trailing_zeros())?;
                 left &= left - 1;
@@ -140,6 +152,8 @@ mod tests {
         let pages: Vec<u64> = set.iter().map(Pfn::get).collect();
         assert_eq!((pages, set.len()), (vec![0, 64, 129], 3));
         assert!(set.contains(pfn(64)) && !set.contains(pfn(63)));
+        let from = |first| set.iter_from(first).map(Pfn::get).collect::<Vec<u64>>();
+        assert_eq!((from(64), from(65), from(130)), (vec![64, 129], vec![129], vec![]));
         assert_eq!(PageSet::from_words(set.words(), 130), set);
     }
 

@@ -15,7 +15,7 @@ use crate::page::PAGE_SIZE;
 pub struct Figures {
     pub guest: String,
     pub host: String,
-    /// "xenfold".
+    /// "xenfold"; "hybrid" or "postcopy" where pages may follow the guest.
     pub mode: String,
     pub completed: bool,
     pub time_elapsed_ms: u64,
@@ -48,6 +48,8 @@ pub struct Figures {
     /// Different pages of the guest that have been carried with data.
     pub distinct_pages: u64,
     pub verify: Option<VerifyFigures>,
+    /// What travelled after the guest had been started at the destination.
+    pub late: Option<LateFigures>,
     pub destination: Option<DestinationFigures>,
     /// Why it failed.
     pub error: Option<String>,
@@ -114,6 +116,43 @@ impl HoldingFigures {
     }
 }
 
+/// Pages that travelled late. The destination counts them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LateFigures {
+    /// Pages that were late, and those that are still missing.
+    pub pages: u64,
+    pub missing: u64,
+    /// The guest runs at the destination.
+    pub started: bool,
+    /// Pages that the source has sent, those that were sent twice counted twice.
+    pub sent: u64,
+    /// Late pages that had to be fetched before the guest was started, because Xen does not page them out.
+    pub fetched_before: u64,
+    /// How long it took to take the others out of the guest, before it was started.
+    pub evict_time_ms: u64,
+    /// How often a processor of the guest's had to wait for a page, and another domain to try again.
+    pub faults: u64,
+    pub foreign_faults: u64,
+    /// Pages that came because somebody waited, along with one of those, and unasked.
+    pub fetched: u64,
+    pub prefetched: u64,
+    pub pushed: u64,
+    /// Pages that had come along, or were about to, when they were wanted.
+    pub hits: u64,
+    /// Pages that the guest gave up before they came.
+    pub given_up: u64,
+    /// How long the guest's processors waited for a page.
+    pub latency_median_us: u64,
+    pub latency_p99_us: u64,
+    pub latency_longest_us: u64,
+    /// From when the guest could be started until the last page was there.
+    pub time_ms: u64,
+    /// With `--verify`, for a guest that was paused all the time: frames that hold what came for them, and others.
+    pub verified_pages: u64,
+    pub different_pages: u64,
+}
+
 /// What `--verify` found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -140,11 +179,17 @@ pub struct DestinationFigures {
     pub needed_pages: u64,
     /// Time spent waiting until a record had been applied.
     pub apply_wait_ms: u64,
+    pub late: Option<LateFigures>,
     pub cpu_ms: u64,
     pub peak_rss_bytes: u64,
 }
 
 impl Figures {
+    /// Whether the guest runs at the destination, though pages of it may still be on their way.
+    pub fn runs_there(&self) -> bool {
+        self.completed || self.late.as_ref().is_some_and(|late| late.started)
+    }
+
     /// Share of the guest's bytes that did not have to travel, 0 to 1.
     pub fn reduction(&self) -> f64 {
         if self.stream_bytes == 0 {

@@ -1002,6 +1002,7 @@ fn memory_side() {
             frames: None,
             contents: None,
             events: destination::events(),
+            paging: None,
             before_go: Box::new(|| Ok(())),
             program: "test".into(),
             usage: || (0, 0),

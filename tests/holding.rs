@@ -2,138 +2,28 @@
 //! what the guest had when it was suspended.
 #[path = "support/hosts.rs"]
 mod hosts;
+#[path = "support/living.rs"]
+mod living;
 mod support;
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hosts::{DestinationXl, Outcome, Plan, SourceXl, migrate};
+use living::{Dice, Log, Memory, SourceFrames, around_pages, send_pages};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use support::{Batch, Guest, Start, StreamSpec, build_stream};
 use xenfold::engine::source::Ending;
-use xenfold::engine::{DirtyLog, DowntimeLimit, EngineError, FrameError, FrameSource, Holding, SAMPLE};
-use xenfold::page::{PAGE_SIZE, Pfn};
+use xenfold::engine::{DowntimeLimit, EngineError, Holding, SAMPLE};
+use xenfold::page::Pfn;
 use xenfold::page_set::PageSet;
 use xenfold::policy::{Forecast, HoldPolicy};
 
 /// What the pipe between xl and the agent holds in these tests (support/hosts.rs).
 const PIPE_BYTES: u64 = 64 << 10;
-
-/// Numbers that look random.
-struct Dice(u64);
-
-impl Dice {
-    fn throw(&mut self, sides: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        (self.0 >> 33) % sides.max(1)
-    }
-}
-
-/// A guest as Xen has it. Each page is filled with a number that grows with each write.
-struct Memory {
-    /// `None`: ballooned out.
-    pages: Vec<Option<u64>>,
-    dirty: PageSet,
-    writes: u64,
-    dice: Dice,
-    suspended: bool,
-    /// xl's helper is inside its write of a record.
-    in_write: bool,
-    /// The bitmap was read while the helper may have read it itself.
-    unsafe_peeks: u64,
-    peeks: u64,
-    /// So many of a hundred readings find the bitmap in use.
-    busy_percent: u64,
-}
-
-impl Memory {
-    /// The guest goes on for a while: it writes, mostly to the same pages, gives some up and takes some back.
-    fn runs(&mut self) {
-        if self.suspended {
-            return;
-        }
-        for _ in 0..self.dice.throw(6) {
-            let pages = self.pages.len() as u64;
-            let hot = self.dice.throw(4) > 0;
-            let page = self.dice.throw(if hot { pages / 4 } else { pages });
-            self.writes += 1;
-            let writes = self.writes;
-            let Some(content) = self.pages.get_mut(page as usize) else {
-                continue;
-            };
-            if content.is_some() && self.dice.throw(40) == 0 {
-                // Xen does not call a page dirty that is given up.
-                *content = None;
-                continue;
-            }
-            *content = Some(writes % 300);
-            self.dirty.insert(Pfn::new(page).unwrap());
-        }
-    }
-
-    fn page(&self, page: u64) -> Option<Vec<u8>> {
-        let content = (*self.pages.get(page as usize)?)?;
-        Some(content.to_le_bytes().repeat(PAGE_SIZE / 8))
-    }
-}
-
-type Shared = Arc<Mutex<Memory>>;
-
-struct Log(Shared);
-
-impl DirtyLog for Log {
-    fn bound(&self) -> u64 {
-        self.0.lock().pages.len() as u64
-    }
-
-    fn running(&mut self) -> bool {
-        let mut memory = self.0.lock();
-        memory.runs();
-        !memory.suspended
-    }
-
-    fn peek(&mut self) -> Result<Option<PageSet>, FrameError> {
-        let mut memory = self.0.lock();
-        memory.peeks += 1;
-        memory.unsafe_peeks += u64::from(!memory.in_write);
-        let busy = memory.dice.throw(100) < memory.busy_percent;
-        Ok((!busy).then(|| memory.dirty.clone()))
-    }
-
-    fn sample(&mut self, _: Duration, count: u32, each: &mut dyn FnMut(&PageSet)) -> Result<(), FrameError> {
-        let mut memory = self.0.lock();
-        for _ in 0..count {
-            memory.runs();
-            each(&memory.dirty);
-            memory.dirty.clear();
-        }
-        Ok(())
-    }
-}
-
-struct SourceFrames(Shared);
-
-impl FrameSource for SourceFrames {
-    fn read(&mut self, pfns: &[Pfn], pages: &mut [u8]) -> Result<(), FrameError> {
-        let mut memory = self.0.lock();
-        for (pfn, page) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)) {
-            let gone = || FrameError::Unreadable {
-                pfn: *pfn,
-                source: io::Error::from_raw_os_error(22),
-            };
-            page.copy_from_slice(&memory.page(pfn.get()).ok_or_else(gone)?);
-            memory.runs();
-        }
-        Ok(())
-    }
-}
 
 /// Holds and releases as the dice say.
 struct Anything {
@@ -163,75 +53,6 @@ impl HoldPolicy for Anything {
     fn expected_downtime(&self, _: Duration) -> Option<Duration> {
         Some(Duration::from_millis(700))
     }
-}
-
-/// What stands before the pages of a stream, and what behind them.
-fn around_pages() -> (Vec<u8>, Vec<u8>) {
-    let stream = build_stream(&StreamSpec {
-        guest: Guest::Pvh,
-        start: Start::Xl,
-        pages: 1,
-        hole_percent: 0,
-        no_data_percent: 0,
-        passes: 1,
-        batch: Batch::Mixed(16),
-        ..StreamSpec::default()
-    });
-    let mut reader = xenfold::stream::Reader::new(&stream[..]);
-    let (mut begin, mut end) = (0, 0);
-    loop {
-        let at = reader.offset() as usize;
-        match reader.next().unwrap() {
-            xenfold::stream::Event::Record(header) => {
-                if header.is(xenfold::stream::Layer::Libxc, xenfold::stream::libxc::PAGE_DATA) {
-                    begin = at;
-                    reader.read_body(&mut Vec::new(), usize::MAX).unwrap();
-                    end = reader.offset() as usize;
-                } else {
-                    reader.read_body(&mut Vec::new(), usize::MAX).unwrap();
-                }
-            }
-            xenfold::stream::Event::End => break,
-            _ => {}
-        }
-    }
-    (stream[..begin].to_vec(), stream[end..].to_vec())
-}
-
-/// One pass of xl's helper over these pages. The guest goes on while each record is written.
-fn send_pages(memory: &Shared, out: &mut dyn Write, pages: &[u64], batch: usize, time: Duration) -> io::Result<()> {
-    for list in pages.chunks(batch.max(1)) {
-        std::thread::sleep(time);
-        let mut body = (list.len() as u32).to_le_bytes().to_vec();
-        body.extend_from_slice(&[0; 4]);
-        // As they are when the helper maps them; their bytes are those of the moment in which they are written.
-        let there: Vec<(u64, bool)> = {
-            let memory = memory.lock();
-            list.iter().map(|page| (*page, memory.page(*page).is_some())).collect()
-        };
-        for (page, there) in &there {
-            body.extend_from_slice(&(page | if *there { 0 } else { 0xf << 60 }).to_le_bytes());
-        }
-        let with_data = there.iter().filter(|(_, there)| *there).count();
-        let length = body.len() + with_data * PAGE_SIZE;
-        memory.lock().in_write = true;
-        out.write_all(&1u32.to_le_bytes())?;
-        out.write_all(&(length as u32).to_le_bytes())?;
-        out.write_all(&body)?;
-        for (page, _) in there.iter().filter(|(_, there)| *there) {
-            let bytes = {
-                let mut memory = memory.lock();
-                memory.runs();
-                // A frame that is mapped keeps its bytes when the guest gives it up.
-                memory.page(*page).unwrap_or_else(|| vec![0xee; PAGE_SIZE])
-            };
-            out.write_all(&bytes)?;
-        }
-        let mut memory = memory.lock();
-        memory.in_write = false;
-        memory.runs();
-    }
-    Ok(())
 }
 
 #[derive(Clone, Debug)]
@@ -335,6 +156,7 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
             policy,
             pipe_bytes: PIPE_BYTES,
             model_time: Duration::from_millis(200),
+            behind: None,
             downtime: case.downtime,
         }),
         ..Plan::new(Vec::new())

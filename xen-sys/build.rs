@@ -33,7 +33,7 @@ const LIBRARIES: &[Library] = &[
     Library {
         module: "ctrl",
         loader: "CtrlLib",
-        header: "#include <xenctrl.h>",
+        header: "#include <xenctrl.h>\n#include <xen/vm_event.h>",
         functions: &[
             "xc_interface_open",
             "xc_interface_close",
@@ -43,6 +43,15 @@ const LIBRARIES: &[Library] = &[
             "xc_domain_pause",
             "xc_domain_unpause",
             "xc_hvm_param_get",
+            "xc_hvm_param_set",
+            "xc_domain_populate_physmap_exact",
+            "xc_domain_decrease_reservation_exact",
+            "xc_domain_claim_pages",
+            "xc_mem_paging_enable",
+            "xc_mem_paging_disable",
+            "xc_mem_paging_nominate",
+            "xc_mem_paging_evict",
+            "xc_mem_paging_load",
             "xc_get_max_cpus",
             "xc_getcpuinfo",
             "xc_domain_get_pod_target",
@@ -58,7 +67,7 @@ const LIBRARIES: &[Library] = &[
             "xc__hypercall_buffer_alloc_pages",
             "xc__hypercall_buffer_free_pages",
         ],
-        types: &[],
+        types: &["vm_event_st"],
         constants: &[
             "XEN_DOMINF_.*",
             "XEN_DOMCTL_SHADOW_(OP_(OFF|ENABLE|CLEAN|PEEK|ENABLE_LOGDIRTY)|LOGDIRTY_FINAL)",
@@ -68,7 +77,26 @@ const LIBRARIES: &[Library] = &[
             "DOMID_FIRST_RESERVED",
             "HVM_PARAM_.*",
             "XENMEM_SHARING_OP_[SC]_HANDLE_INVALID",
+            "VM_EVENT_(INTERFACE_VERSION|FLAG_(VCPU_PAUSED|FOREIGN)|REASON_MEM_PAGING)",
+            "MEM_PAGING_(DROP_PAGE|EVICT_FAIL)",
         ],
+    },
+    Library {
+        module: "evtchn",
+        loader: "EvtchnLib",
+        header: "#include <xenevtchn.h>",
+        functions: &[
+            "xenevtchn_open",
+            "xenevtchn_close",
+            "xenevtchn_fd",
+            "xenevtchn_notify",
+            "xenevtchn_bind_interdomain",
+            "xenevtchn_unbind",
+            "xenevtchn_pending",
+            "xenevtchn_unmask",
+        ],
+        types: &[],
+        constants: &[],
     },
     Library {
         module: "foreignmemory",
@@ -193,6 +221,10 @@ fn bind(library: &Library) -> Result<String, String> {
         .allowlist_recursively(true)
         // Only pointers to these cross the border; the file's head has one type for each.
         .blocklist_type("FILE|_IO_.*|__off(64)?_t|.*va_list.*|xentoollog_logger|libxl_asyncop_how")
+        // Of vm_event, only requests of paging are looked into.
+        .opaque_type(
+            "vm_event_(regs|mem_access|write|mov|desc|singlestep|fast|debug|cpuid|vmexit|interrupt|emul|x86).*",
+        )
         .raw_line("use super::{FILE, libxl_asyncop_how, xentoollog_logger};")
         .default_enum_style(bindgen::EnumVariation::Consts)
         .prepend_enum_name(false)

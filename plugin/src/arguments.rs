@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use xenfold::config::{Config, MAX_DOWNTIME_MS, Size};
+use xenfold::late::Mode;
 
 /// ssh's options that take a value (ssh(1), OpenSSH 9).
 const SSH_OPTIONS_WITH_VALUE: &str = "BbcDEeFIiJLlmOoPpQRSWw";
@@ -19,12 +20,14 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --bandwidth MIB  MiB a second that the migration may take of the link (all it can get)
   --downtime-limit MS  how long the guest may stand still (300); what happens when it would be longer is on_no_convergence
                    in the configuration: go-on (and say so), or abort
+  --mode MODE      when the guest starts on the other host: precopy (when all of its memory is there), hybrid (its memory is
+                   sent while it runs, what is missing when it is suspended follows), postcopy (nearly all follows)
   --no-hold        send every page of each pass, also those that will be written again
   --quiet          no lines of progress, no summary
   --version, --help
 
 /etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout,
-downtime_limit, on_no_convergence, bandwidth, hold, model_seconds, quiet, ssh.";
+downtime_limit, on_no_convergence, bandwidth, hold, model_seconds, mode, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -33,6 +36,8 @@ pub enum ArgumentError {
     ValueMissing(String),
     #[error("{option} takes a number from 1 to {most}, not `{value}`")]
     BadNumber { option: String, value: String, most: u32 },
+    #[error("--mode takes precopy, hybrid or postcopy, not `{0}`")]
+    BadMode(String),
     #[error("no host and command: xenfold-ssh is called by `xl migrate -s xenfold-ssh GUEST HOST`")]
     NoCommand,
     #[error("unknown option {0}; xenfold-ssh --help lists them")]
@@ -77,6 +82,10 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--stats" => parsed.config.stats = Some(PathBuf::from(value()?)),
             "--timeout" => parsed.config.timeout = number(&argument, value()?, 3600)?,
             "--downtime-limit" => parsed.config.downtime_limit = number(&argument, value()?, MAX_DOWNTIME_MS)?,
+            "--mode" => {
+                let name = value()?;
+                parsed.config.mode = Mode::named(&name).ok_or(ArgumentError::BadMode(name))?;
+            }
             "--bandwidth" => {
                 let mib = number(&argument, value()?, MAX_BANDWIDTH_MIB)?;
                 parsed.config.bandwidth = Size::new(u64::from(mib) << 20);
@@ -180,6 +189,8 @@ mod tests {
         assert_eq!(error("host"), ArgumentError::NoCommand);
         assert_eq!(error("--verfy host xl"), ArgumentError::Unknown("--verfy".into()));
         assert_eq!(error("-p"), ArgumentError::ValueMissing("-p".into()));
+        assert_eq!(error("--mode live h xl"), ArgumentError::BadMode("live".into()));
+        assert_eq!(migrate("--mode hybrid h xl").config.mode, Mode::Hybrid);
         assert!(error("--timeout 0 h xl").to_string().contains("1 to 3600"));
     }
 }

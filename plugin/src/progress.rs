@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 use xen_sys::Xenctrl;
 use xenfold::page::PAGE_SIZE;
-use xenfold::report::Figures;
+use xenfold::report::{Figures, LateFigures};
 
 use crate::guest::{KnownDomain, is_suspended};
 
@@ -59,7 +59,7 @@ impl Progress {
                     log::debug!("the guest is suspended");
                     seen.lock().suspended = Some(Instant::now());
                 }
-                if figures.lock().completed {
+                if figures.lock().runs_there() {
                     seen.lock().over.get_or_insert_with(Instant::now);
                 }
                 if Instant::now() < next_line {
@@ -131,6 +131,16 @@ pub fn line(figures: &Figures) -> String {
     if figures.iteration == 0 {
         return format!("{}: waiting for {}", figures.guest, figures.host);
     }
+    if let Some(late) = figures.late.as_ref().filter(|late| late.started) {
+        return format!(
+            "{}: runs on {}, {} of {} late pages sent, {:.1} MiB on the wire",
+            figures.guest,
+            figures.host,
+            late.sent,
+            late.pages,
+            mib(figures.wire_bytes)
+        );
+    }
     let total = (figures.memory_total_bytes / PAGE_SIZE as u64).max(1);
     let percent = (100 * figures.iteration_pages / total).min(100);
     format!(
@@ -141,6 +151,36 @@ pub fn line(figures: &Figures) -> String {
         mib(figures.wire_bytes),
         100.0 * figures.reduction()
     )
+}
+
+/// What is said of pages that followed the guest.
+fn late_lines(late: &LateFigures) -> String {
+    let mut text = format!(
+        "\n{} pages followed the guest in {} ms: {} pushed, {} fetched, {} prefetched ({} hits), {} given up; {} had to come \
+         before it was started; taking them out took {} ms\n\
+         {} faults of the guest waited {} ms (median), {} ms (99 %), {} ms (longest); {} of other domains",
+        late.pages,
+        late.time_ms,
+        late.pushed,
+        late.fetched,
+        late.prefetched,
+        late.hits,
+        late.given_up,
+        late.fetched_before,
+        late.evict_time_ms,
+        late.faults,
+        late.latency_median_us as f64 / 1000.0,
+        late.latency_p99_us as f64 / 1000.0,
+        late.latency_longest_us as f64 / 1000.0,
+        late.foreign_faults
+    );
+    if late.verified_pages + late.different_pages > 0 {
+        text.push_str(&format!(
+            "\nverified {} late pages read back equal, {} different",
+            late.verified_pages, late.different_pages
+        ));
+    }
+    text
 }
 
 /// The lines at the end.
@@ -200,6 +240,9 @@ pub fn summary(figures: &Figures) -> String {
             holding.peeks,
             holding.peek_time_us / 1000
         ));
+    }
+    if let Some(late) = &figures.late {
+        text.push_str(&late_lines(late));
     }
     match &figures.verify {
         Some(verify) if verify.equal_pages == 0 => text.push_str(&format!(

@@ -17,12 +17,13 @@ use xen_sys::{DomId, Libxl, Xenctrl, Xenstore};
 use xenfold::config::Config;
 use xenfold::control::{ControlError, Offer, SOCKET};
 use xenfold::engine::destination::{self, DestinationSetup, Event, XlInput, XlProcess};
-use xenfold::engine::{Contents, FrameSource, LinkEnds, WINDOW_ROWS, chain};
+use xenfold::engine::{Contents, FrameSource, GuestPaging, LinkEnds, WINDOW_ROWS, chain};
 use xenfold::page::ContentKey;
 use xenfold::wire::Hello;
 
 use crate::contents::DaemonContents;
 use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
+use crate::paging::GuestPager;
 use crate::{arrival, process, signals, ssh, usage};
 
 /// Room in the pipe to xl.
@@ -54,8 +55,14 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
             None
         }
     };
+    let (paging, late_missing) = match GuestPager::open(domain.clone()) {
+        Ok(paging) => (Some(Box::new(paging) as Box<dyn GuestPaging>), String::new()),
+        Err(error) => (None, chain(&error)),
+    };
     let hello = Hello {
         program: xenfold::VERSION.into(),
+        late: paging.is_some(),
+        late_missing,
         frames: frames.is_some(),
         window_rows: WINDOW_ROWS as u32,
         paces: true,
@@ -77,6 +84,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         frames,
         contents: contents(&source, &negotiated.key),
         events,
+        paging,
         before_go: Box::new(move || arrival::note(&arrived.guest_uuid, &arrived.migration)),
         program: xenfold::VERSION.into(),
         usage: usage::cpu_ms_and_peak_rss_bytes,

@@ -18,11 +18,14 @@ use xen_sys::{DomainInfo, Xenctrl};
 use xenfold::config::NoConvergence;
 use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
-use xenfold::engine::{Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, SAMPLE, chain};
+use xenfold::engine::{
+    Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, LeaveBehind, NOW_PAGES, SAMPLE, chain,
+};
+use xenfold::late::Mode;
 use xenfold::page::{ContentKey, PAGE_SIZE};
 use xenfold::policy::Forecast;
 use xenfold::report::Figures;
-use xenfold::wire::{Hello, WireError};
+use xenfold::wire::{Agreement, Hello, WireError};
 
 use crate::arguments::Arguments;
 use crate::contents::DaemonContents;
@@ -32,7 +35,7 @@ use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
 use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
 use crate::writes::GuestWrites;
-use crate::{guest, repair, signals, usage};
+use crate::{follow, guest, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
 const HELPER_EVERY: Duration = Duration::from_millis(100);
@@ -61,6 +64,18 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         log::debug!("the guest is not known: {error:#}");
         None
     });
+    if let Some(guest) = &guest
+        && follow::still_late(guest) > 0
+    {
+        say!(
+            "xenfold: {} pages of guest {} have not come yet from where it was before: migrated now it would lose them. It is \
+             untouched and runs on here; try again when they have come (`xenfold jobinfo` on the other host shows it).",
+            follow::still_late(guest),
+            guest.name
+        );
+        return Ok(1);
+    }
+    let cannot_follow = follow::refusal(guest.as_ref(), &process::arguments(xl));
     let migration: String = random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect();
     let record = match &guest {
         Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone(), &migration)?),
@@ -73,12 +88,17 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         .collect();
     // The daemon first: its answers may take a while, and the other host does not wait for ever.
     let (hello, contents) = hello(arguments, guest.as_ref())?;
-    let hello = Hello { migration, ..hello };
+    let hello = Hello {
+        migration,
+        late: hello.late && cannot_follow.is_none(),
+        ..hello
+    };
     let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
     match source::negotiate(link, &hello, arguments.timeout()) {
         Ok(negotiated) => Agent {
             arguments,
             guest,
+            cannot_follow,
             contents,
             record,
             process,
@@ -101,6 +121,7 @@ fn hello(arguments: &Arguments, guest: Option<&Guest>) -> Result<(Hello, Option<
     let hello = Hello {
         program: xenfold::VERSION.into(),
         verify: arguments.config.verify,
+        late: arguments.config.mode.leaves_pages(),
         contents: true,
         timeout_s: arguments.config.timeout,
         guest_uuid: guest.map(|guest| guest.uuid.clone()).unwrap_or_default(),
@@ -208,6 +229,8 @@ fn pipes_of_xl() -> Result<(File, File)> {
 struct Agent<'a> {
     arguments: &'a Arguments,
     guest: Option<Guest>,
+    /// Why no page of it can follow it.
+    cannot_follow: Option<&'static str>,
     /// What this host holds beside the guest.
     contents: Option<Arc<dyn Contents>>,
     record: Option<Record>,
@@ -238,8 +261,13 @@ impl Agent<'_> {
         let live = self.guest.as_ref().map(|guest| record::figures_path(&guest.uuid));
         let progress = Progress::start(figures.clone(), seen.domain.clone(), self.arguments.config.quiet, live)?;
         let (from_xl, to_xl) = pipes_of_xl()?;
-        let guest_pages = figures.lock().memory_total_bytes / PAGE_SIZE as u64;
-        let holding = self.holding(&seen.domain, &from_xl, guest_pages);
+        let mode = self.mode(&negotiated.agreement);
+        let guest_pages = {
+            let mut figures = figures.lock();
+            figures.mode = mode_name(mode);
+            figures.memory_total_bytes / PAGE_SIZE as u64
+        };
+        let holding = self.holding(&seen.domain, &from_xl, guest_pages, mode);
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
@@ -297,10 +325,33 @@ impl Agent<'_> {
         }
     }
 
+    /// The mode that is wanted, if it can be had. Otherwise that is said.
+    fn mode(&self, agreement: &Agreement) -> Mode {
+        let wanted = self.arguments.config.mode;
+        if !wanted.leaves_pages() || agreement.late {
+            return wanted;
+        }
+        let host = &self.arguments.host;
+        let why = match (self.cannot_follow, agreement.peer.late_missing.as_str()) {
+            (Some(why), _) => why.to_owned(),
+            (None, "") => format!("xenfold on {host} cannot do that; install the same version there"),
+            (None, why) => format!("{host}: {why}"),
+        };
+        say!("xenfold: all of the guest goes before it is started (--mode precopy), none of it can follow: {why}");
+        Mode::Precopy
+    }
+
     /// What is needed to hold pages back. Where something of it is missing, each pass is sent whole.
-    fn holding(&self, domain: &KnownDomain, from_xl: &File, guest_pages: u64) -> Option<Holding> {
+    fn holding(&self, domain: &KnownDomain, from_xl: &File, guest_pages: u64, mode: Mode) -> Option<Holding> {
         let config = &self.arguments.config;
-        let guest = self.guest.as_ref().filter(|_| config.hold)?;
+        let leaves = mode.leaves_pages();
+        let guest = self.guest.as_ref().filter(|_| config.hold || leaves)?;
+        // What is written does not matter to a guest whose pages all stay behind.
+        let model_seconds = if mode == Mode::Postcopy {
+            0
+        } else {
+            config.model_seconds
+        };
         let opened = GuestWrites::open(guest).and_then(|log| Ok((log, GuestFrames::open(domain.clone())?)));
         match opened {
             Ok((log, frames)) => Some(Holding {
@@ -313,7 +364,11 @@ impl Agent<'_> {
                     limit: Duration::from_millis(config.downtime_limit.into()),
                     abort: config.on_no_convergence == NoConvergence::Abort,
                 },
-                model_time: Duration::from_secs(config.model_seconds.into()),
+                model_time: Duration::from_secs(model_seconds.into()),
+                behind: leaves.then_some(LeaveBehind {
+                    mode,
+                    now_pages: NOW_PAGES,
+                }),
             }),
             Err(error) => {
                 log::warn!("no page can be held back: {}", chain(&error));
@@ -391,6 +446,18 @@ impl Agent<'_> {
                 figures.error = Some(why);
                 exit_status(&error)
             }
+            Ending::Unknown(error) if figures.late.as_ref().is_some_and(|late| late.started) => {
+                figures.error = Some(chain(&error));
+                say!(
+                    "xenfold: the connection failed while pages followed guest {guest} to {host}: {}\n\
+                     xenfold: it was started on {host} and stands still there; the pages that it lacks are here only, in the \
+                     suspended {guest}{AWAY}. They cannot be sent again yet. To take the guest back as it was when it was \
+                     suspended, if it has not written to its disks since: `ssh {host} xl destroy {guest}`, then `xenfold resume \
+                     {guest} --force`.",
+                    chain(&error)
+                );
+                exit_status(&error)
+            }
             Ending::Unknown(error) => {
                 figures.error = Some(chain(&error));
                 say!(
@@ -459,6 +526,14 @@ fn is_left_suspended(seen: &Seen) -> bool {
 
 fn domain_now(seen: &Seen) -> Option<DomainInfo> {
     Xenctrl::open().ok()?.domain(seen.domain.get()?).ok()?
+}
+
+/// As the figures name it.
+fn mode_name(mode: Mode) -> String {
+    match mode {
+        Mode::Precopy => "xenfold".into(),
+        mode => mode.to_string(),
+    }
 }
 
 fn exit_status(error: &EngineError) -> i32 {

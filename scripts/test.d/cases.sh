@@ -234,3 +234,40 @@ lab_soak() {
   without_other_guests
   lab soak 4
 }
+
+# Pages that follow the guest: nearly all, compared with the source's while it stays paused; then while it runs; then what
+# is missing after pre-copy. Needs paging, which Debian's hypervisor lacks.
+lab_pages_follow() {
+  local from to followed='f["completed"] and f["error"] is None and f["late"]["missing"] == 0'
+  have_guest ci
+  from=$(lab guest where ci)
+  to=$(other "$from")
+  say "migrate ci from $from to $to and leave it paused"
+  on "$from" "xl migrate -p -s 'xenfold-ssh --mode postcopy --verify --stats /root/stats.json' ci $to >/root/migrate.log 2>&1" || {
+    said "$from"
+    die 'the migration failed'
+  }
+  figures "$from" "$followed" 'f["late"]["verified_pages"] > 40000 and f["late"]["different_pages"] == 0'
+  on "$to" 'xl unpause ci'
+  must_be_well_on "$to" ci
+  migrate "$to" ci --mode postcopy
+  said "$to"
+  figures "$to" "$followed" 'f["mode"] == "postcopy"' 'f["late"]["pages"] > 40000' \
+    'f["late"]["fetched"] < f["late"]["pages"] * 0.05'
+  must_be_well_on "$from" ci
+  migrate "$from" ci --mode hybrid --downtime-limit 1
+  figures "$from" "$followed" 'f["mode"] == "hybrid"'
+  must_be_well_on "$to" ci
+}
+
+# Where the hypervisor cannot page the guest goes whole, and the reason is said.
+lab_none_can_follow() {
+  local from
+  have_guest ci
+  from=$(lab guest where ci)
+  on "$from" "xenfold doctor $(other "$from")" | grep 'precopy only: this hypervisor cannot leave pages behind'
+  migrate "$from" ci --mode postcopy
+  must_say "$from" 'none of it can follow: .*MEM_PAGING'
+  figures "$from" "$COMPLETED" "$SAVED"
+  must_be_well_on "$(other "$from")" ci
+}

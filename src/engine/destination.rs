@@ -10,12 +10,13 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
 use super::error::peer_words;
+use super::landing::{Landing, Late};
 use super::link::{Link, LinkEnds, Watch, Watched};
 pub use super::receiving::{Rebuilding, Rebuilt, Receiving, Unread, XlInput};
 use super::threads::spawn;
 use super::verify::read_back;
-use super::{Contents, EngineError, Frames, chain};
-use crate::page::ContentKey;
+use super::{Contents, EngineError, Frames, GuestPaging, chain};
+use crate::page::{ContentKey, Pfn};
 use crate::report::DestinationFigures;
 use crate::stream::xl;
 use crate::table::PageIds;
@@ -23,6 +24,9 @@ use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError, have_
 
 /// How often the pipe to xl is looked at while it takes the last bytes before END.
 const POLL: Duration = Duration::from_millis(1);
+
+/// How often it is looked for a reason to stop while pages come that have to be there before the guest is started.
+const RESIDENT_POLL: Duration = Duration::from_millis(100);
 
 /// Timeouts of the connection that a page which was asked for may take: what is under way comes before it.
 const PATIENCE: u32 = 4;
@@ -92,6 +96,8 @@ pub struct DestinationSetup {
     pub contents: Option<Arc<dyn Contents>>,
     /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
     pub events: (Sender<Event>, Receiver<Event>),
+    /// Leaves pages of the guest behind, where the host can.
+    pub paging: Option<Box<dyn GuestPaging>>,
     /// Called before xl is told to go, to note it where it is found again whatever becomes of the two agents.
     pub before_go: Box<dyn FnOnce() -> io::Result<()> + Send>,
     /// The caller's name, and its processor time and peak memory (ms, bytes) when asked at the end.
@@ -120,6 +126,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         frames,
         contents,
         events: (event_sender, events),
+        paging,
         before_go,
         program,
         usage,
@@ -136,21 +143,23 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         frames,
         key: key.clone(),
         speaks_contents: agreement.contents,
+        late: agreement.late && paging.is_some(),
         contents: contents.clone(),
         link: Some(link.clone()),
         patience: timeout * PATIENCE,
         figures: figures.clone(),
     })?;
     let stopper = receiving.stopper();
-    let (to_link, to_events) = (link.clone(), event_sender.clone());
+    let landing = LateLanding::default();
+    let (to_link, to_events, late) = (link.clone(), event_sender.clone(), landing.clone());
     let (relaying, relayed) = bounded::<()>(0);
     spawn("xenfold-relay", move || {
-        relay_xl(output, &to_link, &to_events);
+        relay_xl(output, &to_link, &to_events, &late);
         drop(relaying);
     })?;
-    let to_link = link.clone();
+    let (to_link, late) = (link.clone(), landing.clone());
     spawn("xenfold-frames", move || {
-        read_frames(reader, receiving, &to_link, event_sender)
+        read_frames(reader, receiving, &to_link, event_sender, &late)
     })?;
 
     let destination = Destination {
@@ -159,11 +168,14 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         events,
         key,
         verify: agreement.peer.verify,
+        paging: Mutex::new(paging),
+        landing: landing.clone(),
     };
     let mut ids = PageIds::default();
     let result = destination.run(&mut ids, before_go);
     if let Err(error) = &result {
         stopper.stop();
+        landing.lock().iter().for_each(|landing| landing.dismantle());
         // The source waits for the reason; when the connection is gone nobody reads it, which is no loss.
         link.send_if_free(Kind::Abort, &[chain(error).as_bytes()]);
     }
@@ -175,6 +187,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     let _ = relayed.recv_timeout(CAUSE);
     let mut figures = figures.lock().clone();
     (figures.cpu_ms, figures.peak_rss_bytes) = usage();
+    figures.late = landing.lock().as_ref().map(|landing| landing.figures());
     if let Ok(figures) = serde_json::to_vec(&figures) {
         link.send_if_free(Kind::Figures, &[&figures]);
     }
@@ -224,6 +237,7 @@ pub fn rebuild(
         frames,
         key: key.clone(),
         speaks_contents: agreement.contents,
+        late: false,
         contents,
         link: Some(link.clone()),
         patience: timeout * PATIENCE,
@@ -232,7 +246,7 @@ pub fn rebuild(
     let (sender, events) = events();
     let to_link = link.clone();
     spawn("xenfold-frames", move || {
-        read_frames(reader, receiving, &to_link, sender)
+        read_frames(reader, receiving, &to_link, sender, &LateLanding::default())
     })?;
     let destination = Destination {
         link,
@@ -240,6 +254,8 @@ pub fn rebuild(
         events,
         key,
         verify: agreement.peer.verify,
+        paging: Mutex::default(),
+        landing: LateLanding::default(),
     };
     ready();
     let (rebuilt, _) = destination.wait_rebuilt()?;
@@ -248,12 +264,18 @@ pub fn rebuild(
     Ok(figures)
 }
 
+/// Where the late pages go, once there are some.
+type LateLanding = Arc<Mutex<Option<Arc<Landing>>>>;
+
 struct Destination {
     link: Link,
     watch: Watch,
     events: Receiver<Event>,
     key: ContentKey,
     verify: bool,
+    /// Until pages are late.
+    paging: Mutex<Option<Box<dyn GuestPaging>>>,
+    landing: LateLanding,
 }
 
 impl Destination {
@@ -300,6 +322,7 @@ impl Destination {
             digest,
             rows,
             ids,
+            late,
         } = rebuilt;
         let (first, rest) = end.record.split_at(4);
         xl.writer
@@ -318,7 +341,8 @@ impl Destination {
             accepted: true,
             ..Verdict::default()
         };
-        if let (true, Some(mut frames)) = (self.verify, frames) {
+        let mut frames = frames;
+        if let (true, Some(frames)) = (self.verify, &mut frames) {
             let verified = read_back(&ids, frames.as_mut(), &self.key)?;
             if let Some(first) = verified.first_different {
                 return Err(EngineError::VerifyFailed {
@@ -330,6 +354,7 @@ impl Destination {
             verdict.rewritten_by_xen_pages = verified.rewritten_by_xen;
             verdict.time_ms = start.elapsed().as_millis() as u64;
         }
+        self.leave_behind(late, frames)?;
         self.check_events()?;
         let verdict = serde_json::to_vec(&verdict).map_err(|_| EngineError::WorkerLost)?;
         self.link
@@ -340,6 +365,28 @@ impl Destination {
             .and_then(|()| xl.writer.flush())
             .map_err(EngineError::Xl)?;
         Ok((xl.writer, ids))
+    }
+
+    /// The late pages are taken out of the guest. From here on Xen says when one of them is touched.
+    fn leave_behind(&self, pages: Vec<Pfn>, frames: Frames) -> Result<(), EngineError> {
+        let Some(paging) = self.paging.lock().take().filter(|_| !pages.is_empty()) else {
+            return Ok(());
+        };
+        let landing = Landing::prepare(Late {
+            pages,
+            paging,
+            frames,
+            verify: self.verify,
+            link: self.link.clone(),
+            key: self.key.clone(),
+        })?;
+        *self.landing.lock() = Some(landing.clone());
+        if landing.ask_resident()? {
+            while !landing.wait_resident(RESIDENT_POLL) {
+                self.check_events()?;
+            }
+        }
+        landing.serve()
     }
 
     /// Phase 3: xl's R1 goes back by itself; then the source's GO comes, or the end of the connection.
@@ -403,18 +450,59 @@ fn early(event: &Event) -> Result<(), EngineError> {
 
 /// Carries what xl writes to the source. When the connection is gone its output is still drained: xl must be able to
 /// write its report, or it ends before it has destroyed the guest.
-fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event>) {
+///
+/// With pages that follow the guest its report (R2) waits for the last of them: with it the source's xl destroys the guest's
+/// memory there.
+fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event>, landing: &LateLanding) {
+    let before_report = xl::R0_BANNER.len() + xl::R1_READY.len();
+    let (mut passed, mut report) = (0, Vec::new());
     let mut buffer = [0; 4096];
     loop {
         match output.read(&mut buffer) {
             Ok(0) | Err(_) => break,
             Ok(n) => {
-                link.send_if_free(Kind::Xl, &[buffer.get(..n).unwrap_or_default()]);
+                let bytes = buffer.get(..n).unwrap_or_default();
+                let now = if landing.lock().is_some() {
+                    n.min(before_report.saturating_sub(passed))
+                } else {
+                    n
+                };
+                let (now, later) = bytes.split_at(now);
+                passed += now.len();
+                if !now.is_empty() {
+                    link.send_if_free(Kind::Xl, &[now]);
+                }
+                report.extend_from_slice(later.get(..REPORT_BYTES.saturating_sub(report.len())).unwrap_or(later));
+                if report.len() > xl::R2_REPORT.len() {
+                    pass_report(&mut report, link, landing);
+                }
             }
         }
     }
+    if !report.is_empty() {
+        link.send_if_free(Kind::Xl, &[&report]);
+    }
     // The phases have ended when nobody receives this.
     let _ = events.send(Event::XlEnded);
+}
+
+/// Bytes of xl's report and of what follows it when the guest was not started.
+const REPORT_BYTES: usize = xl::R2_REPORT.len() + 1 + xl::R3_GO_BACK.len();
+
+/// xl has said how the guest's start went. When it runs, that is passed on when its last page has come.
+fn pass_report(report: &mut Vec<u8>, link: &Link, landing: &LateLanding) {
+    let landing = landing.lock().clone();
+    if let Some(landing) = landing {
+        if report.strip_prefix(xl::R2_REPORT) == Some(&[0]) {
+            link.send_if_free(Kind::Started, &[]);
+            let landed = landing.wait();
+            log::debug!("the late pages: {landed:?}");
+        } else {
+            landing.dismantle();
+        }
+    }
+    link.send_if_free(Kind::Xl, &[report]);
+    report.clear();
 }
 
 /// Reads the source's frames: those of the stream become the stream, the others events. When the phases have ended
@@ -425,6 +513,7 @@ fn read_frames(
     receiving: Receiving,
     link: &Link,
     events: Sender<Event>,
+    landing: &LateLanding,
 ) {
     let (answers, stopper) = (receiving.answers(), receiving.stopper());
     let mut receiving = Some(receiving);
@@ -433,7 +522,11 @@ fn read_frames(
         let frame = match reader.read() {
             Ok(frame) => frame,
             Err(error) => {
+                let late = landing.lock().clone();
                 let _ = events.send(Event::LinkLost(error));
+                if let Some(landing) = late {
+                    landing.stands_still(&EngineError::Wire(WireError::Closed));
+                }
                 return;
             }
         };
@@ -442,6 +535,21 @@ fn read_frames(
             Kind::Go if frame.body.len() == xl::GO.len() => {
                 let _ = events.send(Event::Go(frame.body));
                 continue;
+            }
+            Kind::Late => {
+                let late = landing.lock().clone();
+                let unasked = EngineError::Protocol("late pages came before there were any");
+                let Err(error) = late
+                    .as_ref()
+                    .map_or(Err(unasked), |landing| landing.arrived(&frame.body))
+                else {
+                    continue;
+                };
+                link.send_if_free(Kind::Abort, &[chain(&error).as_bytes()]);
+                late.iter().for_each(|landing| landing.stands_still(&error));
+                let why = "its pages are not what they are said to be";
+                let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why }));
+                return;
             }
             Kind::Abort => {
                 let _ = events.send(Event::Abort(peer_words(&frame.body)));

@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::behind::{Behind, Fate, LeaveBehind, LeftBehind};
 use super::page_record::PageRecord;
-use super::{DirtyLog, EngineError, FrameError, FrameSource};
+use super::serving::read_or_gone;
+use super::{DirtyLog, EngineError, FrameSource};
 use crate::codec::MAX_ROWS;
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
@@ -43,6 +45,8 @@ pub struct Holding {
     /// How long to watch the guest before xl begins.
     pub model_time: Duration,
     pub downtime: DowntimeLimit,
+    /// Pages that have not gone when the guest is suspended may follow it.
+    pub behind: Option<LeaveBehind>,
 }
 
 /// How long the guest may stand still.
@@ -71,25 +75,34 @@ impl Holding {
 pub(super) struct Held {
     holding: Holding,
     held: PageSet,
+    behind: Option<Behind>,
     next_peek: Instant,
     start: Instant,
+    /// The guest has been seen suspended.
+    suspended: bool,
     figures: Arc<Mutex<Figures>>,
 }
 
 impl Held {
     pub fn new(holding: Holding, figures: Arc<Mutex<Figures>>) -> Held {
         let start = Instant::now();
+        let bound = holding.log.bound();
         Held {
-            held: PageSet::new(holding.log.bound()),
+            held: PageSet::new(bound),
+            behind: holding.behind.map(|plan| Behind::new(plan, bound)),
             next_peek: start,
             start,
+            suspended: false,
             figures,
             holding,
         }
     }
 
     /// One of xl's passes has ended, and the next begins.
-    pub fn pass(&mut self) {
+    pub fn pass(&mut self, number: u32) {
+        if let Some(behind) = &mut self.behind {
+            behind.pass(number);
+        }
         let expected = self.holding.policy.expected_downtime(self.start.elapsed());
         self.figures.lock().expected_downtime_ms = expected.map(|time| time.as_millis() as u64);
     }
@@ -103,7 +116,7 @@ impl Held {
         let mut figures = self.figures.lock();
         figures.expected_downtime_ms = Some(expected.as_millis() as u64);
         figures.converged = Some(expected <= limit);
-        if expected > limit && abort {
+        if expected > limit && abort && self.behind.is_none() {
             return Err(EngineError::NoConvergence {
                 expected_ms: expected.as_millis() as u64,
                 limit_ms: limit.as_millis() as u64,
@@ -146,32 +159,69 @@ impl Held {
         None
     }
 
-    /// Decides which pages of a record of xl's stay in it; `None`: all. `unread`: bytes of it that have not been read, while
-    /// the guest runs; `None`: it does not any more.
-    pub fn keep(&mut self, list: &[Entry], unread: Option<u64>) -> Option<Vec<bool>> {
+    /// Decides what becomes of the pages of a record of xl's; `None`: all go. `unread`: bytes of it that have not been read,
+    /// while the guest runs; `None`: it does not any more.
+    pub fn keep(&mut self, list: &[Entry], unread: Option<u64>) -> Option<Vec<Fate>> {
+        if unread.is_none() {
+            self.fit_downtime();
+        }
+        let all = self.behind.as_ref().is_some_and(Behind::takes_all);
         let wanted = match unread {
-            Some(unread) => {
+            Some(unread) if !all => {
                 let peek = self.look(unread);
                 let pfns: Vec<Pfn> = list.iter().map(|entry| entry.pfn).collect();
                 self.holding.policy.hold(self.start.elapsed(), &pfns, peek.as_ref())
             }
-            None => Vec::new(),
+            _ => Vec::new(),
         };
         let mut wanted = wanted.into_iter();
-        let mut holds = |entry: &Entry| {
-            let wait = wanted.next() == Some(true) && entry.has_data && entry.page_type == PageType::NoTab;
-            let wait = wait && self.held.insert(entry.pfn);
-            if !wait {
-                self.held.remove(entry.pfn);
-            }
-            wait
-        };
-        let keep: Vec<bool> = list.iter().map(|entry| !holds(entry)).collect();
-        let held = keep.iter().filter(|keep| !**keep).count() as u64;
+        let fates: Vec<Fate> = list
+            .iter()
+            .map(|entry| {
+                let wait = wanted.next() == Some(true);
+                self.fate(entry, wait, unread.is_some())
+            })
+            .collect();
+        let held = fates.iter().filter(|fate| **fate == Fate::Hold).count() as u64;
         let mut figures = self.figures.lock();
         figures.holding.pages_from_xl += list.iter().filter(|entry| entry.has_data).count() as u64;
         figures.holding.held_pages += held;
-        (held > 0).then_some(keep)
+        fates.iter().any(|fate| *fate != Fate::Carry).then_some(fates)
+    }
+
+    /// The guest stands still: what goes before it is started should take no longer than is allowed, at the rate so far.
+    fn fit_downtime(&mut self) {
+        if let Some(behind) = self.behind.as_mut().filter(|_| !self.suspended) {
+            self.suspended = true;
+            let pages = self.figures.lock().pages.carried() as f64;
+            let share = self.holding.downtime.limit.as_secs_f64() / self.start.elapsed().as_secs_f64().max(0.001);
+            behind.fit((pages * share) as u64);
+        }
+    }
+
+    fn fate(&mut self, entry: &Entry, wait: bool, runs: bool) -> Fate {
+        let plain = entry.has_data && entry.page_type == PageType::NoTab;
+        if let Some(behind) = &mut self.behind
+            && plain
+        {
+            let fate = if runs {
+                behind.live(entry)
+            } else {
+                behind.suspended(entry)
+            };
+            if fate != Fate::Carry {
+                self.held.remove(entry.pfn);
+                return fate;
+            }
+        }
+        if wait && plain && self.held.insert(entry.pfn) {
+            return Fate::Hold;
+        }
+        self.held.remove(entry.pfn);
+        if let Some(behind) = &mut self.behind {
+            behind.carried(entry.pfn);
+        }
+        Fate::Carry
     }
 
     /// Held pages that need not wait any longer, while the guest runs. `wire_bytes`: what has gone to the link so far.
@@ -192,7 +242,10 @@ impl Held {
 
     /// Pages that are still held when xl has sent all of its own, the guest being suspended: so many as go into a record.
     pub fn rest(&mut self) -> Vec<Pfn> {
-        let pfns: Vec<Pfn> = self.held.iter().take(MAX_ROWS).collect();
+        let pfns: Vec<Pfn> = match &mut self.behind {
+            Some(behind) => behind.now(&self.held, MAX_ROWS),
+            None => self.held.iter().take(MAX_ROWS).collect(),
+        };
         self.figures.lock().holding.flushed_pages += pfns.len() as u64;
         pfns
     }
@@ -201,20 +254,7 @@ impl Held {
     /// goes without data, as xl sends it.
     pub fn read(&mut self, pfns: &[Pfn], mut buffer: Vec<u8>) -> Result<PageRecord, EngineError> {
         let mut pages = vec![0; pfns.len() * PAGE_SIZE];
-        let mut gone = vec![false; pfns.len()];
-        match self.holding.frames.read(pfns, &mut pages) {
-            Ok(()) => {}
-            Err(FrameError::Unreadable { .. }) => {
-                for ((pfn, page), gone) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)).zip(&mut gone) {
-                    match self.holding.frames.read(&[*pfn], page) {
-                        Ok(()) => {}
-                        Err(FrameError::Unreadable { .. }) => *gone = true,
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-            }
-            Err(error) => return Err(error.into()),
-        }
+        let gone = read_or_gone(self.holding.frames.as_mut(), pfns, &mut pages)?;
         // The buffer's old bytes are written over, as where xl's records are read.
         let with_data = gone.iter().filter(|gone| !**gone).count();
         let length = 8 + pfns.len() * 8 + with_data * PAGE_SIZE;
@@ -232,5 +272,27 @@ impl Held {
         }
         pfns.iter().for_each(|pfn| self.held.remove(*pfn));
         Ok(PageRecord::parse(buffer, length, 0)?)
+    }
+
+    /// A record that says of pages that they stay behind; `None`: there are no more.
+    pub fn rest_behind(&mut self) -> Result<Option<PageRecord>, EngineError> {
+        let Some(behind) = &mut self.behind else {
+            return Ok(None);
+        };
+        let rest = behind.rest(&mut self.held, MAX_ROWS);
+        if rest.is_empty() {
+            return Ok(None);
+        }
+        let mut body = (rest.len() as u64).to_le_bytes().to_vec();
+        for pfn in &rest {
+            body.extend_from_slice(&(pfn.get() | PageType::XAlloc.bits()).to_le_bytes());
+        }
+        let length = body.len();
+        Ok(Some(PageRecord::parse(body, length, 0)?))
+    }
+
+    /// The stream is complete: what has stayed behind.
+    pub fn end(self) -> Option<LeftBehind> {
+        self.behind?.end(self.holding.frames)
     }
 }

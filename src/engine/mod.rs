@@ -6,6 +6,7 @@
 //!
 //! Pipes, page sources and the end of a connection are handed in: everything here runs without Xen.
 mod assemble;
+mod behind;
 mod classify;
 mod contents;
 mod cpu;
@@ -15,6 +16,7 @@ mod digest;
 mod error;
 mod hashing;
 mod holding;
+mod landing;
 mod leaving;
 mod link;
 mod outlet;
@@ -24,15 +26,18 @@ mod pool;
 mod rebuilt;
 mod receiving;
 mod sending;
+mod serving;
 pub mod source;
 #[cfg(test)]
 mod tests;
 mod threads;
 mod verify;
 
+pub use behind::{LeaveBehind, NOW_PAGES};
 pub use contents::Contents;
 pub use error::{EngineError, FrameError, chain};
 pub use holding::{DowntimeLimit, Holding, SAMPLE};
+pub use landing::{GuestPaging, Notices, PageRequest};
 pub use link::{Carrier, Hangup, LinkEnds};
 pub use rebuilt::WINDOW_ROWS;
 

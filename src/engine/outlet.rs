@@ -8,10 +8,11 @@ use crossbeam_channel::Receiver;
 use super::assemble::Applied;
 use super::digest::{ABSENT, Digest};
 use super::rebuilt::RebuiltRecord;
-use super::receiving::{Assembled, AssembledRecord, Rebuilt, XlInput, is_plain, pfn_of};
+use super::receiving::{Assembled, AssembledRecord, Rebuilt, XlInput, is_plain, page_type, pfn_of};
 use super::{Contents, EngineError};
 use crate::codec::Row;
 use crate::page::{ContentId, ContentKey};
+use crate::stream::PageType;
 use crate::table::PageIds;
 use crate::wire::{End, Kind};
 
@@ -19,14 +20,23 @@ pub(super) struct Outlet {
     xl: XlInput,
     applied: Arc<Applied>,
     ids: PageIds,
+    /// Pages that are late, where there may be some.
+    late: Option<PageIds>,
     digest: Digest,
     zero: ContentId,
     contents: Option<Arc<dyn Contents>>,
 }
 
 impl Outlet {
-    pub fn new(xl: XlInput, applied: Arc<Applied>, key: ContentKey, contents: Option<Arc<dyn Contents>>) -> Outlet {
+    pub fn new(
+        xl: XlInput,
+        applied: Arc<Applied>,
+        key: ContentKey,
+        contents: Option<Arc<dyn Contents>>,
+        late: bool,
+    ) -> Outlet {
         Outlet {
+            late: late.then(PageIds::default),
             xl,
             applied,
             ids: PageIds::default(),
@@ -40,13 +50,16 @@ impl Outlet {
         let result = self.write_all(input);
         self.applied.closed.store(true, Ordering::Release);
         let end = result?;
-        let Outlet { xl, digest, ids, .. } = self;
+        let Outlet {
+            xl, digest, ids, late, ..
+        } = self;
         Ok(Rebuilt {
             xl,
             end,
             digest: digest.finish(),
             rows: digest.rows(),
             ids,
+            late: late.iter().flat_map(PageIds::iter).map(|(pfn, _)| pfn).collect(),
         })
     }
 
@@ -120,6 +133,11 @@ impl Outlet {
                     self.ids.remove(pfn);
                 } else {
                     self.ids.set(pfn, id)?;
+                }
+                match &mut self.late {
+                    Some(late) if page_type(*entry) == Some(PageType::XAlloc) => late.set(pfn, ABSENT)?,
+                    Some(late) => late.remove(pfn),
+                    None => {}
                 }
             }
             ids.push(id);

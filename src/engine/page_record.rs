@@ -1,8 +1,12 @@
 //! One PAGE_DATA record as it came from xl.
 use std::ops::Range;
 
+use super::behind::Fate;
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::stream::{PageData, PageType, StreamError};
+
+/// Where an entry has its page's type.
+const TYPE_MASK: u64 = 0xf << 60;
 
 pub(super) struct PageRecord {
     /// The body, and behind its length what stood in the buffer before.
@@ -44,14 +48,14 @@ impl PageRecord {
         })
     }
 
-    /// The record without the entries, and their pages, for which `keep` has no `true`. It may become empty, which no record
-    /// of Xen's is.
-    pub fn retain(mut self, keep: &[bool]) -> Result<PageRecord, StreamError> {
-        let kept = |at: usize| keep.get(at) == Some(&true);
+    /// The record without the entries that are held, and their pages; those that stay behind become entries of type XALLOC.
+    /// It may become empty, which no record of Xen's is.
+    pub fn retain(mut self, fates: &[Fate]) -> Result<PageRecord, StreamError> {
+        let fate = |at: usize| fates.get(at).copied().unwrap_or(Fate::Hold);
         let list: Vec<(usize, Option<usize>)> = (0..)
             .zip(&self.list)
-            .filter(|(at, _)| kept(*at))
-            .map(|(at, entry)| (at, entry.2))
+            .filter(|(at, _)| fate(*at) != Fate::Hold)
+            .map(|(at, entry)| (at, entry.2.filter(|_| fate(at) == Fate::Carry)))
             .collect();
         if list.is_empty() {
             return Ok(PageRecord {
@@ -69,6 +73,12 @@ impl PageRecord {
         for (at, _) in &list {
             let from = 8 + at * 8;
             self.buffer.copy_within(from..from + 8, end);
+            if fate(*at) == Fate::Behind
+                && let Some(word) = self.buffer.get_mut(end..).and_then(<[u8]>::first_chunk_mut::<8>)
+            {
+                let entry = u64::from_le_bytes(*word) & !TYPE_MASK | PageType::XAlloc.bits();
+                *word = entry.to_le_bytes();
+            }
             end += 8;
         }
         for page in list.iter().filter_map(|(_, index)| *index) {

@@ -47,6 +47,8 @@ pub struct Rebuilding {
     pub key: ContentKey,
     /// Both sides speak of contents.
     pub speaks_contents: bool,
+    /// Pages may follow the guest.
+    pub late: bool,
     /// Contents that this host holds.
     pub contents: Option<Arc<dyn Contents>>,
     /// Where to say what is needed and what has been taken up.
@@ -86,6 +88,8 @@ pub struct Rebuilt {
     pub rows: u64,
     /// What each plain page was last written as.
     pub ids: PageIds,
+    /// Pages that are to follow the guest, ascending.
+    pub late: Vec<Pfn>,
 }
 
 /// From [`Decoder`] to [`Assembler`].
@@ -163,6 +167,7 @@ impl Receiving {
             frames,
             key,
             speaks_contents,
+            late,
             contents,
             link,
             patience,
@@ -197,7 +202,7 @@ impl Receiving {
             link,
             figures,
         });
-        let outlet = Outlet::new(xl, applied, key, contents);
+        let outlet = Outlet::new(xl, applied, key, contents, late);
         let queue = backlog.clone();
         let decoder = spawn("xenfold-decode", move || {
             let result = decoder.run(&queue, to_assembler);
@@ -261,6 +266,10 @@ pub(super) fn pfn_of(entry: u64) -> Pfn {
     Pfn::new(entry & Pfn::MAX.get()).unwrap_or_default()
 }
 
+pub(super) fn page_type(entry: u64) -> Option<PageType> {
+    PageType::new((entry >> 60) as u8)
+}
+
 pub(super) fn is_plain(entry: u64) -> bool {
-    PageType::new((entry >> 60) as u8) == Some(PageType::NoTab)
+    page_type(entry) == Some(PageType::NoTab)
 }

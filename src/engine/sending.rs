@@ -12,6 +12,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
+use super::behind::{Fate, LeftBehind};
 use super::classify::{BlockData, Classifier, Classifying, FromXl, Ready, ReadyBlock, ReadyRows};
 use super::contents::Holdings;
 use super::cpu::{Blocking, idle, process_cpu};
@@ -126,6 +127,8 @@ pub struct Sent<R> {
     /// What each page was last carried as.
     pub table: Arc<PageTable>,
     pub guest_type: GuestType,
+    /// Pages that have not gone, if they may follow.
+    pub behind: Option<LeftBehind>,
 }
 
 impl<R: Read + Send + 'static> Sending<R> {
@@ -192,7 +195,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             next: to_classifier,
         };
         let read = front.run();
-        let Front { stream, next, .. } = front;
+        let Front { stream, next, held, .. } = front;
         drop(next);
         // The first stage to fail makes its neighbours end with WorkerLost; the one with a cause is reported.
         let classified = join(classifier);
@@ -203,6 +206,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             xl: stream.into_inner(),
             table: Arc::new(table),
             guest_type,
+            behind: held.and_then(Held::end),
         })
     }
 }
@@ -311,8 +315,8 @@ impl<R: Read> Front<R> {
     }
 
     /// With a record's list read and its pages still in the pipe, so that xl's helper waits: looks at the guest, decides
-    /// which of the pages stay in the record, and sends earlier ones that need not wait any longer. `None`: all stay.
-    fn hold_back(&mut self, header: &RecordHeader, body: &[u8]) -> Result<Option<Vec<bool>>, EngineError> {
+    /// which of the pages go with the record, and sends earlier ones that need not wait any longer. `None`: all go.
+    fn hold_back(&mut self, header: &RecordHeader, body: &[u8]) -> Result<Option<Vec<Fate>>, EngineError> {
         let Ok(head) = PageDataHead::parse(body, header.length, header.body_offset()) else {
             return Ok(None);
         };
@@ -346,7 +350,7 @@ impl<R: Read> Front<R> {
             (figures.iteration, figures.iteration_pages) = (self.pass, 0);
             drop(figures);
             if let Some(held) = &mut self.held {
-                held.pass();
+                held.pass(self.pass);
             }
         }
         self.last_pfn = list.last().map(|entry| entry.pfn);
@@ -369,6 +373,14 @@ impl<R: Read> Front<R> {
                 return Err(EngineError::Protocol("xl ended its passes while the guest runs"));
             }
             self.held_pages(&rest)?;
+        }
+        while let Some(held) = &mut self.held
+            && let Some(record) = held.rest_behind()?
+        {
+            if held.guest_runs() {
+                return Err(EngineError::Protocol("xl ended its passes while the guest runs"));
+            }
+            self.pages(record)?;
         }
         Ok(())
     }

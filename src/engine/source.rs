@@ -10,6 +10,7 @@
 //!      │ ◀── R1 ───────────────────┤ ◀── Xl(R1) ──────────────────────────────┤  wait_received
 //!      ├─ GO ─────────────────────▶├─ Ping ──────────▶ ◀────────────── Pong ──┤  hand_over
 //!      │                           ├─ Go ════ point of no return ════════════▶│
+//!      │                           ├─ Late ─ ─ ─ ─ ─ ─▶ ◀─ ─ Want, Started ─ ─┤  (pages that follow)
 //!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤  result
 //! ```
 use std::io::{Read, Write};
@@ -27,12 +28,14 @@ use super::leaving::Leaving;
 use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pacing::{self, Pacing};
 use super::sending::{Prepared, Sending, Sent};
+use super::serving::{Served, Serving};
 use super::threads::{join, spawn};
 use super::verify::read_back;
 use super::{Contents, EngineError, FrameSource, Holding, chain};
 use crate::codec::{Compressor, Level};
+use crate::late::PageServer;
 use crate::page::ContentKey;
-use crate::report::{DestinationFigures, Figures, VerifyFigures};
+use crate::report::{DestinationFigures, Figures, LateFigures, VerifyFigures};
 use crate::stream::{GuestType, Reader, xl};
 use crate::table::PageTable;
 use crate::wire::{
@@ -52,6 +55,9 @@ const LEAVING_SHARE: u32 = 20;
 
 /// How hard pages are compressed that the other host needs at once.
 const NEEDED_LEVEL: Level = Level::Zstd(1);
+
+/// Want frames that may come before the end of the stream has been noticed.
+const EARLY_WANTS: usize = 64;
 
 /// Bytes of the destination's xl that may be waiting. What it has to say has 172; more is not believed to be its.
 const INBOX_BYTES: usize = 64 << 10;
@@ -144,6 +150,10 @@ pub struct Source {
     verify: bool,
     /// Keeps what the guest leaves here.
     leaving: Option<Leaving>,
+    /// Sends the pages that follow the guest.
+    serving: Option<Serving>,
+    /// What the destination wants of them before the end of the stream has been noticed here.
+    early_wants: Vec<Vec<u8>>,
     /// What is needed to hold pages back.
     holding: Option<Holding>,
     bandwidth: Option<NonZeroU64>,
@@ -271,6 +281,7 @@ impl Source {
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
         let (inbox, verdict, link_lost, start) = (Vec::new(), None, false, Instant::now());
         let holdings = agreement.contents.then(Arc::default);
+        let agreement_late = agreement.late;
         let bound = if agreement.contents {
             pacing::BOUND_BYTES
         } else {
@@ -292,7 +303,12 @@ impl Source {
             frames,
             verify,
             leaving: None,
-            holding,
+            serving: None,
+            early_wants: Vec::new(),
+            holding: holding.map(|holding| Holding {
+                behind: holding.behind.filter(|_| agreement_late),
+                ..holding
+            }),
             bandwidth,
             contents,
             holdings,
@@ -359,12 +375,35 @@ impl Source {
             match self.next()? {
                 Signal::Streamed(end) => {
                     log::debug!("all of xl's stream has been sent");
-                    return *end;
+                    let mut end = (*end)?;
+                    self.serve_late(&mut end)?;
+                    return Ok(end);
                 }
                 Signal::Exit(status) => return Err(EngineError::RemoteEnded(status)),
                 _ => {}
             }
         }
+    }
+
+    /// From here on the destination may ask for the pages that have not gone.
+    fn serve_late(&mut self, end: &mut StreamEnd) -> Result<(), EngineError> {
+        let Some(behind) = end.sent.behind.take() else {
+            return Ok(());
+        };
+        self.serving = Some(Serving::start(Served {
+            pages: behind.late.len(),
+            server: PageServer::new(behind.late, behind.hot, self.bandwidth),
+            frames: behind.frames,
+            link: self.link.clone(),
+            key: self.key.clone(),
+            table: end.sent.table.clone(),
+            figures: self.figures.clone(),
+        })?);
+        let (wants, serving) = (std::mem::take(&mut self.early_wants), self.serving.as_ref());
+        wants
+            .iter()
+            .zip(serving.into_iter().cycle())
+            .try_for_each(|(body, serving)| serving.want(body))
     }
 
     /// The destination says what it holds before the first page: what it says later comes too late for most of them.
@@ -393,6 +432,7 @@ impl Source {
             match self.verdict.take() {
                 Some(verdict) if verdict.accepted => {
                     log::debug!("the other host has all of it");
+                    self.serving.iter().for_each(Serving::push);
                     let Some(comparing) = comparing else { return Ok(()) };
                     let (frames, changed) = join(comparing)?;
                     self.frames = frames;
@@ -564,7 +604,10 @@ impl Source {
     fn last_words(&mut self, length: usize) -> Result<Vec<u8>, EngineError> {
         loop {
             match self.message(length) {
-                Err(EngineError::PeerAborted(why)) => log::warn!("the other host gave up: {why}"),
+                // With pages on their way it is no last word: what it cannot have, it will not report on.
+                Err(EngineError::PeerAborted(why)) if self.serving.is_none() => {
+                    log::warn!("the other host gave up: {why}");
+                }
                 result => return result,
             }
         }
@@ -589,6 +632,7 @@ impl Source {
         figures.wire_bytes = self.link.bytes();
         drop(figures);
         if let Ending::SourceOwns(error) = &ending {
+            self.serving = None;
             self.failing();
             // The stream's threads let go of xl's pipe, too.
             self.pacing.close();
@@ -680,11 +724,21 @@ impl Source {
             Kind::Exit => Signal::Exit(u32_body(frame.kind, &frame.body)? as i32),
             Kind::Figures => {
                 let figures: DestinationFigures = from_json(frame.kind, &frame.body)?;
-                self.figures.lock().destination = Some(figures);
+                let mut known = self.figures.lock();
+                if let (Some(own), Some(told)) = (&mut known.late, &figures.late) {
+                    let (sent, started) = (own.sent, own.started);
+                    *own = LateFigures {
+                        sent,
+                        started,
+                        ..told.clone()
+                    };
+                }
+                known.destination = Some(figures);
                 return Ok(None);
             }
             Kind::Pong => {
                 self.pacing.answered(&frame.body);
+                self.serving.iter().for_each(|serving| serving.answered(&frame.body));
                 Signal::Pong(frame.body)
             }
             Kind::Ping if frame.body.is_empty() => return Ok(None),
@@ -697,6 +751,20 @@ impl Source {
             }
             Kind::Have | Kind::Need | Kind::Settled => {
                 self.about_contents(frame)?;
+                return Ok(None);
+            }
+            Kind::Want if self.agreement.late && self.serving.is_none() && self.early_wants.len() < EARLY_WANTS => {
+                self.early_wants.push(frame.body);
+                return Ok(None);
+            }
+            Kind::Want | Kind::Started => {
+                let nothing_late = EngineError::Protocol("the other host speaks of late pages, and there are none");
+                let serving = self.serving.as_ref().ok_or(nothing_late)?;
+                if frame.kind == Kind::Want {
+                    serving.want(&frame.body)?;
+                } else {
+                    self.figures.lock().late.get_or_insert_default().started = true;
+                }
                 return Ok(None);
             }
             _ => return Err(EngineError::Protocol("a frame came that only a source sends")),

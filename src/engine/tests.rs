@@ -62,6 +62,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         frames: None,
         key,
         speaks_contents: false,
+        late: false,
         contents: None,
         link: None,
         patience: std::time::Duration::from_secs(60),

@@ -27,6 +27,8 @@ pub enum Kind {
     Go = 6,
     /// Pages that the destination needed, in full.
     Contents = 7,
+    /// Pages that follow the guest.
+    Late = 8,
     /// Bytes that the destination's xl wrote for the source's xl.
     Xl = 16,
     /// The destination's answer to End.
@@ -41,6 +43,10 @@ pub enum Kind {
     Need = 21,
     /// A record that named contents is complete: nothing of it will be needed.
     Settled = 22,
+    /// Late pages that the destination wants before the others.
+    Want = 23,
+    /// The guest runs at the destination, and pages of it are still late.
+    Started = 24,
     /// A sign of life; a body of 8 bytes asks for the same bytes back (both directions).
     Ping = 32,
     /// The answer to a Ping that has a body.
@@ -53,8 +59,8 @@ impl Kind {
     fn from_wire(raw: u16) -> Option<Kind> {
         use Kind::*;
         [
-            Bytes, Guest, Rows, Forget, End, Go, Contents, Xl, Verdict, Figures, Exit, Have, Need, Settled, Ping, Pong,
-            Abort,
+            Bytes, Guest, Rows, Forget, End, Go, Contents, Late, Xl, Verdict, Figures, Exit, Have, Need, Settled, Want,
+            Started, Ping, Pong, Abort,
         ]
         .into_iter()
         .find(|kind| *kind as u16 == raw)

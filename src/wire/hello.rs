@@ -34,6 +34,10 @@ pub struct Hello {
     /// Rows may name contents that the destination holds elsewhere. Source: it answers what is needed after all.
     /// Destination: it says what it holds, before the stream begins.
     pub contents: bool,
+    /// Pages may follow the guest when it runs at the destination. Source: it wants that. Destination: it can.
+    pub late: bool,
+    /// Destination: why it cannot.
+    pub late_missing: String,
     /// Source: the guest's uuid and name, and the sharing group whose key this is.
     pub guest_uuid: String,
     pub guest_name: String,
@@ -50,6 +54,8 @@ pub struct Agreement {
     pub version: u16,
     /// Both sides speak of contents, and what is under way is bounded.
     pub contents: bool,
+    /// Pages may follow the guest.
+    pub late: bool,
     pub peer: Hello,
 }
 
@@ -130,9 +136,11 @@ impl Hello {
         let peer: Hello = serde_json::from_slice(&options)
             .map_err(|_| WireError::BadHello("its options are not the JSON expected"))?;
         let contents = self.contents && peer.contents && (self.paces || peer.paces);
+        let late = self.late && peer.late;
         Ok(Agreement {
             version,
             contents,
+            late,
             peer,
         })
     }
@@ -163,6 +171,7 @@ mod tests {
             Agreement {
                 version: VERSION_MAX,
                 contents: false,
+                late: false,
                 peer: hello
             }
         );

@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use xenfold::engine::destination::{self, DestinationSetup, XlInput, XlProcess};
 use xenfold::engine::source::{self, Ending, SourceSetup};
-use xenfold::engine::{Contents, EngineError, FrameError, FrameSource, Holding, LinkEnds, WINDOW_ROWS};
+use xenfold::engine::{Contents, EngineError, FrameError, FrameSource, GuestPaging, Holding, LinkEnds, WINDOW_ROWS};
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 use xenfold::report::Figures;
 use xenfold::wire::Hello;
@@ -38,6 +38,7 @@ pub mod kind {
     pub const FORGET: u16 = 4;
     pub const END: u16 = 5;
     pub const GO: u16 = 6;
+    pub const LATE: u16 = 8;
     pub const XL: u16 = 16;
     pub const VERDICT: u16 = 17;
     pub const FIGURES: u16 = 18;
@@ -120,6 +121,7 @@ struct ReceivingXl {
     /// Bytes of the stream taken.
     taken: u64,
     verifying: bool,
+    started: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// The stream ended, or xl dies here.
@@ -148,6 +150,9 @@ impl ReceivingXl {
         let told = self.stdin.read_exact(&mut go).is_ok() && go == GO;
         self.dies_at(Death::AfterGo)?;
         let status = if told { self.start_status } else { 1 };
+        if let Some(started) = self.started.take_if(|_| status == 0) {
+            started();
+        }
         if self.stdout.write_all(&[R2, &[status]].concat()).is_err() {
             return Ok(if status == 0 {
                 DestinationXl::Running
@@ -508,6 +513,12 @@ pub struct Plan {
     pub live: Option<Live>,
     /// With what the source holds pages back.
     pub holding: Option<Holding>,
+    /// What the receiving xl has built.
+    pub image: Image,
+    /// With what the destination leaves pages behind.
+    pub paging: Option<Box<dyn GuestPaging>>,
+    /// Called when the receiving xl starts the guest.
+    pub started: Option<Box<dyn FnOnce() + Send>>,
     pub hooks: Hooks,
 }
 
@@ -529,6 +540,9 @@ impl Plan {
             contents: [None, None],
             live: None,
             holding: None,
+            image: Image::default(),
+            paging: None,
+            started: None,
             hooks: Box::new(|_| (pass(), pass())),
         }
     }
@@ -652,6 +666,7 @@ pub fn migrate(plan: Plan) -> Outcome {
     let hello = Hello {
         program: "source".into(),
         verify: plan.verify,
+        late: plan.holding.as_ref().is_some_and(|holding| holding.behind.is_some()),
         contents: plan.speak_contents[0],
         ..Hello::default()
     }
@@ -690,12 +705,13 @@ pub fn migrate(plan: Plan) -> Outcome {
     // The destination: agent and xl.
     let (to_xl, stdin, stdin_pipe) = pipe(256 << 10);
     let (stdout, from_xl, _) = pipe(64 << 10);
-    let (image, received) = (Image::default(), Arc::new(Mutex::new(Vec::new())));
+    let (image, received) = (plan.image, Arc::new(Mutex::new(Vec::new())));
     let xl = ReceivingXl {
         stdin,
         stdout,
         image: image.clone(),
         received: received.clone(),
+        started: plan.started,
         dies: plan.destination_dies,
         start_status: plan.start_status,
         apply_delay: plan.apply_delay,
@@ -709,12 +725,14 @@ pub fn migrate(plan: Plan) -> Outcome {
     });
     let hello = Hello {
         program: "destination".into(),
+        late: plan.paging.is_some(),
         frames: plan.frames,
         window_rows: plan.window_rows as u32,
         contents: plan.speak_contents[1],
         paces: plan.speak_contents[1],
         ..Hello::default()
     };
+    let paging = plan.paging;
     let (noted, gave_up) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
     let (note, giving_up, ended) = (noted.clone(), gave_up.clone(), link);
     let watched = stdin_pipe.clone();
@@ -743,6 +761,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                 frames: frames.map(|frames| Box::new(frames) as Box<dyn FrameSource>),
                 contents: destination_contents,
                 events: destination_events,
+                paging,
                 before_go: Box::new(|| Ok(())),
                 program: "test".into(),
                 usage: || (1, 2),
@@ -819,6 +838,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         stdout,
         image: image.clone(),
         received: received.clone(),
+        started: None,
         dies: None,
         start_status: 0,
         apply_delay: Duration::ZERO,
@@ -842,6 +862,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         frames: None,
         contents: None,
         events: destination::events(),
+        paging: None,
         before_go: Box::new(|| Ok(())),
         program: "test".into(),
         usage: || (0, 0),

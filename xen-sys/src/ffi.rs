@@ -22,7 +22,7 @@ mod bindings {
     include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
 }
 
-pub(crate) use bindings::{XEN_VERSION, ctrl, foreignmemory, light, store, toollog, xentoollog_logger};
+pub(crate) use bindings::{XEN_VERSION, ctrl, evtchn, foreignmemory, light, store, toollog, xentoollog_logger};
 
 /// A library's functions, by soname.
 macro_rules! library {
@@ -62,6 +62,12 @@ library!(
     foreignmemory::ForeignmemoryLib,
     "libxenforeignmemory.so.1".into(),
     "libxenforeignmemory1".into()
+);
+library!(
+    evtchn,
+    evtchn::EvtchnLib,
+    "libxenevtchn.so.1".into(),
+    "libxenevtchn1".into()
 );
 library!(store, store::StoreLib, "libxenstore.so.4".into(), "libxenstore4".into());
 library!(
@@ -111,6 +117,7 @@ pub(crate) fn library_of<T>(_: &T) -> &'static str {
         ("Toollog", "libxentoollog"),
         ("Ctrl", "libxenctrl"),
         ("Foreignmemory", "libxenforeignmemory"),
+        ("Evtchn", "libxenevtchn"),
         ("Store", "libxenstore"),
         ("Light", "libxenlight"),
     ]

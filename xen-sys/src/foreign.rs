@@ -109,6 +109,31 @@ impl ForeignMemory {
     }
 }
 
+impl ForeignMemory {
+    /// One page, writable, that is unmapped with [`ForeignMemory::unmap_one`]; `None` when there is no such page.
+    pub(crate) fn map_one(&self, domid: DomId, gfn: u64) -> Result<Option<NonNull<u8>>, XenError> {
+        let mut mapping = match self.map(domid, &[gfn], Access::ReadWrite) {
+            Ok(mapping) => mapping,
+            // With one page, the driver may report the page's own error for the call.
+            Err(XenError::Call { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if mapping.error(0).is_some() {
+            return Ok(None);
+        }
+        // A mapping of no pages unmaps nothing.
+        mapping.errors.clear();
+        Ok(Some(mapping.pages))
+    }
+
+    pub(crate) fn unmap_one(&self, page: NonNull<u8>) {
+        if let Ok(unmap) = &self.library.xenforeignmemory_unmap {
+            // SAFETY: mapped by `map_one` as one page, and its owner unmaps it once.
+            unsafe { unmap(self.handle.as_ptr(), page.as_ptr().cast(), 1) };
+        }
+    }
+}
+
 impl Drop for ForeignMemory {
     fn drop(&mut self) {
         if let Ok(close) = &self.library.xenforeignmemory_close {

@@ -2,6 +2,7 @@
 //!
 //! - [`Xenctrl`] (libxenctrl): domains, pause and unpause, HVM parameters, idle times, and from it [`LogDirty`];
 //! - [`MemSharing`] (libxenctrl): equal frames of guests made one, copied when one of them is written to;
+//! - [`Paging`] (libxenctrl, libxenevtchn): pages that are not in memory, loaded when somebody touches them;
 //! - [`ForeignMemory`] (libxenforeignmemory): a domain's frames, mapped in batches with an error per frame;
 //! - [`Xenstore`] (libxenstore): read, write, watch;
 //! - [`Libxl`] (libxenlight): what repairs a guest that xl left behind: resume, rename, unpause, destroy.
@@ -12,7 +13,7 @@
 //! refused when another release is running.
 //!
 //! Threads: every handle is `Send`. [`ForeignMemory`] and [`Xenstore`] are `Sync` too; [`Xenctrl`], [`LogDirty`],
-//! [`MemSharing`] and [`Libxl`] are not (each says why): open one per thread, they are cheap. No handle survives `fork`.
+//! [`MemSharing`], [`Paging`] and [`Libxl`] are not (each says why): open one per thread, they are cheap. No handle survives `fork`.
 //!
 //! This is the only crate with unsafe code; `ffi` is private and everything public is safe to call with any arguments.
 
@@ -23,11 +24,14 @@ mod allocator;
 mod bitmap;
 mod domain;
 mod error;
+mod events;
 mod ffi;
 mod foreign;
 mod libxl;
 mod logdirty;
 mod names;
+mod paging;
+mod paging_ring;
 mod processors;
 mod sharing;
 mod store;
@@ -40,6 +44,7 @@ pub use foreign::{Access, ForeignMemory, Mapping, PAGE_BYTES};
 pub use libxl::Libxl;
 pub use logdirty::{LogDirty, Peek};
 pub use names::{AWAY, INCOMING, uuid_text};
+pub use paging::{Loaded, Paging, PagingError, PagingRequest};
 pub use sharing::{HostMemory, MemSharing, ShareHandle, SharingError};
 pub use store::{WatchEvent, Xenstore};
 

@@ -7,7 +7,7 @@ use std::process::exit;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xenfold::config::{self, Config};
-use xenfold_plugin::{daemon_commands, dedup, job, receive, replay, resume, say, simulate, top, trace};
+use xenfold_plugin::{daemon_commands, dedup, doctor, job, receive, replay, resume, say, simulate, top, trace};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
@@ -28,6 +28,8 @@ enum Command {
     Jobinfo(job::InfoArguments),
     #[command(hide = true)]
     GuestState(resume::StateArguments),
+    /// What this host, and another one, can do, and what is missing.
+    Doctor(doctor::Arguments),
     /// How the daemon of this host is.
     Status(daemon_commands::StatusArguments),
     /// Contents of running guests that the daemon knows.
@@ -76,6 +78,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Abort(arguments) => job::abort(&arguments).map(|()| 0),
         Command::Jobinfo(arguments) => job::info(&arguments).map(|()| 0),
         Command::GuestState(arguments) => resume::print_state(&arguments).map(|()| 0),
+        Command::Doctor(arguments) => doctor::run(&arguments, &configuration()?),
         Command::Status(arguments) => daemon_commands::status(&arguments).map(|()| 0),
         Command::Index(arguments) => daemon_commands::index(&arguments).map(|()| 0),
         Command::Dedup(arguments) => dedup::run(&arguments).map(|()| 0),

@@ -106,6 +106,22 @@ impl ToollogLib {
 pub mod ctrl {
 use super::{FILE, libxl_asyncop_how, xentoollog_logger};
 
+#[derive(PartialEq, Eq, Copy, Clone, Debug, Hash)]
+#[repr(C)]
+pub struct __BindgenOpaqueArray<T>(pub T);
+impl<T: Copy + Default, const N: usize> Default for __BindgenOpaqueArray<[T; N]> {
+    fn default() -> Self {
+        Self([<T as Default>::default(); N])
+    }
+}
+#[derive(PartialEq, Eq, Copy, Clone, Debug, Hash)]
+#[repr(C, align(8))]
+pub struct __BindgenOpaqueArray8<T>(pub T);
+impl<T: Copy + Default, const N: usize> Default for __BindgenOpaqueArray8<[T; N]> {
+    fn default() -> Self {
+        Self([<T as Default>::default(); N])
+    }
+}
 pub const XENMEM_SHARING_OP_S_HANDLE_INVALID: i32 = -10;
 pub const XENMEM_SHARING_OP_C_HANDLE_INVALID: i32 = -9;
 pub const XEN_DOMINF_dying: u32 = 1;
@@ -173,6 +189,12 @@ pub const HVM_PARAM_X87_FIP_WIDTH: u32 = 36;
 pub const HVM_PARAM_VM86_TSS_SIZED: u32 = 37;
 pub const HVM_PARAM_MCA_CAP: u32 = 38;
 pub const XC_PAGE_SIZE: u32 = 4096;
+pub const VM_EVENT_INTERFACE_VERSION: u32 = 7;
+pub const VM_EVENT_FLAG_VCPU_PAUSED: u32 = 1;
+pub const VM_EVENT_FLAG_FOREIGN: u32 = 2;
+pub const VM_EVENT_REASON_MEM_PAGING: u32 = 3;
+pub const MEM_PAGING_DROP_PAGE: u32 = 1;
+pub const MEM_PAGING_EVICT_FAIL: u32 = 2;
 pub type xen_pfn_t = ::std::os::raw::c_ulong;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -452,6 +474,492 @@ pub type xc_domaininfo_t = xen_domctl_getdomaininfo_t;
 pub type xc_shadow_op_stats_t = xen_domctl_shadow_op_stats;
 pub type xc_physinfo_t = xen_sysctl_physinfo;
 pub type xc_cpuinfo_t = xen_sysctl_cpuinfo;
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_regs_x86 {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 344usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vm_event_regs_x86"][::std::mem::size_of::<vm_event_regs_x86>() - 344usize];
+    [
+        "Alignment of vm_event_regs_x86",
+    ][::std::mem::align_of::<vm_event_regs_x86>() - 8usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_regs_arm {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 40usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vm_event_regs_arm"][::std::mem::size_of::<vm_event_regs_arm>() - 40usize];
+    [
+        "Alignment of vm_event_regs_arm",
+    ][::std::mem::align_of::<vm_event_regs_arm>() - 8usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_mem_access {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 32usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_mem_access",
+    ][::std::mem::size_of::<vm_event_mem_access>() - 32usize];
+    [
+        "Alignment of vm_event_mem_access",
+    ][::std::mem::align_of::<vm_event_mem_access>() - 8usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_write_ctrlreg {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 24usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_write_ctrlreg",
+    ][::std::mem::size_of::<vm_event_write_ctrlreg>() - 24usize];
+    [
+        "Alignment of vm_event_write_ctrlreg",
+    ][::std::mem::align_of::<vm_event_write_ctrlreg>() - 8usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_singlestep {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 8usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_singlestep",
+    ][::std::mem::size_of::<vm_event_singlestep>() - 8usize];
+    [
+        "Alignment of vm_event_singlestep",
+    ][::std::mem::align_of::<vm_event_singlestep>() - 8usize];
+};
+#[repr(C)]
+#[repr(align(2))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_fast_singlestep {
+    pub _bindgen_opaque_blob: u16,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_fast_singlestep",
+    ][::std::mem::size_of::<vm_event_fast_singlestep>() - 2usize];
+    [
+        "Alignment of vm_event_fast_singlestep",
+    ][::std::mem::align_of::<vm_event_fast_singlestep>() - 2usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_debug {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 24usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vm_event_debug"][::std::mem::size_of::<vm_event_debug>() - 24usize];
+    ["Alignment of vm_event_debug"][::std::mem::align_of::<vm_event_debug>() - 8usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_mov_to_msr {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 24usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_mov_to_msr",
+    ][::std::mem::size_of::<vm_event_mov_to_msr>() - 24usize];
+    [
+        "Alignment of vm_event_mov_to_msr",
+    ][::std::mem::align_of::<vm_event_mov_to_msr>() - 8usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_desc_access {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 24usize]>,
+}
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Copy, Clone)]
+pub union vm_event_desc_access__bindgen_ty_1 {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 16usize]>,
+}
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_desc_access__bindgen_ty_1__bindgen_ty_1 {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 16usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_desc_access__bindgen_ty_1__bindgen_ty_1",
+    ][::std::mem::size_of::<vm_event_desc_access__bindgen_ty_1__bindgen_ty_1>()
+        - 16usize];
+    [
+        "Alignment of vm_event_desc_access__bindgen_ty_1__bindgen_ty_1",
+    ][::std::mem::align_of::<vm_event_desc_access__bindgen_ty_1__bindgen_ty_1>()
+        - 8usize];
+};
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_desc_access__bindgen_ty_1",
+    ][::std::mem::size_of::<vm_event_desc_access__bindgen_ty_1>() - 16usize];
+    [
+        "Alignment of vm_event_desc_access__bindgen_ty_1",
+    ][::std::mem::align_of::<vm_event_desc_access__bindgen_ty_1>() - 8usize];
+};
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_desc_access",
+    ][::std::mem::size_of::<vm_event_desc_access>() - 24usize];
+    [
+        "Alignment of vm_event_desc_access",
+    ][::std::mem::align_of::<vm_event_desc_access>() - 8usize];
+};
+#[repr(C)]
+#[repr(align(4))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_cpuid {
+    pub _bindgen_opaque_blob: [u32; 4usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vm_event_cpuid"][::std::mem::size_of::<vm_event_cpuid>() - 16usize];
+    ["Alignment of vm_event_cpuid"][::std::mem::align_of::<vm_event_cpuid>() - 4usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_interrupt_x86 {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 24usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_interrupt_x86",
+    ][::std::mem::size_of::<vm_event_interrupt_x86>() - 24usize];
+    [
+        "Alignment of vm_event_interrupt_x86",
+    ][::std::mem::align_of::<vm_event_interrupt_x86>() - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_paging {
+    pub gfn: u64,
+    pub p2mt: u32,
+    pub flags: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vm_event_paging"][::std::mem::size_of::<vm_event_paging>() - 16usize];
+    ["Alignment of vm_event_paging"][::std::mem::align_of::<vm_event_paging>() - 8usize];
+    [
+        "Offset of field: vm_event_paging::gfn",
+    ][::std::mem::offset_of!(vm_event_paging, gfn) - 0usize];
+    [
+        "Offset of field: vm_event_paging::p2mt",
+    ][::std::mem::offset_of!(vm_event_paging, p2mt) - 8usize];
+    [
+        "Offset of field: vm_event_paging::flags",
+    ][::std::mem::offset_of!(vm_event_paging, flags) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_sharing {
+    pub gfn: u64,
+    pub p2mt: u32,
+    pub _pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vm_event_sharing"][::std::mem::size_of::<vm_event_sharing>() - 16usize];
+    [
+        "Alignment of vm_event_sharing",
+    ][::std::mem::align_of::<vm_event_sharing>() - 8usize];
+    [
+        "Offset of field: vm_event_sharing::gfn",
+    ][::std::mem::offset_of!(vm_event_sharing, gfn) - 0usize];
+    [
+        "Offset of field: vm_event_sharing::p2mt",
+    ][::std::mem::offset_of!(vm_event_sharing, p2mt) - 8usize];
+    [
+        "Offset of field: vm_event_sharing::_pad",
+    ][::std::mem::offset_of!(vm_event_sharing, _pad) - 12usize];
+};
+#[repr(C)]
+#[repr(align(4))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_emul_read_data {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray<[u32; 86usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_emul_read_data",
+    ][::std::mem::size_of::<vm_event_emul_read_data>() - 344usize];
+    [
+        "Alignment of vm_event_emul_read_data",
+    ][::std::mem::align_of::<vm_event_emul_read_data>() - 4usize];
+};
+#[repr(C)]
+#[repr(align(1))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_emul_insn_data {
+    pub _bindgen_opaque_blob: [u8; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_emul_insn_data",
+    ][::std::mem::size_of::<vm_event_emul_insn_data>() - 16usize];
+    [
+        "Alignment of vm_event_emul_insn_data",
+    ][::std::mem::align_of::<vm_event_emul_insn_data>() - 1usize];
+};
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_vmexit {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 16usize]>,
+}
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_vmexit__bindgen_ty_1 {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 16usize]>,
+}
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Debug, Copy, Clone)]
+pub struct vm_event_vmexit__bindgen_ty_1__bindgen_ty_1 {
+    pub _bindgen_opaque_blob: __BindgenOpaqueArray8<[u8; 16usize]>,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_vmexit__bindgen_ty_1__bindgen_ty_1",
+    ][::std::mem::size_of::<vm_event_vmexit__bindgen_ty_1__bindgen_ty_1>() - 16usize];
+    [
+        "Alignment of vm_event_vmexit__bindgen_ty_1__bindgen_ty_1",
+    ][::std::mem::align_of::<vm_event_vmexit__bindgen_ty_1__bindgen_ty_1>() - 8usize];
+};
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_vmexit__bindgen_ty_1",
+    ][::std::mem::size_of::<vm_event_vmexit__bindgen_ty_1>() - 16usize];
+    [
+        "Alignment of vm_event_vmexit__bindgen_ty_1",
+    ][::std::mem::align_of::<vm_event_vmexit__bindgen_ty_1>() - 8usize];
+};
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vm_event_vmexit"][::std::mem::size_of::<vm_event_vmexit>() - 16usize];
+    ["Alignment of vm_event_vmexit"][::std::mem::align_of::<vm_event_vmexit>() - 8usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct vm_event_st {
+    pub version: u32,
+    pub flags: u32,
+    pub reason: u32,
+    pub vcpu_id: u32,
+    pub altp2m_idx: u16,
+    pub _pad: [u16; 3usize],
+    pub u: vm_event_st__bindgen_ty_1,
+    pub data: vm_event_st__bindgen_ty_2,
+}
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub union vm_event_st__bindgen_ty_1 {
+    pub mem_paging: vm_event_paging,
+    pub mem_sharing: vm_event_sharing,
+    pub mem_access: vm_event_mem_access,
+    pub write_ctrlreg: vm_event_write_ctrlreg,
+    pub mov_to_msr: vm_event_mov_to_msr,
+    pub desc_access: vm_event_desc_access,
+    pub singlestep: vm_event_singlestep,
+    pub fast_singlestep: vm_event_fast_singlestep,
+    pub software_breakpoint: vm_event_debug,
+    pub debug_exception: vm_event_debug,
+    pub cpuid: vm_event_cpuid,
+    pub vmexit: vm_event_vmexit,
+    pub interrupt: vm_event_st__bindgen_ty_1__bindgen_ty_1,
+}
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub union vm_event_st__bindgen_ty_1__bindgen_ty_1 {
+    pub x86: vm_event_interrupt_x86,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_st__bindgen_ty_1__bindgen_ty_1",
+    ][::std::mem::size_of::<vm_event_st__bindgen_ty_1__bindgen_ty_1>() - 24usize];
+    [
+        "Alignment of vm_event_st__bindgen_ty_1__bindgen_ty_1",
+    ][::std::mem::align_of::<vm_event_st__bindgen_ty_1__bindgen_ty_1>() - 8usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1__bindgen_ty_1::x86",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1__bindgen_ty_1, x86) - 0usize];
+};
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_st__bindgen_ty_1",
+    ][::std::mem::size_of::<vm_event_st__bindgen_ty_1>() - 32usize];
+    [
+        "Alignment of vm_event_st__bindgen_ty_1",
+    ][::std::mem::align_of::<vm_event_st__bindgen_ty_1>() - 8usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::mem_paging",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, mem_paging) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::mem_sharing",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, mem_sharing) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::mem_access",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, mem_access) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::write_ctrlreg",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, write_ctrlreg) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::mov_to_msr",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, mov_to_msr) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::desc_access",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, desc_access) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::singlestep",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, singlestep) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::fast_singlestep",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, fast_singlestep) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::software_breakpoint",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, software_breakpoint) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::debug_exception",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, debug_exception) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::cpuid",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, cpuid) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::vmexit",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, vmexit) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_1::interrupt",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_1, interrupt) - 0usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub union vm_event_st__bindgen_ty_2 {
+    pub regs: vm_event_st__bindgen_ty_2__bindgen_ty_1,
+    pub emul: vm_event_st__bindgen_ty_2__bindgen_ty_2,
+}
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub union vm_event_st__bindgen_ty_2__bindgen_ty_1 {
+    pub x86: vm_event_regs_x86,
+    pub arm: vm_event_regs_arm,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_st__bindgen_ty_2__bindgen_ty_1",
+    ][::std::mem::size_of::<vm_event_st__bindgen_ty_2__bindgen_ty_1>() - 344usize];
+    [
+        "Alignment of vm_event_st__bindgen_ty_2__bindgen_ty_1",
+    ][::std::mem::align_of::<vm_event_st__bindgen_ty_2__bindgen_ty_1>() - 8usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_2__bindgen_ty_1::x86",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_2__bindgen_ty_1, x86) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_2__bindgen_ty_1::arm",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_2__bindgen_ty_1, arm) - 0usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub union vm_event_st__bindgen_ty_2__bindgen_ty_2 {
+    pub read: vm_event_emul_read_data,
+    pub insn: vm_event_emul_insn_data,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_st__bindgen_ty_2__bindgen_ty_2",
+    ][::std::mem::size_of::<vm_event_st__bindgen_ty_2__bindgen_ty_2>() - 344usize];
+    [
+        "Alignment of vm_event_st__bindgen_ty_2__bindgen_ty_2",
+    ][::std::mem::align_of::<vm_event_st__bindgen_ty_2__bindgen_ty_2>() - 4usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_2__bindgen_ty_2::read",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_2__bindgen_ty_2, read) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_2__bindgen_ty_2::insn",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_2__bindgen_ty_2, insn) - 0usize];
+};
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of vm_event_st__bindgen_ty_2",
+    ][::std::mem::size_of::<vm_event_st__bindgen_ty_2>() - 344usize];
+    [
+        "Alignment of vm_event_st__bindgen_ty_2",
+    ][::std::mem::align_of::<vm_event_st__bindgen_ty_2>() - 8usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_2::regs",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_2, regs) - 0usize];
+    [
+        "Offset of field: vm_event_st__bindgen_ty_2::emul",
+    ][::std::mem::offset_of!(vm_event_st__bindgen_ty_2, emul) - 0usize];
+};
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vm_event_st"][::std::mem::size_of::<vm_event_st>() - 400usize];
+    ["Alignment of vm_event_st"][::std::mem::align_of::<vm_event_st>() - 8usize];
+    [
+        "Offset of field: vm_event_st::version",
+    ][::std::mem::offset_of!(vm_event_st, version) - 0usize];
+    [
+        "Offset of field: vm_event_st::flags",
+    ][::std::mem::offset_of!(vm_event_st, flags) - 4usize];
+    [
+        "Offset of field: vm_event_st::reason",
+    ][::std::mem::offset_of!(vm_event_st, reason) - 8usize];
+    [
+        "Offset of field: vm_event_st::vcpu_id",
+    ][::std::mem::offset_of!(vm_event_st, vcpu_id) - 12usize];
+    [
+        "Offset of field: vm_event_st::altp2m_idx",
+    ][::std::mem::offset_of!(vm_event_st, altp2m_idx) - 16usize];
+    [
+        "Offset of field: vm_event_st::_pad",
+    ][::std::mem::offset_of!(vm_event_st, _pad) - 18usize];
+    [
+        "Offset of field: vm_event_st::u",
+    ][::std::mem::offset_of!(vm_event_st, u) - 24usize];
+    [
+        "Offset of field: vm_event_st::data",
+    ][::std::mem::offset_of!(vm_event_st, data) - 56usize];
+};
 pub struct CtrlLib {
     __library: ::libloading::Library,
     pub xc_interface_open: Result<
@@ -545,6 +1053,35 @@ pub struct CtrlLib {
         ) -> ::std::os::raw::c_int,
         ::libloading::Error,
     >,
+    pub xc_domain_decrease_reservation_exact: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+            nr_extents: ::std::os::raw::c_ulong,
+            extent_order: ::std::os::raw::c_uint,
+            extent_start: *mut xen_pfn_t,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_domain_populate_physmap_exact: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+            nr_extents: ::std::os::raw::c_ulong,
+            extent_order: ::std::os::raw::c_uint,
+            mem_flags: ::std::os::raw::c_uint,
+            extent_start: *mut xen_pfn_t,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_domain_claim_pages: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+            nr_pages: ::std::os::raw::c_ulong,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
     pub xc_domain_get_pod_target: Result<
         unsafe extern "C" fn(
             xch: *mut xc_interface,
@@ -563,12 +1100,61 @@ pub struct CtrlLib {
         ) -> ::std::os::raw::c_int,
         ::libloading::Error,
     >,
+    pub xc_hvm_param_set: Result<
+        unsafe extern "C" fn(
+            handle: *mut xc_interface,
+            dom: u32,
+            param: u32,
+            value: u64,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
     pub xc_hvm_param_get: Result<
         unsafe extern "C" fn(
             handle: *mut xc_interface,
             dom: u32,
             param: u32,
             value: *mut u64,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_mem_paging_enable: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domain_id: u32,
+            port: *mut u32,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_mem_paging_disable: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domain_id: u32,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_mem_paging_nominate: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domain_id: u32,
+            gfn: u64,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_mem_paging_evict: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domain_id: u32,
+            gfn: u64,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_mem_paging_load: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domain_id: u32,
+            gfn: u64,
+            buffer: *mut ::std::os::raw::c_void,
         ) -> ::std::os::raw::c_int,
         ::libloading::Error,
     >,
@@ -664,12 +1250,36 @@ impl CtrlLib {
             __library.get(b"xc_domain_maximum_gpfn\0")
         }
             .map(|sym| *sym);
+        let xc_domain_decrease_reservation_exact = unsafe {
+            __library.get(b"xc_domain_decrease_reservation_exact\0")
+        }
+            .map(|sym| *sym);
+        let xc_domain_populate_physmap_exact = unsafe {
+            __library.get(b"xc_domain_populate_physmap_exact\0")
+        }
+            .map(|sym| *sym);
+        let xc_domain_claim_pages = unsafe { __library.get(b"xc_domain_claim_pages\0") }
+            .map(|sym| *sym);
         let xc_domain_get_pod_target = unsafe {
             __library.get(b"xc_domain_get_pod_target\0")
         }
             .map(|sym| *sym);
         let xc_version = unsafe { __library.get(b"xc_version\0") }.map(|sym| *sym);
+        let xc_hvm_param_set = unsafe { __library.get(b"xc_hvm_param_set\0") }
+            .map(|sym| *sym);
         let xc_hvm_param_get = unsafe { __library.get(b"xc_hvm_param_get\0") }
+            .map(|sym| *sym);
+        let xc_mem_paging_enable = unsafe { __library.get(b"xc_mem_paging_enable\0") }
+            .map(|sym| *sym);
+        let xc_mem_paging_disable = unsafe { __library.get(b"xc_mem_paging_disable\0") }
+            .map(|sym| *sym);
+        let xc_mem_paging_nominate = unsafe {
+            __library.get(b"xc_mem_paging_nominate\0")
+        }
+            .map(|sym| *sym);
+        let xc_mem_paging_evict = unsafe { __library.get(b"xc_mem_paging_evict\0") }
+            .map(|sym| *sym);
+        let xc_mem_paging_load = unsafe { __library.get(b"xc_mem_paging_load\0") }
             .map(|sym| *sym);
         let xc_memshr_control = unsafe { __library.get(b"xc_memshr_control\0") }
             .map(|sym| *sym);
@@ -705,9 +1315,18 @@ impl CtrlLib {
             xc_physinfo,
             xc_getcpuinfo,
             xc_domain_maximum_gpfn,
+            xc_domain_decrease_reservation_exact,
+            xc_domain_populate_physmap_exact,
+            xc_domain_claim_pages,
             xc_domain_get_pod_target,
             xc_version,
+            xc_hvm_param_set,
             xc_hvm_param_get,
+            xc_mem_paging_enable,
+            xc_mem_paging_disable,
+            xc_mem_paging_nominate,
+            xc_mem_paging_evict,
+            xc_mem_paging_load,
             xc_memshr_control,
             xc_memshr_nominate_gfn,
             xc_memshr_share_gfns,
@@ -875,6 +1494,54 @@ impl CtrlLib {
                 .expect("Expected function, got error."))(xch, domid, gpfns)
         }
     }
+    pub unsafe fn xc_domain_decrease_reservation_exact(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+        nr_extents: ::std::os::raw::c_ulong,
+        extent_order: ::std::os::raw::c_uint,
+        extent_start: *mut xen_pfn_t,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_domain_decrease_reservation_exact
+                .as_ref()
+                .expect(
+                    "Expected function, got error.",
+                ))(xch, domid, nr_extents, extent_order, extent_start)
+        }
+    }
+    pub unsafe fn xc_domain_populate_physmap_exact(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+        nr_extents: ::std::os::raw::c_ulong,
+        extent_order: ::std::os::raw::c_uint,
+        mem_flags: ::std::os::raw::c_uint,
+        extent_start: *mut xen_pfn_t,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_domain_populate_physmap_exact
+                .as_ref()
+                .expect(
+                    "Expected function, got error.",
+                ))(xch, domid, nr_extents, extent_order, mem_flags, extent_start)
+        }
+    }
+    pub unsafe fn xc_domain_claim_pages(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+        nr_pages: ::std::os::raw::c_ulong,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_domain_claim_pages
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domid, nr_pages)
+        }
+    }
     pub unsafe fn xc_domain_get_pod_target(
         &self,
         xch: *mut xc_interface,
@@ -905,6 +1572,20 @@ impl CtrlLib {
                 .expect("Expected function, got error."))(xch, cmd, arg)
         }
     }
+    pub unsafe fn xc_hvm_param_set(
+        &self,
+        handle: *mut xc_interface,
+        dom: u32,
+        param: u32,
+        value: u64,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_hvm_param_set
+                .as_ref()
+                .expect("Expected function, got error."))(handle, dom, param, value)
+        }
+    }
     pub unsafe fn xc_hvm_param_get(
         &self,
         handle: *mut xc_interface,
@@ -917,6 +1598,71 @@ impl CtrlLib {
                 .xc_hvm_param_get
                 .as_ref()
                 .expect("Expected function, got error."))(handle, dom, param, value)
+        }
+    }
+    pub unsafe fn xc_mem_paging_enable(
+        &self,
+        xch: *mut xc_interface,
+        domain_id: u32,
+        port: *mut u32,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_mem_paging_enable
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domain_id, port)
+        }
+    }
+    pub unsafe fn xc_mem_paging_disable(
+        &self,
+        xch: *mut xc_interface,
+        domain_id: u32,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_mem_paging_disable
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domain_id)
+        }
+    }
+    pub unsafe fn xc_mem_paging_nominate(
+        &self,
+        xch: *mut xc_interface,
+        domain_id: u32,
+        gfn: u64,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_mem_paging_nominate
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domain_id, gfn)
+        }
+    }
+    pub unsafe fn xc_mem_paging_evict(
+        &self,
+        xch: *mut xc_interface,
+        domain_id: u32,
+        gfn: u64,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_mem_paging_evict
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domain_id, gfn)
+        }
+    }
+    pub unsafe fn xc_mem_paging_load(
+        &self,
+        xch: *mut xc_interface,
+        domain_id: u32,
+        gfn: u64,
+        buffer: *mut ::std::os::raw::c_void,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_mem_paging_load
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domain_id, gfn, buffer)
         }
     }
     pub unsafe fn xc_memshr_control(
@@ -1014,6 +1760,201 @@ impl CtrlLib {
                 .xc_sharing_used_frames
                 .as_ref()
                 .expect("Expected function, got error."))(xch)
+        }
+    }
+}
+}
+
+pub mod evtchn {
+use super::{FILE, libxl_asyncop_how, xentoollog_logger};
+
+pub type evtchn_port_t = u32;
+pub type xenevtchn_port_or_error_t = ::std::os::raw::c_int;
+#[repr(C)]
+#[derive(Debug)]
+pub struct xenevtchn_handle {
+    _unused: [u8; 0],
+}
+pub struct EvtchnLib {
+    __library: ::libloading::Library,
+    pub xenevtchn_open: Result<
+        unsafe extern "C" fn(
+            logger: *mut xentoollog_logger,
+            flags: ::std::os::raw::c_uint,
+        ) -> *mut xenevtchn_handle,
+        ::libloading::Error,
+    >,
+    pub xenevtchn_close: Result<
+        unsafe extern "C" fn(xce: *mut xenevtchn_handle) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xenevtchn_fd: Result<
+        unsafe extern "C" fn(xce: *mut xenevtchn_handle) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xenevtchn_notify: Result<
+        unsafe extern "C" fn(
+            xce: *mut xenevtchn_handle,
+            port: evtchn_port_t,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xenevtchn_bind_interdomain: Result<
+        unsafe extern "C" fn(
+            xce: *mut xenevtchn_handle,
+            domid: u32,
+            remote_port: evtchn_port_t,
+        ) -> xenevtchn_port_or_error_t,
+        ::libloading::Error,
+    >,
+    pub xenevtchn_unbind: Result<
+        unsafe extern "C" fn(
+            xce: *mut xenevtchn_handle,
+            port: evtchn_port_t,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xenevtchn_pending: Result<
+        unsafe extern "C" fn(xce: *mut xenevtchn_handle) -> xenevtchn_port_or_error_t,
+        ::libloading::Error,
+    >,
+    pub xenevtchn_unmask: Result<
+        unsafe extern "C" fn(
+            xce: *mut xenevtchn_handle,
+            port: evtchn_port_t,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+}
+impl EvtchnLib {
+    pub unsafe fn new<P>(path: P) -> Result<Self, ::libloading::Error>
+    where
+        P: AsRef<::std::ffi::OsStr>,
+    {
+        let path = path.as_ref();
+        let library = unsafe { ::libloading::Library::new(path) }?;
+        unsafe { Self::from_library(library) }
+    }
+    pub unsafe fn from_library<L>(library: L) -> Result<Self, ::libloading::Error>
+    where
+        L: Into<::libloading::Library>,
+    {
+        let __library = library.into();
+        let xenevtchn_open = unsafe { __library.get(b"xenevtchn_open\0") }
+            .map(|sym| *sym);
+        let xenevtchn_close = unsafe { __library.get(b"xenevtchn_close\0") }
+            .map(|sym| *sym);
+        let xenevtchn_fd = unsafe { __library.get(b"xenevtchn_fd\0") }.map(|sym| *sym);
+        let xenevtchn_notify = unsafe { __library.get(b"xenevtchn_notify\0") }
+            .map(|sym| *sym);
+        let xenevtchn_bind_interdomain = unsafe {
+            __library.get(b"xenevtchn_bind_interdomain\0")
+        }
+            .map(|sym| *sym);
+        let xenevtchn_unbind = unsafe { __library.get(b"xenevtchn_unbind\0") }
+            .map(|sym| *sym);
+        let xenevtchn_pending = unsafe { __library.get(b"xenevtchn_pending\0") }
+            .map(|sym| *sym);
+        let xenevtchn_unmask = unsafe { __library.get(b"xenevtchn_unmask\0") }
+            .map(|sym| *sym);
+        Ok(EvtchnLib {
+            __library,
+            xenevtchn_open,
+            xenevtchn_close,
+            xenevtchn_fd,
+            xenevtchn_notify,
+            xenevtchn_bind_interdomain,
+            xenevtchn_unbind,
+            xenevtchn_pending,
+            xenevtchn_unmask,
+        })
+    }
+    pub unsafe fn xenevtchn_open(
+        &self,
+        logger: *mut xentoollog_logger,
+        flags: ::std::os::raw::c_uint,
+    ) -> *mut xenevtchn_handle {
+        unsafe {
+            (self
+                .xenevtchn_open
+                .as_ref()
+                .expect("Expected function, got error."))(logger, flags)
+        }
+    }
+    pub unsafe fn xenevtchn_close(
+        &self,
+        xce: *mut xenevtchn_handle,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self.xenevtchn_close.as_ref().expect("Expected function, got error."))(xce)
+        }
+    }
+    pub unsafe fn xenevtchn_fd(
+        &self,
+        xce: *mut xenevtchn_handle,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self.xenevtchn_fd.as_ref().expect("Expected function, got error."))(xce)
+        }
+    }
+    pub unsafe fn xenevtchn_notify(
+        &self,
+        xce: *mut xenevtchn_handle,
+        port: evtchn_port_t,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xenevtchn_notify
+                .as_ref()
+                .expect("Expected function, got error."))(xce, port)
+        }
+    }
+    pub unsafe fn xenevtchn_bind_interdomain(
+        &self,
+        xce: *mut xenevtchn_handle,
+        domid: u32,
+        remote_port: evtchn_port_t,
+    ) -> xenevtchn_port_or_error_t {
+        unsafe {
+            (self
+                .xenevtchn_bind_interdomain
+                .as_ref()
+                .expect("Expected function, got error."))(xce, domid, remote_port)
+        }
+    }
+    pub unsafe fn xenevtchn_unbind(
+        &self,
+        xce: *mut xenevtchn_handle,
+        port: evtchn_port_t,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xenevtchn_unbind
+                .as_ref()
+                .expect("Expected function, got error."))(xce, port)
+        }
+    }
+    pub unsafe fn xenevtchn_pending(
+        &self,
+        xce: *mut xenevtchn_handle,
+    ) -> xenevtchn_port_or_error_t {
+        unsafe {
+            (self
+                .xenevtchn_pending
+                .as_ref()
+                .expect("Expected function, got error."))(xce)
+        }
+    }
+    pub unsafe fn xenevtchn_unmask(
+        &self,
+        xce: *mut xenevtchn_handle,
+        port: evtchn_port_t,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xenevtchn_unmask
+                .as_ref()
+                .expect("Expected function, got error."))(xce, port)
         }
     }
 }

@@ -1,0 +1,50 @@
+//! Whether pages of a guest may follow it, as this host sees it.
+use xen_sys::{DomainInfo, Xenctrl};
+
+use crate::guest::Guest;
+
+/// Why no page of this guest can follow it; `None`: nothing is known here that speaks against it. `xl`: the command line of
+/// the xl that migrates it.
+pub fn refusal(guest: Option<&Guest>, xl: &[String]) -> Option<&'static str> {
+    if xl.iter().any(|word| word == "--debug") {
+        return Some("`xl migrate --debug` compares all of its memory before it is started; leave --debug out");
+    }
+    let Some(info) = guest.and_then(info) else {
+        return Some("xenfold does not know the guest: its name is not on xl's command line");
+    };
+    of_kind(&info)
+}
+
+/// The same of a guest that is looked at apart from a migration.
+pub fn of_kind(info: &DomainInfo) -> Option<&'static str> {
+    if !info.hvm {
+        Some("it is a PV guest, whose page tables Xen's toolstack rewrites; only HVM and PVH guests can")
+    } else if !info.hap {
+        Some("it has no nested paging; set hap=1 in its configuration and start it again")
+    } else {
+        None
+    }
+}
+
+/// Pages of a guest that have not come yet from where it was before. Saved or migrated now it would lose them.
+pub fn still_late(guest: &Guest) -> u64 {
+    info(guest).map_or(0, |info| info.paged_pages)
+}
+
+fn info(guest: &Guest) -> Option<DomainInfo> {
+    Xenctrl::open().ok()?.domain(guest.domid).ok()?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_named() {
+        let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let debug = refusal(None, &words("xl migrate --debug -s xenfold-ssh g h"));
+        assert!(debug.is_some_and(|why| why.contains("--debug")), "{debug:?}");
+        let unknown = refusal(None, &words("xl migrate g h"));
+        assert!(unknown.is_some_and(|why| why.contains("does not know")), "{unknown:?}");
+    }
+}

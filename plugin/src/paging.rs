@@ -1,0 +1,257 @@
+//! A guest's pages taken out and put back by Xen, as the engine wants it.
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use xen_sys::{Access, ForeignMemory, Paging, PagingError, PagingRequest, Xenctrl, hvm_param};
+use xenfold::engine::{FrameError, GuestPaging, Notices, PageRequest};
+use xenfold::late::Asking;
+use xenfold::page::{PAGE_SIZE, Pfn};
+
+use crate::guest::KnownDomain;
+
+type Page = [u8; PAGE_SIZE];
+
+/// How long somebody may have a page mapped that is being taken out.
+const EVICT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a page may wait for a free frame.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(30);
+
+const RETRY: Duration = Duration::from_millis(20);
+
+/// The guest that xl builds here.
+pub struct GuestPager {
+    domain: KnownDomain,
+    xen: Xenctrl,
+    memory: ForeignMemory,
+    paging: Option<Paging>,
+    /// What the page holds that Xen's ring is in meanwhile.
+    ring_page: Option<(Pfn, Box<Page>)>,
+    /// Free memory is kept back for the guest: from the first page on that is taken out.
+    claimed: bool,
+    /// Requests that were handed out, by their tokens.
+    requests: HashMap<u64, PagingRequest>,
+    next_token: u64,
+}
+
+impl GuestPager {
+    /// Errors: the hypervisor cannot do it, Xen's libraries are missing or of another version, or this is no dom0.
+    pub fn open(domain: KnownDomain) -> Result<GuestPager, PagingError> {
+        Paging::probe()?;
+        Ok(GuestPager {
+            domain,
+            xen: Xenctrl::open()?,
+            memory: ForeignMemory::open()?,
+            paging: None,
+            ring_page: None,
+            claimed: false,
+            requests: HashMap::new(),
+            next_token: 0,
+        })
+    }
+
+    fn domid(&self) -> Result<xen_sys::DomId, FrameError> {
+        let unknown = || FrameError::NoGuest("libxl-save-helper was not seen among xl's children".into());
+        self.domain.get().ok_or_else(unknown)
+    }
+
+    fn paging(&mut self) -> Result<&mut Paging, FrameError> {
+        let off = || FrameError::Xen("paging is off".into());
+        self.paging.as_mut().ok_or_else(off)
+    }
+
+    fn map_and<T>(
+        &self,
+        pfn: Pfn,
+        access: Access,
+        with: impl FnOnce(&xen_sys::Mapping<'_>) -> std::io::Result<T>,
+    ) -> Result<T, FrameError> {
+        let mapping = self.memory.map(self.domid()?, &[pfn.get()], access);
+        let mapping = mapping.map_err(|error| FrameError::Xen(error.to_string()))?;
+        with(&mapping).map_err(|source| FrameError::Unreadable { pfn, source })
+    }
+
+    fn write_frame(&self, pfn: Pfn, page: &Page) -> Result<(), FrameError> {
+        self.map_and(pfn, Access::ReadWrite, |mapping| mapping.write(0, page))
+    }
+}
+
+fn refused(error: PagingError) -> FrameError {
+    FrameError::Xen(error.to_string())
+}
+
+fn xen_refused(error: xen_sys::XenError) -> FrameError {
+    FrameError::Xen(error.to_string())
+}
+
+impl GuestPaging for GuestPager {
+    fn enable(&mut self) -> Result<(), FrameError> {
+        let domid = self.domid()?;
+        let ring = self
+            .xen
+            .hvm_param(domid, hvm_param::PAGING_RING_PFN)
+            .map_err(xen_refused)?;
+        let mut page = Box::new([0; PAGE_SIZE]);
+        if let Some(pfn) = Pfn::new(ring).filter(|pfn| pfn.get() != 0) {
+            // A page that is not there is given back empty.
+            let read = self.map_and(pfn, Access::Read, |mapping| mapping.read(0, &mut page));
+            log::debug!("the ring's page {pfn}: {read:?}");
+            self.ring_page = Some((pfn, page));
+        }
+        self.paging = Some(Paging::enable(domid).map_err(refused)?);
+        Ok(())
+    }
+
+    fn evict(&mut self, pfns: &[Pfn]) -> Result<Vec<bool>, FrameError> {
+        let total = match self.xen.domain(self.domid()?).map_err(xen_refused)? {
+            Some(info) => info.total_pages,
+            None => return Err(FrameError::NoGuest("it is gone".into())),
+        };
+        let mut evicted = Vec::with_capacity(pfns.len());
+        for pfn in pfns {
+            let claimed = self.claimed;
+            let paging = self.paging()?;
+            let out = paging.nominate(pfn.get()).map_err(refused)?;
+            if out {
+                evict_nominated(paging, *pfn)?;
+            }
+            if out && !claimed {
+                // Its frame is free for anybody until this.
+                paging.claim(total).map_err(refused)?;
+                self.claimed = true;
+            }
+            evicted.push(out);
+        }
+        Ok(evicted)
+    }
+
+    fn write(&mut self, pfn: Pfn, page: &Page) -> Result<(), FrameError> {
+        match &mut self.ring_page {
+            Some((ring, kept)) if *ring == pfn && self.paging.is_some() => {
+                **kept = *page;
+                Ok(())
+            }
+            _ => self.write_frame(pfn, page),
+        }
+    }
+
+    fn load(&mut self, pfn: Pfn, page: &Page) -> Result<(), FrameError> {
+        let paging = self.paging()?;
+        let begin = Instant::now();
+        loop {
+            match paging.load(pfn.get(), page) {
+                // One that is not paged out has been given up: the guest has another page there, or none.
+                Ok(_) => return Ok(()),
+                // Memory was kept back for it, but for the moment somebody was quicker.
+                Err(PagingError::NoMemory) if begin.elapsed() < MEMORY_PATIENCE => thread::sleep(RETRY),
+                Err(error) => return Err(refused(error)),
+            }
+        }
+    }
+
+    fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError> {
+        let descriptor = self.paging()?.as_fd().try_clone_to_owned();
+        let descriptor = descriptor.map_err(|error| FrameError::Xen(error.to_string()))?;
+        Ok(Box::new(Descriptor(descriptor)))
+    }
+
+    fn requests(&mut self) -> Result<Vec<PageRequest>, FrameError> {
+        let Some(paging) = &mut self.paging else {
+            return Ok(Vec::new());
+        };
+        if readable(&paging.as_fd(), Duration::ZERO) {
+            paging.take_notice().map_err(refused)?;
+        }
+        let mut asked = Vec::new();
+        for request in paging.requests() {
+            let token = self.next_token;
+            self.next_token += 1;
+            self.requests.insert(token, request);
+            asked.push(PageRequest {
+                pfn: Pfn::new(request.gfn).unwrap_or_default(),
+                asking: match request {
+                    PagingRequest { dropped: true, .. } => Asking::GivesUp,
+                    PagingRequest { paused: true, .. } => Asking::Guest,
+                    _ => Asking::Domain,
+                },
+                token,
+            });
+        }
+        Ok(asked)
+    }
+
+    fn answer(&mut self, token: u64) -> Result<(), FrameError> {
+        match self.requests.remove(&token) {
+            Some(request) => self.paging()?.answer(&request).map_err(refused),
+            None => Ok(()),
+        }
+    }
+
+    fn guest_exists(&mut self) -> Result<bool, FrameError> {
+        let info = self.xen.domain(self.domid()?).map_err(xen_refused)?;
+        Ok(info.is_some_and(|info| !info.dying))
+    }
+
+    fn hold_still(&mut self, still: bool) -> Result<(), FrameError> {
+        let domid = self.domid()?;
+        let done = if still {
+            self.xen.pause(domid)
+        } else {
+            self.xen.unpause(domid)
+        };
+        done.map_err(xen_refused)
+    }
+
+    fn has_not_run(&mut self) -> Result<bool, FrameError> {
+        let info = self.xen.domain(self.domid()?).map_err(xen_refused)?;
+        Ok(info.is_some_and(|info| info.paused && info.cpu_time_ns == 0))
+    }
+
+    fn disable(&mut self) -> Result<(), FrameError> {
+        let claimed = self.claimed;
+        if let Some(paging) = &mut self.paging {
+            if claimed {
+                paging.claim(0).map_err(refused)?;
+            }
+            paging.disable().map_err(refused)?;
+        }
+        self.paging = None;
+        self.requests.clear();
+        match self.ring_page.take() {
+            Some((pfn, page)) => self.write_frame(pfn, &page),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Evicts a page that was nominated, which is not undone otherwise: left so, the guest would be crashed at its next write to
+/// it once paging is off. Somebody may have it mapped for a moment.
+fn evict_nominated(paging: &Paging, pfn: Pfn) -> Result<(), FrameError> {
+    let begin = Instant::now();
+    while !paging.evict(pfn.get()).map_err(refused)? {
+        if begin.elapsed() > EVICT_PATIENCE {
+            return Err(FrameError::Xen(format!(
+                "page {pfn} was to be taken out, and somebody has it mapped"
+            )));
+        }
+        thread::sleep(RETRY);
+    }
+    Ok(())
+}
+
+struct Descriptor(OwnedFd);
+
+impl Notices for Descriptor {
+    fn wait(&mut self, patience: Duration) -> bool {
+        readable(&self.0, patience)
+    }
+}
+
+fn readable(descriptor: &impl AsFd, patience: Duration) -> bool {
+    let patience = Timespec::try_from(patience).ok();
+    let polled = poll(&mut [PollFd::new(descriptor, PollFlags::IN)], patience.as_ref());
+    polled.is_ok_and(|ready| ready > 0)
+}

@@ -1,0 +1,466 @@
+//! Late pages at the destination: taken out of the guest before it starts, fetched when somebody touches them, put where
+//! they belong when they come.
+//!
+//! Two threads work on one state: whoever reads the connection brings pages ([`Landing::arrived`]), and the pager's own
+//! thread hears Xen ([`Landing::serve`]).
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::link::Link;
+use super::threads::spawn;
+use super::{EngineError, FrameError, Frames};
+use crate::codec::Decompressor;
+use crate::late::{Arrival, Asking, Pager};
+use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, ZERO_PAGE};
+use crate::report::LateFigures;
+use crate::table::PageIds;
+use crate::wire::{Kind, LatePages, LateRow, MAX_WANTS, want_body};
+
+/// Pages that are taken out of the guest in one go.
+const EVICT_PAGES: usize = 256;
+
+/// How long the pager waits for Xen before it looks around.
+const LOOK_AROUND: Duration = Duration::from_millis(100);
+
+/// How often it is looked whether the guest is still there.
+const ALIVE: Duration = Duration::from_secs(1);
+
+/// Somebody asks for a page that is not there.
+#[derive(Clone, Copy, Debug)]
+pub struct PageRequest {
+    pub pfn: Pfn,
+    pub asking: Asking,
+    /// What the request is answered by ([`GuestPaging::answer`]).
+    pub token: u64,
+}
+
+/// Takes pages out of the guest under construction and puts them back, as Xen's mem_paging does.
+pub trait GuestPaging: Send {
+    /// Begins. Errors: this guest's pages cannot be left behind.
+    fn enable(&mut self) -> Result<(), FrameError>;
+
+    /// Takes pages out; which of them. Those that are not taken out hold memory and can be written to.
+    fn evict(&mut self, pfns: &[Pfn]) -> Result<Vec<bool>, FrameError>;
+
+    /// Fills a page that was not taken out. The guest does not run yet.
+    fn write(&mut self, pfn: Pfn, page: &[u8; PAGE_SIZE]) -> Result<(), FrameError>;
+
+    /// Puts a page back that was taken out; one that the guest has given up meanwhile is left alone.
+    fn load(&mut self, pfn: Pfn, page: &[u8; PAGE_SIZE]) -> Result<(), FrameError>;
+
+    /// Waits for requests, beside everything else.
+    fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError>;
+
+    /// Requests that have come since the last time.
+    fn requests(&mut self) -> Result<Vec<PageRequest>, FrameError>;
+
+    /// Whoever asked goes on.
+    fn answer(&mut self, token: u64) -> Result<(), FrameError>;
+
+    /// Whether there is such a guest, running or not.
+    fn guest_exists(&mut self) -> Result<bool, FrameError>;
+
+    /// Lets no processor of the guest's run, or takes that back.
+    fn hold_still(&mut self, still: bool) -> Result<(), FrameError>;
+
+    /// Whether the guest has never run and is not about to: somebody keeps it paused.
+    fn has_not_run(&mut self) -> Result<bool, FrameError>;
+
+    /// Ends. All pages are back, or the guest is gone.
+    fn disable(&mut self) -> Result<(), FrameError>;
+}
+
+/// Waits for requests.
+pub trait Notices: Send {
+    /// Whether there may be one; false after `patience`.
+    fn wait(&mut self, patience: Duration) -> bool;
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Landed {
+    /// Every page is where it belongs.
+    All,
+    /// The guest is gone, and nobody needs them.
+    GuestGone,
+}
+
+/// The late pages of one guest.
+pub(super) struct Landing {
+    state: Mutex<State>,
+    changed: Condvar,
+    link: Link,
+    key: ContentKey,
+    start: Instant,
+}
+
+struct State {
+    pager: Pager<u64>,
+    paging: Box<dyn GuestPaging>,
+    /// Late pages that were not taken out of the guest, ascending.
+    resident: Vec<Pfn>,
+    decompressor: Decompressor,
+    /// Reads pages that others are the same as.
+    frames: Frames,
+    /// What the pages held that came, where that is to be verified.
+    came: Option<PageIds>,
+    /// When the guest could be started.
+    started: Option<Instant>,
+    figures: LateFigures,
+    /// Nobody needs the pages any more.
+    gone: bool,
+    ended: Option<Landed>,
+    /// The guest stands still because pages cannot come.
+    stands: bool,
+}
+
+/// What a landing is made from.
+pub(super) struct Late {
+    /// Late pages, ascending.
+    pub pages: Vec<Pfn>,
+    pub paging: Box<dyn GuestPaging>,
+    pub frames: Frames,
+    pub verify: bool,
+    pub link: Link,
+    pub key: ContentKey,
+}
+
+impl Landing {
+    /// Takes the late pages out of the guest. Where Xen does not do that they have to come before the guest is started:
+    /// [`Landing::wait_resident`].
+    pub fn prepare(late: Late) -> Result<Arc<Landing>, EngineError> {
+        let Late {
+            pages,
+            mut paging,
+            mut frames,
+            verify,
+            link,
+            key,
+        } = late;
+        let start = Instant::now();
+        let mut resident = Vec::new();
+        let mut pager = Pager::new(pages.iter().copied());
+        // Xen's toolstack has emptied these, and whoever is at the other end of them has begun anew.
+        let rewritten = frames
+            .as_mut()
+            .map_or(Ok(Vec::new()), |frames| frames.rewritten_by_xen())?;
+        rewritten.iter().for_each(|pfn| pager.leave_alone(*pfn));
+        let pages: Vec<Pfn> = pager.missing_pages().collect();
+        match paging.enable() {
+            Ok(()) => {
+                for batch in pages.chunks(EVICT_PAGES) {
+                    let evicted = paging.evict(batch)?;
+                    let kept = batch.iter().enumerate();
+                    resident.extend(
+                        kept.filter(|(at, _)| evicted.get(*at) != Some(&true))
+                            .map(|(_, pfn)| *pfn),
+                    );
+                }
+            }
+            Err(error) => {
+                log::warn!("no page of this guest can be left behind ({error}): all come before it is started");
+                resident.clone_from(&pages);
+            }
+        }
+        let figures = LateFigures {
+            fetched_before: resident.len() as u64,
+            evict_time_ms: start.elapsed().as_millis() as u64,
+            ..LateFigures::default()
+        };
+        Ok(Arc::new(Landing {
+            state: Mutex::new(State {
+                pager,
+                paging,
+                resident,
+                decompressor: Decompressor::default(),
+                frames,
+                came: verify.then(PageIds::default),
+                started: None,
+                figures,
+                gone: false,
+                ended: None,
+                stands: false,
+            }),
+            changed: Condvar::new(),
+            link,
+            key,
+            start,
+        }))
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Asks for the pages that have to be there before the guest is started. Whether there are any.
+    pub fn ask_resident(&self) -> Result<bool, EngineError> {
+        let mut state = self.state.lock();
+        for pfn in state.resident.clone() {
+            state.pager.bring(pfn);
+        }
+        let some = !state.resident.is_empty();
+        self.ask(state)?;
+        Ok(some)
+    }
+
+    /// Whether all pages are there that have to be before the guest is started. Waits for a moment.
+    pub fn wait_resident(&self, patience: Duration) -> bool {
+        let mut state = self.state.lock();
+        let missing = |state: &State| {
+            state
+                .resident
+                .iter()
+                .any(|pfn| state.pager.judge(*pfn) == Arrival::Late)
+        };
+        if missing(&state) {
+            // Whatever wakes it, it is looked again.
+            let _ = self.changed.wait_for(&mut state, patience);
+        }
+        !missing(&state)
+    }
+
+    /// Starts the pager. From here on somebody may touch the pages.
+    pub fn serve(self: &Arc<Landing>) -> Result<(), EngineError> {
+        let mut state = self.state.lock();
+        state.started = Some(Instant::now());
+        let notices = if state.pager.missing() == 0 {
+            None
+        } else {
+            Some(state.paging.notices()?)
+        };
+        drop(state);
+        let landing = self.clone();
+        spawn("xenfold-pager", move || {
+            if let Some(notices) = notices {
+                landing.run(notices);
+            }
+            landing.finish();
+        })?;
+        Ok(())
+    }
+
+    fn run(&self, mut notices: Box<dyn Notices>) {
+        let mut looked = Instant::now();
+        loop {
+            notices.wait(LOOK_AROUND);
+            let state = self.state.lock();
+            if state.gone || state.pager.missing() == 0 {
+                return;
+            }
+            if let Err(error) = self.take_requests(state) {
+                self.stands_still(&error);
+            }
+            if looked.elapsed() >= ALIVE {
+                looked = Instant::now();
+                let mut state = self.state.lock();
+                if matches!(state.paging.guest_exists(), Ok(false)) {
+                    state.pager.abandon();
+                    state.gone = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take_requests(&self, mut state: MutexGuard<'_, State>) -> Result<(), EngineError> {
+        let now = self.now();
+        for PageRequest { pfn, asking, token } in state.paging.requests()? {
+            if let Some(token) = state.pager.asked(now, pfn, asking, token) {
+                state.paging.answer(token)?;
+            }
+        }
+        self.ask(state)
+    }
+
+    /// Sends what there is to ask for.
+    fn ask(&self, mut state: MutexGuard<'_, State>) -> Result<(), EngineError> {
+        loop {
+            let wants = state.pager.wants(MAX_WANTS);
+            if wants.is_empty() {
+                return Ok(());
+            }
+            let body = want_body(&wants);
+            MutexGuard::unlocked(&mut state, || self.link.send(Kind::Want, &[&body]))
+                .map_err(|error| EngineError::Wire(error.into()))?;
+        }
+    }
+
+    /// Takes the body of a Late frame. Errors: it is not what the source said that it is, or nobody may send it.
+    pub fn arrived(&self, body: &[u8]) -> Result<(), EngineError> {
+        let frame = LatePages::parse(body)?;
+        let full = frame.pages.iter().filter(|(_, row)| matches!(row, LateRow::Full(_)));
+        let ids: Vec<ContentId> = full.filter_map(|(_, row)| content(row)).collect();
+        let mut state = self.state.lock();
+        let pages = match ids.len() {
+            0 if frame.block.is_empty() => Vec::new(),
+            0 => return Err(EngineError::Protocol("late pages come with bytes of no page")),
+            count => state.decompressor.decompress(frame.codec, frame.block, count)?,
+        };
+        let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
+        let mut full = pages.iter().zip(self.key.ids(pages));
+        for (pfn, row) in &frame.pages {
+            let page = match row {
+                LateRow::Full(id) => {
+                    let (page, hash) = full.next().ok_or(EngineError::WorkerLost)?;
+                    if hash != *id {
+                        return Err(EngineError::ContentDiffers { pfn: *pfn });
+                    }
+                    Some(*page)
+                }
+                LateRow::Zero | LateRow::Gone => Some(ZERO_PAGE),
+                LateRow::Same(id, other) => state.same(&self.key, *id, *other),
+            };
+            match (state.pager.judge(*pfn), page) {
+                (Arrival::Unknown, _) => return Err(EngineError::Protocol("a page came that is not late")),
+                (Arrival::NotNeeded, _) => {}
+                (Arrival::Late, Some(page)) => self.put(&mut state, *pfn, &page, content(row))?,
+                (Arrival::Late, None) => state.pager.again(*pfn),
+            }
+        }
+        let last = state.pager.missing() == 0;
+        self.ask(state)?;
+        if last || self.state.lock().started.is_none() {
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    fn put(
+        &self,
+        state: &mut State,
+        pfn: Pfn,
+        page: &[u8; PAGE_SIZE],
+        id: Option<ContentId>,
+    ) -> Result<(), EngineError> {
+        if state.resident.binary_search(&pfn).is_ok() {
+            state.paging.write(pfn, page)?;
+        } else {
+            state.paging.load(pfn, page)?;
+        }
+        if let Some(came) = &mut state.came {
+            came.set(pfn, id.unwrap_or_else(|| self.key.id(page)))?;
+        }
+        for token in state.pager.landed(self.now(), pfn) {
+            state.paging.answer(token)?;
+        }
+        Ok(())
+    }
+
+    /// All pages are there, or nobody needs them any more: lets go of the guest.
+    fn finish(&self) {
+        let mut state = self.state.lock();
+        while !state.gone {
+            match state.let_go(&self.key) {
+                Ok(()) => break,
+                Err(error) if matches!(state.paging.guest_exists(), Ok(false)) => {
+                    log::debug!("the guest has ended: {error}");
+                    state.gone = true;
+                }
+                Err(error) => {
+                    log::warn!("the last page has come, and the guest cannot be let go yet: {error}");
+                    MutexGuard::unlocked(&mut state, || std::thread::sleep(ALIVE));
+                }
+            }
+        }
+        state.figures.time_ms = state.started.map_or(0, |time| time.elapsed().as_millis() as u64);
+        state.ended = Some(if state.gone { Landed::GuestGone } else { Landed::All });
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The guest is not to be run here: nobody waits for its pages any more.
+    pub fn dismantle(&self) {
+        let mut state = self.state.lock();
+        state.pager.abandon();
+        state.gone = true;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits for the end.
+    pub fn wait(&self) -> Landed {
+        let mut state = self.state.lock();
+        loop {
+            match state.ended {
+                Some(ended) => return ended,
+                None => self.changed.wait(&mut state),
+            }
+        }
+    }
+
+    /// Pages cannot come: the guest is held still, and that is said.
+    pub fn stands_still(&self, error: &EngineError) {
+        let mut state = self.state.lock();
+        if state.gone || state.ended.is_some() || state.stands {
+            return;
+        }
+        state.stands = true;
+        let held = state.paging.hold_still(true);
+        log::error!(
+            "{} pages of the guest are still on the other host and cannot be had: {}. The guest stands still here{}, and its \
+             memory there is kept.",
+            state.pager.missing(),
+            super::chain(error),
+            held.err()
+                .map(|error| format!(" as soon as it needs one ({error})"))
+                .unwrap_or_default()
+        );
+    }
+
+    pub fn figures(&self) -> LateFigures {
+        let state = self.state.lock();
+        LateFigures {
+            fetched_before: state.figures.fetched_before,
+            evict_time_ms: state.figures.evict_time_ms,
+            time_ms: state.figures.time_ms,
+            verified_pages: state.figures.verified_pages,
+            different_pages: state.figures.different_pages,
+            ..state.pager.figures()
+        }
+    }
+}
+
+fn content(row: &LateRow) -> Option<ContentId> {
+    match row {
+        LateRow::Full(id) | LateRow::Same(id, _) => Some(*id),
+        LateRow::Zero | LateRow::Gone => None,
+    }
+}
+
+impl State {
+    /// What another page of the guest holds, if that is what is wanted. One that is not there is not looked at: that would
+    /// wait for ourselves.
+    fn same(&mut self, key: &ContentKey, id: ContentId, other: Pfn) -> Option<[u8; PAGE_SIZE]> {
+        if self.pager.judge(other) == Arrival::Late {
+            return None;
+        }
+        let mut page = [0; PAGE_SIZE];
+        self.frames.as_mut()?.read(&[other], &mut page).ok()?;
+        (key.id(&page) == id).then_some(page)
+    }
+
+    /// Turns paging off. A processor that asked for a page just before that came has asked by the time that it stands still.
+    fn let_go(&mut self, key: &ContentKey) -> Result<(), FrameError> {
+        let paused = self.paging.has_not_run()?;
+        self.paging.hold_still(true)?;
+        let answered = self.paging.requests().and_then(|requests| {
+            requests
+                .iter()
+                .try_for_each(|request| self.paging.answer(request.token))
+        });
+        let off = answered.and_then(|()| self.paging.disable());
+        if let (Ok(()), true, Some(came), Some(frames)) = (&off, paused, &self.came, &mut self.frames) {
+            match super::verify::read_back(came, frames.as_mut(), key) {
+                Ok(verified) => {
+                    self.figures.verified_pages = verified.equal;
+                    self.figures.different_pages = verified.different;
+                }
+                Err(error) => log::warn!("the late pages cannot be verified: {error}"),
+            }
+        }
+        self.paging.hold_still(false)?;
+        off
+    }
+}

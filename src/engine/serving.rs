@@ -1,0 +1,252 @@
+//! The source's thread that sends late pages: those that are asked for, then the others, from the suspended guest's frames.
+//!
+//! Nothing is kept of the pages: a backend may still finish reading into one, so what a page holds is what it holds when it
+//! is sent.
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::link::Link;
+use super::threads::spawn;
+use super::{EngineError, FrameError, FrameSource};
+use crate::codec::{Compressor, Level};
+use crate::late::{Batch, Next, PageServer};
+use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, is_zero};
+use crate::report::Figures;
+use crate::table::PageTable;
+use crate::wire::{Kind, LatePages, LateRow, wants};
+
+/// How hard late pages are compressed: somebody may wait for them.
+const LEVEL: Level = Level::Zstd(1);
+
+/// What tells pings behind late pages from the others.
+const LATE_PING: u64 = 1 << 63;
+
+/// What is needed to send late pages.
+pub(super) struct Served {
+    pub server: PageServer,
+    pub pages: u64,
+    pub frames: Box<dyn FrameSource>,
+    pub link: Link,
+    pub key: ContentKey,
+    /// What the pages hold that are not late.
+    pub table: Arc<PageTable>,
+    pub figures: Arc<Mutex<Figures>>,
+}
+
+/// The thread, as the phases see it. Dropped, it ends.
+pub(super) struct Serving {
+    shared: Arc<Shared>,
+    _thread: JoinHandle<()>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    start: Instant,
+}
+
+struct State {
+    server: PageServer,
+    closed: bool,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.shared.state.lock().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Serving {
+    pub fn start(served: Served) -> Result<Serving, EngineError> {
+        let Served {
+            server,
+            pages,
+            frames,
+            link,
+            key,
+            table,
+            figures,
+        } = served;
+        figures.lock().late.get_or_insert_default().pages = pages;
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State { server, closed: false }),
+            changed: Condvar::new(),
+            start: Instant::now(),
+        });
+        let sender = Sender {
+            zero: key.id(&crate::page::ZERO_PAGE),
+            frames,
+            link,
+            key,
+            table,
+            sent: PageTable::default(),
+            compressor: Compressor::default(),
+            figures,
+        };
+        let with = shared.clone();
+        let thread = spawn("xenfold-late", move || with.run(sender))?;
+        Ok(Serving {
+            shared,
+            _thread: thread,
+        })
+    }
+
+    /// The destination asks for pages. Errors: one of them is not late.
+    pub fn want(&self, body: &[u8]) -> Result<(), EngineError> {
+        let wants = wants(body)?;
+        let mut state = self.shared.state.lock();
+        if !wants.into_iter().all(|want| state.server.want(want)) {
+            return Err(EngineError::Protocol("a page was asked for that is not late"));
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// The destination can take all pages.
+    pub fn push(&self) {
+        self.shared.state.lock().server.push();
+        self.shared.changed.notify_all();
+    }
+
+    /// The destination has answered a ping: one of ours or another.
+    pub fn answered(&self, body: &[u8]) {
+        let number = <[u8; 8]>::try_from(body).map_or(0, u64::from_le_bytes);
+        if number & LATE_PING != 0 {
+            let now = self.shared.start.elapsed();
+            self.shared.state.lock().server.answered(now, number & !LATE_PING);
+            self.shared.changed.notify_all();
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self, mut sender: Sender) {
+        let mut state = self.state.lock();
+        while !state.closed {
+            match state.server.next(self.start.elapsed()) {
+                Next::Wait => self.changed.wait(&mut state),
+                Next::At(time) => {
+                    // Whatever wakes it, it looks again.
+                    let _ = self.changed.wait_until(&mut state, self.start + time);
+                }
+                Next::Send(batch) => {
+                    drop(state);
+                    let sent = sender.send(&batch);
+                    state = self.state.lock();
+                    match sent {
+                        Ok(bytes) => state.server.sent(self.start.elapsed(), &batch, bytes),
+                        // The reader of the connection finds it broken, too, and tells the phases.
+                        Err(error) => {
+                            log::debug!("late pages cannot be sent: {error}");
+                            state.closed = true;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+struct Sender {
+    frames: Box<dyn FrameSource>,
+    link: Link,
+    key: ContentKey,
+    zero: ContentId,
+    table: Arc<PageTable>,
+    /// What the late pages held that were sent.
+    sent: PageTable,
+    compressor: Compressor,
+    figures: Arc<Mutex<Figures>>,
+}
+
+/// Pages, and what each is.
+type Rows = Vec<(Pfn, LateRow)>;
+
+impl Sender {
+    /// Sends a batch, and a ping behind it. Bytes that went to the link.
+    fn send(&mut self, batch: &Batch) -> Result<usize, EngineError> {
+        let (rows, full) = self.rows(batch)?;
+        let packed = self.compressor.compress(LEVEL, &full);
+        let frame = LatePages {
+            pages: rows,
+            codec: packed.as_ref().map_or(Level::Raw, |_| LEVEL).wire(),
+            block: packed.as_ref().unwrap_or(&full),
+        };
+        let bytes = frame.parts(|parts| {
+            let bytes: usize = parts.iter().map(|part| part.len()).sum();
+            self.say(Kind::Late, parts).map(|()| bytes)
+        })?;
+        self.say(Kind::Ping, &[&(batch.number | LATE_PING).to_le_bytes()])?;
+        let mut figures = self.figures.lock();
+        figures.wire_bytes = self.link.bytes();
+        figures.stream_bytes += (batch.pages.len() * PAGE_SIZE) as u64;
+        figures.memory_processed_bytes += (batch.pages.len() * PAGE_SIZE) as u64;
+        figures.late.get_or_insert_default().sent += batch.pages.len() as u64;
+        Ok(bytes)
+    }
+
+    fn say(&self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
+        self.link
+            .send(kind, parts)
+            .map_err(|error| EngineError::Wire(error.into()))
+    }
+
+    /// What each page is, and the bytes of those that are sent in full.
+    fn rows(&mut self, batch: &Batch) -> Result<(Rows, Vec<u8>), EngineError> {
+        let mut pages = vec![0; batch.pages.len() * PAGE_SIZE];
+        let gone = read_or_gone(self.frames.as_mut(), &batch.pages, &mut pages)?;
+        let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
+        let ids = self.key.ids(pages);
+        let (mut rows, mut full) = (Vec::new(), Vec::new());
+        for (((pfn, page), id), gone) in batch.pages.iter().zip(pages).zip(ids).zip(gone) {
+            let row = if gone {
+                LateRow::Gone
+            } else if id == self.zero && is_zero(page) {
+                LateRow::Zero
+            } else if let Some(other) = self.holder(&id).filter(|_| !batch.plain) {
+                LateRow::Same(id, other)
+            } else {
+                full.extend_from_slice(page);
+                LateRow::Full(id)
+            };
+            if !gone {
+                // Without it, pages like this one are sent in full.
+                let _ = self.sent.set(*pfn, id);
+            }
+            rows.push((*pfn, row));
+        }
+        Ok((rows, full))
+    }
+
+    /// A page that the destination has, and that held this content once.
+    fn holder(&self, id: &ContentId) -> Option<Pfn> {
+        self.sent.holder(id).or_else(|| self.table.holder(id))
+    }
+}
+
+/// Reads pages; which of them are not there any more.
+pub(super) fn read_or_gone(
+    frames: &mut dyn FrameSource,
+    pfns: &[Pfn],
+    pages: &mut [u8],
+) -> Result<Vec<bool>, EngineError> {
+    let mut gone = vec![false; pfns.len()];
+    match frames.read(pfns, pages) {
+        Ok(()) => return Ok(gone),
+        Err(FrameError::Unreadable { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    for ((pfn, page), gone) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)).zip(&mut gone) {
+        match frames.read(&[*pfn], page) {
+            Ok(()) => {}
+            Err(FrameError::Unreadable { .. }) => *gone = true,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(gone)
+}

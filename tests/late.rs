@@ -1,0 +1,328 @@
+//! Pages that follow a guest: whatever it touches and writes while they arrive, it finds what the source had when it was
+//! suspended, and no page comes over what it has written itself.
+#[path = "support/hosts.rs"]
+mod hosts;
+#[path = "support/living.rs"]
+mod living;
+#[path = "support/paged.rs"]
+mod paged;
+mod support;
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hosts::{DestinationXl, Fate, Outcome, Plan, SourceXl, kind, migrate, pass};
+use living::{Dice, Log, Memory, SourceFrames, around_pages, send_pages};
+use paged::{Faults, Paged};
+use parking_lot::Mutex;
+use xenfold::engine::source::Ending;
+use xenfold::engine::{DowntimeLimit, Holding, LeaveBehind, SAMPLE};
+use xenfold::late::Mode;
+use xenfold::page::Pfn;
+use xenfold::page_set::PageSet;
+use xenfold::policy::Forecast;
+use xenfold::report::LateFigures;
+
+const PIPE_BYTES: u64 = 64 << 10;
+
+#[derive(Clone, Debug)]
+struct Case {
+    seed: u64,
+    pages: u64,
+    batch: usize,
+    passes: usize,
+    mode: Mode,
+    now_pages: usize,
+    faults: Faults,
+    /// Pages that the guest touches at the destination while the others come.
+    touches: u64,
+}
+
+impl Default for Case {
+    fn default() -> Case {
+        Case {
+            seed: 1,
+            pages: 1500,
+            batch: 200,
+            passes: 3,
+            mode: Mode::Postcopy,
+            now_pages: 40,
+            faults: Faults::default(),
+            touches: 300,
+        }
+    }
+}
+
+/// The plan, the source's memory, and the guest at the destination.
+fn plan(case: &Case) -> (Plan, Arc<Mutex<Memory>>, Paged) {
+    let mut dice = Dice(case.seed);
+    let memory = Arc::new(Mutex::new(Memory {
+        pages: (0..case.pages)
+            .map(|_| (dice.throw(10) > 0).then(|| dice.throw(20)))
+            .collect(),
+        dirty: PageSet::new(case.pages),
+        writes: 20,
+        dice: Dice(case.seed ^ 77),
+        suspended: false,
+        in_write: false,
+        unsafe_peeks: 0,
+        peeks: 0,
+        busy_percent: 20,
+    }));
+    let (xls, passes, batch, pages) = (memory.clone(), case.passes, case.batch, case.pages);
+    let live = move |out: &mut dyn Write| {
+        let (before, behind) = around_pages();
+        out.write_all(&before)?;
+        let mut list: Vec<u64> = (0..pages).collect();
+        for pass in 0..=passes {
+            if pass > 0 {
+                let mut memory = xls.lock();
+                memory.suspended = pass == passes;
+                list = memory.dirty.iter().map(Pfn::get).collect();
+                memory.dirty.clear();
+            }
+            send_pages(&xls, out, &list, batch, Duration::ZERO)?;
+        }
+        out.write_all(&behind)
+    };
+    let base = Plan::new(Vec::new());
+    let guest = Paged::new(base.image.clone(), case.faults);
+    let (starting, source, touches, seed) = (guest.clone(), memory.clone(), case.touches, case.seed);
+    let start = move || {
+        if touches > 0 {
+            let right = move |page: u64| Some(source.lock().page(page)?[0]);
+            starting.run(seed ^ 3, touches, pages, right);
+        }
+    };
+    let plan = Plan {
+        live: Some(Box::new(live)),
+        verify: true,
+        paging: Some(Box::new(guest.clone())),
+        started: Some(Box::new(start)),
+        holding: Some(Holding {
+            log: Box::new(Log(memory.clone())),
+            frames: Box::new(SourceFrames(memory.clone())),
+            policy: Box::new(Forecast::new(case.pages, case.pages, SAMPLE)),
+            pipe_bytes: PIPE_BYTES,
+            model_time: Duration::from_millis(200),
+            downtime: DowntimeLimit {
+                limit: Duration::ZERO,
+                abort: false,
+            },
+            behind: Some(LeaveBehind {
+                mode: case.mode,
+                now_pages: case.now_pages,
+            }),
+        }),
+        ..base
+    };
+    (plan, memory, guest)
+}
+
+/// Every page is what the source had, or what the guest has written since.
+fn compare(memory: &Mutex<Memory>, guest: &Paged, pages: u64) {
+    let image = guest.stop();
+    let (written, given_up, wrong) = guest.story();
+    assert!(wrong.is_empty(), "{wrong:?}");
+    let memory = memory.lock();
+    for page in (0..pages).filter(|page| !given_up.contains(page)) {
+        let right = match (written.get(&page), memory.page(page)) {
+            (Some(value), _) => vec![*value; 4096],
+            (None, Some(right)) => right,
+            (None, None) => continue,
+        };
+        let found = image.get(&page);
+        assert_eq!(found, Some(&right), "page {page}: {:?}", found.map(|page| page[0]));
+    }
+    assert_eq!(guest.condition(), (0, true, false), "pages out, paging off, held still");
+}
+
+fn completed(outcome: &Outcome) -> LateFigures {
+    assert!(
+        matches!(outcome.ending, Ending::Completed { status: 0 }),
+        "{:?}; {:?}",
+        outcome.ending,
+        outcome.destination
+    );
+    assert_eq!(
+        (outcome.source_xl, outcome.destination_xl),
+        (SourceXl::Gone, DestinationXl::Running)
+    );
+    outcome.figures.late.clone().unwrap_or_default()
+}
+
+#[test]
+fn a_guest_finds_its_memory_while_it_follows() {
+    for seed in 0..30 {
+        let mut dice = Dice(seed);
+        let case = Case {
+            seed,
+            pages: 1 + dice.throw(1500),
+            batch: 1 + dice.throw(300) as usize,
+            passes: 1 + dice.throw(4) as usize,
+            mode: [Mode::Postcopy, Mode::Hybrid][dice.throw(2) as usize],
+            now_pages: dice.throw(100) as usize,
+            faults: Faults {
+                busy: [0, 0, 7, 100][dice.throw(4) as usize],
+                ..Faults::default()
+            },
+            touches: dice.throw(600),
+        };
+        let (plan, memory, guest) = plan(&case);
+        let outcome = migrate(plan);
+        let late = completed(&outcome);
+        compare(&memory, &guest, case.pages);
+        assert_eq!(late.missing, 0, "{late:?}");
+        let came = late.pushed + late.fetched + late.prefetched + late.given_up;
+        assert_eq!(late.pages, came, "{late:?}");
+    }
+}
+
+#[test]
+fn nearly_all_follows_where_that_is_wanted() {
+    let case = Case::default();
+    let (plan, memory, guest) = plan(&case);
+    let outcome = migrate(plan);
+    let late = completed(&outcome);
+    compare(&memory, &guest, case.pages);
+    assert!(late.pages > case.pages * 8 / 10, "{late:?}");
+    assert!(
+        late.started && late.faults > 0 && late.latency_longest_us > 0,
+        "{late:?}"
+    );
+    assert!(
+        outcome.figures.wire_bytes < 4096 * case.pages,
+        "pages that repeat cost little"
+    );
+}
+
+#[test]
+fn a_guest_that_stays_paused_is_compared_as_a_whole() {
+    let case = Case {
+        touches: 0,
+        ..Case::default()
+    };
+    let (plan, memory, guest) = plan(&case);
+    let outcome = migrate(plan);
+    let late = completed(&outcome);
+    compare(&memory, &guest, case.pages);
+    assert_eq!((late.verified_pages, late.different_pages), (late.pages, 0), "{late:?}");
+}
+
+#[test]
+fn without_paging_all_comes_before_the_guest_is_started() {
+    let case = Case {
+        faults: Faults {
+            no_paging: true,
+            ..Faults::default()
+        },
+        touches: 0,
+        ..Case::default()
+    };
+    let (plan, memory, guest) = plan(&case);
+    let outcome = migrate(plan);
+    let late = completed(&outcome);
+    assert_eq!(late.pages, late.fetched_before, "{late:?}");
+    compare(&memory, &guest, case.pages);
+}
+
+#[test]
+fn a_host_that_cannot_gets_the_guest_whole() {
+    let case = Case {
+        touches: 0,
+        ..Case::default()
+    };
+    let (plan, memory, guest) = plan(&case);
+    let outcome = migrate(Plan { paging: None, ..plan });
+    assert_eq!(completed(&outcome).pages, 0);
+    let (_, _, wrong) = guest.story();
+    assert!(wrong.is_empty());
+    let memory = memory.lock();
+    for page in 0..case.pages {
+        let right = memory.page(page);
+        assert!(
+            right.is_none() || outcome.image.get(&page) == right.as_ref(),
+            "page {page}"
+        );
+    }
+}
+
+#[test]
+fn a_guest_that_is_destroyed_needs_no_pages() {
+    let case = Case {
+        faults: Faults {
+            destroyed_after: Some(20),
+            ..Faults::default()
+        },
+        pages: 4000,
+        touches: 1000,
+        ..Case::default()
+    };
+    let (plan, _, _) = plan(&case);
+    let outcome = migrate(Plan {
+        link_bytes: 8 << 10,
+        ..plan
+    });
+    completed(&outcome);
+}
+
+#[test]
+fn a_guest_that_does_not_start_stays_with_its_source() {
+    let (plan, _, _) = plan(&Case {
+        touches: 0,
+        ..Case::default()
+    });
+    let outcome = migrate(Plan {
+        start_status: 1,
+        ..plan
+    });
+    assert!(matches!(outcome.ending, Ending::SourceOwns(_)), "{:?}", outcome.ending);
+    assert_eq!(
+        (outcome.source_xl, outcome.destination_xl),
+        (SourceXl::Resumed, DestinationXl::StartFailed)
+    );
+}
+
+/// A source that lies: none of it gets into the guest.
+#[test]
+fn wrong_pages_are_refused() {
+    let lies: [fn(&mut Vec<u8>); 3] = [
+        // A page that was never late.
+        |body| body[8..14].copy_from_slice(&[0xff, 0xff, 0xff, 0xff, 0xff, 0]),
+        // A content that is not what it is said to be: every id is wrong.
+        |body| {
+            let end = body.len().min(32);
+            body[16..end].iter_mut().for_each(|byte| *byte ^= 0x55);
+        },
+        // An end in between.
+        |body| body.truncate(11),
+    ];
+    for lie in lies {
+        let (plan, memory, guest) = plan(&Case {
+            touches: 0,
+            now_pages: 0,
+            ..Case::default()
+        });
+        guest.destroy_when_held_still();
+        let outcome = migrate(plan.hooks(move |_| {
+            let forth = move |frame: &mut hosts::OnTheWay| {
+                // The first frames may hold no ids.
+                if frame.kind == kind::LATE && frame.nth == 10 {
+                    lie(&mut frame.body);
+                }
+                Fate::Pass
+            };
+            (Box::new(forth), pass())
+        }));
+        let ended = matches!(outcome.ending, Ending::Completed { .. });
+        let (_, _, wrong) = guest.story();
+        assert!(wrong.is_empty(), "{wrong:?}");
+        let memory = memory.lock();
+        for (page, found) in &outcome.image {
+            let right = memory.page(*page);
+            assert!(right.is_none() || right.as_ref() == Some(found), "page {page}");
+        }
+        assert!(!ended || guest.condition().0 == 0);
+    }
+}
