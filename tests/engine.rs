@@ -640,8 +640,10 @@ fn an_xl_that_dies_leaves_one_guest() {
             Death::AfterGo => assert!(matches!(outcome.ending, Ending::Unknown(_)), "{:?}", outcome.ending),
             _ => assert!(
                 matches!(outcome.ending, Ending::SourceOwns(_)) && outcome.given_up,
-                "{:?}",
-                outcome.ending
+                "{:?}, destination {:?}, given up: {}",
+                outcome.ending,
+                outcome.destination,
+                outcome.given_up
             ),
         };
         scenarios.push((format!("destination {death:?}"), plan, Box::new(check)));
