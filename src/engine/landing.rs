@@ -271,6 +271,9 @@ impl Landing {
                 state.paging.answer(token)?;
             }
         }
+        for token in state.pager.freed() {
+            state.paging.answer(token)?;
+        }
         self.ask(state)
     }
 

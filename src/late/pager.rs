@@ -71,6 +71,8 @@ pub struct Pager<R> {
     states: Vec<State>,
     missing: u64,
     waiting: Vec<Waiting<R>>,
+    /// Of those who waited for a page that was given up.
+    freed: Vec<R>,
     for_domains: VecDeque<usize>,
     for_guest: VecDeque<usize>,
     along: VecDeque<usize>,
@@ -96,6 +98,7 @@ impl<R> Pager<R> {
             pages: ascending,
             missing,
             waiting: Vec::new(),
+            freed: Vec::new(),
             for_domains: VecDeque::new(),
             for_guest: VecDeque::new(),
             along: VecDeque::new(),
@@ -216,26 +219,21 @@ impl<R> Pager<R> {
             },
         );
         self.done(state);
-        let mut answered = Vec::new();
-        let mut index = 0;
-        while let Some(waiting) = self.waiting.get(index) {
-            if waiting.page == page {
-                self.latency.add(now.saturating_sub(waiting.since));
-                answered.push(self.waiting.swap_remove(index).request);
-            } else {
-                index += 1;
-            }
-        }
-        answered
+        let answered = self.waiting_for(page);
+        let request = |waiting: Waiting<R>| {
+            self.latency.add(now.saturating_sub(waiting.since));
+            waiting.request
+        };
+        answered.into_iter().map(request).collect()
     }
 
-    /// The page is not to come any more: the guest has given it up, or the source says that it has none.
-    pub fn gone(&mut self, now: Duration, pfn: Pfn) -> Vec<R> {
-        let answered = self.landed(now, pfn);
-        if let Some((page, _)) = self.find(pfn) {
-            self.set(page, State::GivenUp);
-        }
-        answered
+    /// Requests to answer of those who waited for pages that were given up meanwhile.
+    pub fn freed(&mut self) -> Vec<R> {
+        std::mem::take(&mut self.freed)
+    }
+
+    fn waiting_for(&mut self, page: usize) -> Vec<Waiting<R>> {
+        self.waiting.extract_if(.., |waiting| waiting.page == page).collect()
     }
 
     /// A page that came could not be used: it has to be asked for again.
@@ -327,6 +325,8 @@ impl<R> Pager<R> {
             self.figures.given_up += 1;
             self.set(page, State::GivenUp);
             self.done(state);
+            let waited = self.waiting_for(page);
+            self.freed.extend(waited.into_iter().map(|waiting| waiting.request));
         }
     }
 
@@ -414,6 +414,16 @@ mod tests {
         pager.landed(ms(0), pfn(0));
         pager.landed(ms(0), pfn(2));
         assert_eq!(pager.missing(), 0);
+    }
+
+    #[test]
+    fn who_waits_for_a_page_that_is_given_up_goes_on() {
+        let mut pager = pager(0..3);
+        assert_eq!(pager.asked(ms(0), pfn(1), Asking::Guest, 1), None);
+        assert_eq!(pager.asked(ms(0), pfn(2), Asking::Guest, 2), None);
+        assert_eq!(pager.asked(ms(1), pfn(1), Asking::GivesUp, 3), Some(3));
+        assert_eq!((pager.freed(), pager.freed()), (vec![1], vec![]));
+        assert_eq!(pager.landed(ms(2), pfn(2)), [2]);
     }
 
     #[test]
