@@ -204,6 +204,12 @@ impl Figures {
         self.memory_processed_bytes as f64 / Duration::from_millis(self.time_elapsed_ms.max(1)).as_secs_f64()
     }
 
+    /// How far the pass is through the guest's memory, 0 to 100.
+    pub fn pass_percent(&self) -> u64 {
+        let total = (self.memory_total_bytes / PAGE_SIZE as u64).max(1);
+        (self.iteration_pages.saturating_mul(100) / total).min(100)
+    }
+
     /// Notes rows of one record.
     pub fn add_rows(&mut self, pages: Pages) {
         self.pages.zero += pages.zero;

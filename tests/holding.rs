@@ -104,20 +104,7 @@ fn case() -> impl Strategy<Value = Case> {
 
 /// Migrates a guest that runs, and compares.
 fn live(case: &Case) -> Result<(Outcome, u64), String> {
-    let mut dice = Dice(case.seed);
-    let memory = Arc::new(Mutex::new(Memory {
-        pages: (0..case.pages)
-            .map(|_| (dice.throw(10) > 0).then(|| dice.throw(20)))
-            .collect(),
-        dirty: PageSet::new(case.pages as u64),
-        writes: 20,
-        dice: Dice(case.seed ^ 77),
-        suspended: false,
-        in_write: false,
-        unsafe_peeks: 0,
-        peeks: 0,
-        busy_percent: case.busy_percent,
-    }));
+    let memory = Arc::new(Mutex::new(Memory::new(case.seed, case.pages as u64, case.busy_percent)));
     let (xls, passes, batch, record_time) = (memory.clone(), case.passes, case.batch, case.record_time);
     let all: Vec<u64> = (0..case.pages as u64).collect();
     let live = move |out: &mut dyn Write| {

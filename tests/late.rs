@@ -20,7 +20,6 @@ use xenfold::engine::source::Ending;
 use xenfold::engine::{DowntimeLimit, Holding, LeaveBehind, SAMPLE};
 use xenfold::late::Mode;
 use xenfold::page::Pfn;
-use xenfold::page_set::PageSet;
 use xenfold::policy::Forecast;
 use xenfold::report::LateFigures;
 
@@ -56,20 +55,7 @@ impl Default for Case {
 
 /// The plan, the source's memory, and the guest at the destination.
 fn plan(case: &Case) -> (Plan, Arc<Mutex<Memory>>, Paged) {
-    let mut dice = Dice(case.seed);
-    let memory = Arc::new(Mutex::new(Memory {
-        pages: (0..case.pages)
-            .map(|_| (dice.throw(10) > 0).then(|| dice.throw(20)))
-            .collect(),
-        dirty: PageSet::new(case.pages),
-        writes: 20,
-        dice: Dice(case.seed ^ 77),
-        suspended: false,
-        in_write: false,
-        unsafe_peeks: 0,
-        peeks: 0,
-        busy_percent: 20,
-    }));
+    let memory = Arc::new(Mutex::new(Memory::new(case.seed, case.pages, 20)));
     let (xls, passes, batch, pages) = (memory.clone(), case.passes, case.batch, case.pages);
     let live = move |out: &mut dyn Write| {
         let (before, behind) = around_pages();

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 use xen_sys::Xenctrl;
-use xenfold::page::PAGE_SIZE;
 use xenfold::report::{Figures, LateFigures};
 
 use crate::guest::{KnownDomain, is_suspended};
@@ -141,8 +140,7 @@ pub fn line(figures: &Figures) -> String {
             mib(figures.wire_bytes)
         );
     }
-    let total = (figures.memory_total_bytes / PAGE_SIZE as u64).max(1);
-    let percent = (100 * figures.iteration_pages / total).min(100);
+    let percent = figures.pass_percent();
     format!(
         "{}: pass {}, {percent}%, {:.1} MiB/s, {:.1} MiB on the wire, {:.0}% saved",
         figures.guest,

@@ -65,12 +65,11 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         None
     });
     if let Some(guest) = &guest
-        && follow::still_late(guest) > 0
+        && let missing @ 1.. = follow::still_late(guest)
     {
         say!(
-            "xenfold: {} pages of guest {} have not come yet from where it was before: migrated now it would lose them. It is \
+            "xenfold: {missing} pages of guest {} have not come yet from where it was before: migrated now it would lose them. It is \
              untouched and runs on here; try again when they have come (`xenfold jobinfo` on the other host shows it).",
-            follow::still_late(guest),
             guest.name
         );
         return Ok(1);

@@ -12,8 +12,7 @@ use parking_lot::Mutex;
 
 use super::behind::{Behind, Fate, LeaveBehind, LeftBehind};
 use super::page_record::PageRecord;
-use super::serving::read_or_gone;
-use super::{DirtyLog, EngineError, FrameSource};
+use super::{DirtyLog, EngineError, FrameSource, read_or_gone};
 use crate::codec::MAX_ROWS;
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;

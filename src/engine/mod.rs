@@ -43,7 +43,7 @@ pub use rebuilt::WINDOW_ROWS;
 
 use std::time::Duration;
 
-use crate::page::Pfn;
+use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
 
 /// A guest's frames, where they can be read.
@@ -75,4 +75,22 @@ pub trait FrameSource: Send {
     fn rewritten_by_xen(&mut self) -> Result<Vec<Pfn>, FrameError> {
         Ok(Vec::new())
     }
+}
+
+/// Reads pages; which of them are not there any more.
+fn read_or_gone(frames: &mut dyn FrameSource, pfns: &[Pfn], pages: &mut [u8]) -> Result<Vec<bool>, EngineError> {
+    let mut gone = vec![false; pfns.len()];
+    match frames.read(pfns, pages) {
+        Ok(()) => return Ok(gone),
+        Err(FrameError::Unreadable { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    for ((pfn, page), gone) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)).zip(&mut gone) {
+        match frames.read(&[*pfn], page) {
+            Ok(()) => {}
+            Err(FrameError::Unreadable { .. }) => *gone = true,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(gone)
 }

@@ -10,7 +10,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::link::Link;
 use super::threads::spawn;
-use super::{EngineError, FrameError, FrameSource};
+use super::{EngineError, FrameSource, read_or_gone};
 use crate::codec::{Compressor, Level};
 use crate::late::{Batch, Next, PageServer};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, is_zero};
@@ -227,26 +227,4 @@ impl Sender {
     fn holder(&self, id: &ContentId) -> Option<Pfn> {
         self.sent.holder(id).or_else(|| self.table.holder(id))
     }
-}
-
-/// Reads pages; which of them are not there any more.
-pub(super) fn read_or_gone(
-    frames: &mut dyn FrameSource,
-    pfns: &[Pfn],
-    pages: &mut [u8],
-) -> Result<Vec<bool>, EngineError> {
-    let mut gone = vec![false; pfns.len()];
-    match frames.read(pfns, pages) {
-        Ok(()) => return Ok(gone),
-        Err(FrameError::Unreadable { .. }) => {}
-        Err(error) => return Err(error.into()),
-    }
-    for ((pfn, page), gone) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)).zip(&mut gone) {
-        match frames.read(&[*pfn], page) {
-            Ok(()) => {}
-            Err(FrameError::Unreadable { .. }) => *gone = true,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(gone)
 }

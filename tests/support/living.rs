@@ -43,6 +43,24 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// A guest of so many pages, a tenth of them ballooned out.
+    pub fn new(seed: u64, pages: u64, busy_percent: u64) -> Memory {
+        let mut dice = Dice(seed);
+        Memory {
+            pages: (0..pages)
+                .map(|_| (dice.throw(10) > 0).then(|| dice.throw(20)))
+                .collect(),
+            dirty: PageSet::new(pages),
+            writes: 20,
+            dice: Dice(seed ^ 77),
+            suspended: false,
+            in_write: false,
+            unsafe_peeks: 0,
+            peeks: 0,
+            busy_percent,
+        }
+    }
+
     /// The guest goes on for a while: it writes, mostly to the same pages, gives some up and takes some back.
     pub fn runs(&mut self) {
         if self.suspended {

@@ -7,6 +7,7 @@ use xenfold::migrations::UnderWay;
 use xenfold::page::PAGE_SIZE;
 
 use crate::daemon_commands::{duration, mib};
+use crate::progress;
 
 /// Lines that begin beyond this are of use to nobody, and no wider columns either.
 const WIDEST: usize = 400;
@@ -137,9 +138,10 @@ fn migration(one: &UnderWay) -> String {
     let Some(figures) = one.figures.as_ref().filter(|figures| figures.iteration > 0) else {
         return format!("{route}: waiting for the other host");
     };
-    let total = (figures.memory_total_bytes / PAGE_SIZE as u64).max(1);
-    let percent = figures.iteration_pages.saturating_mul(100) / total;
-    let percent = percent.min(100);
+    if figures.late.as_ref().is_some_and(|late| late.started) {
+        return progress::line(figures);
+    }
+    let percent = figures.pass_percent();
     let done = percent * BAR / 100;
     let bar: String = (0..BAR).map(|mark| if mark < done { '#' } else { '.' }).collect();
     format!(
