@@ -1,11 +1,12 @@
 //! Records put together: full pages, contents, deltas, and last what refers to other pages.
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select};
+use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
 
 use super::decode::{Answer, Answers};
@@ -351,7 +352,8 @@ impl Assembler {
         out: &mut [u8],
     ) -> Result<Vec<(Pfn, usize)>, EngineError> {
         let mut list = Vec::with_capacity(entries.len());
-        let mut here: HashMap<Pfn, usize> = HashMap::new();
+        let refers = rows.iter().any(|row| matches!(row, Row::Reference(_)));
+        let mut here: HashMap<Pfn, usize> = HashMap::with_capacity(if refers { entries.len() } else { 0 });
         let mut from_frames = Vec::new();
         let mut copies = Vec::new();
         let mut index = 0;
@@ -368,7 +370,9 @@ impl Assembler {
             } else if *row == Row::Absent || !is_plain(*entry) {
                 here.remove(&pfn);
             } else {
-                here.insert(pfn, index);
+                if refers {
+                    here.insert(pfn, index);
+                }
                 list.push((pfn, index));
             }
             index += usize::from(*row != Row::Absent);

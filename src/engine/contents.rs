@@ -1,8 +1,9 @@
 //! Contents beside the guest that migrates: what this host holds ([`Contents`]), and what the source knows of what the
 //! destination holds ([`Holdings`]).
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use hashbrown::HashMap;
 use parking_lot::{Mutex, RwLock};
 
 use super::page_record::PageRecord;

@@ -1,8 +1,9 @@
 //! Frames to records whose blocks are being decompressed and whose contents are being looked up.
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use hashbrown::HashMap;
 use parking_lot::{Condvar, Mutex};
 
 use super::contents::read_checked;

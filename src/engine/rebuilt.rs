@@ -1,10 +1,11 @@
 //! What both ends know to be still in memory at the destination: the newest rebuilt records.
 //!
 //! The destination keeps whole records, the source only their page numbers; both drop the oldest by the same rule.
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
+use hashbrown::HashMap;
 use parking_lot::Mutex;
 
 use crate::page::{PAGE_SIZE, Pfn};

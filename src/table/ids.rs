@@ -1,6 +1,5 @@
 //! Page number → content id, dense where the guest has memory.
-use std::collections::HashMap;
-
+use hashbrown::HashMap;
 use thiserror::Error;
 
 use crate::page::{ContentId, Pfn};

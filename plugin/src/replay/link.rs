@@ -67,6 +67,8 @@ impl fmt::Display for Rate {
 struct Pacer {
     rate: Option<f64>,
     next: Instant,
+    /// How far whoever is paced may be ahead of the link.
+    ahead: Duration,
 }
 
 impl Pacer {
@@ -74,6 +76,7 @@ impl Pacer {
         Pacer {
             rate: rate.0,
             next: Instant::now(),
+            ahead: Duration::ZERO,
         }
     }
 
@@ -89,11 +92,40 @@ impl Pacer {
         self.next = self.next.max(now - Duration::from_millis(2)) + Duration::from_secs_f64(bytes as f64 / rate);
         if let Some(wait) = self
             .next
-            .checked_duration_since(now)
+            .checked_duration_since(now + self.ahead)
             .filter(|wait| *wait > Duration::from_micros(100))
         {
             thread::sleep(wait);
         }
+    }
+}
+
+/// A file that takes bytes as a pipe to a link of a rate does.
+pub struct Paced {
+    file: File,
+    pacer: Pacer,
+}
+
+impl Paced {
+    pub fn new(file: File, rate: Rate) -> Paced {
+        let ahead = rate.0.map_or(0.0, |rate| PIPE_BYTES as f64 / rate);
+        let pacer = Pacer {
+            ahead: Duration::from_secs_f64(ahead),
+            ..Pacer::new(rate)
+        };
+        Paced { file, pacer }
+    }
+}
+
+impl Write for Paced {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.file.write(bytes)?;
+        self.pacer.sent(n);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 
@@ -198,15 +230,29 @@ pub fn to_nowhere(start: Instant, from: &mut Side, rate: Rate) -> Result<Carried
     let from = &mut from.child;
     let wire_out = pipe(from.stdout.take())?;
     let mut back_in = pipe(from.stdin.take())?;
-    // A sender of another mode does not read this.
-    let _ = Hello {
-        frames: true,
-        ..Hello::default()
-    }
-    .write(&mut back_in);
+    answer(&mut back_in);
     let nowhere = File::options().write(true).open("/dev/null")?;
     let bytes = carry(wire_out, nowhere, rate)?;
     beginning.end(bytes)
+}
+
+/// A sender that writes to a recording itself, as fast as a link takes it.
+pub fn to_recording(from: &mut Side) -> Result<()> {
+    let beginning = Beginning::of(Instant::now(), [from.starter()?]);
+    let mut back_in = pipe(from.child.stdin.take())?;
+    answer(&mut back_in);
+    // It writes nothing here, and closes it at its end.
+    io::copy(&mut pipe(from.child.stdout.take())?, &mut io::sink())?;
+    beginning.end(0).map(drop)
+}
+
+/// Says hello in the receiver's place. A sender of another mode does not read this.
+fn answer(back_in: &mut File) {
+    let hello = Hello {
+        frames: true,
+        ..Hello::default()
+    };
+    let _ = hello.write(back_in);
 }
 
 /// A receiver alone, fed from a recording. One that `answers` takes an end of the wire for a broken connection, and is

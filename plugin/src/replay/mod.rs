@@ -132,7 +132,14 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
                         round + 1,
                         arguments.repeat
                     );
-                    done.push(one_run(arguments, base.as_ref(), *mode, *rate, *measured, file_bytes)?);
+                    let case = Case {
+                        arguments,
+                        base: base.as_ref(),
+                        mode: *mode,
+                        rate: *rate,
+                        measured: *measured,
+                    };
+                    done.push(one_run(case, file_bytes)?);
                 }
             }
             runs.extend(rounds.into_iter().filter_map(median));
@@ -206,8 +213,15 @@ impl Measured {
     }
 }
 
-/// What the user asked for, and the index of the base.
-type Given<'a> = (&'a Arguments, Option<&'a tempfile::NamedTempFile>);
+/// One case of what the user asked for, with the index of the base.
+#[derive(Clone, Copy)]
+struct Case<'a> {
+    arguments: &'a Arguments,
+    base: Option<&'a tempfile::NamedTempFile>,
+    mode: Mode,
+    rate: Rate,
+    measured: Measured,
+}
 
 /// The base is read and hashed once, before anything is measured: stores know their contents.
 fn index_base(save: &Path) -> Result<tempfile::NamedTempFile> {
@@ -229,13 +243,14 @@ struct Side {
 }
 
 impl Side {
-    fn start((arguments, base): &Given<'_>, mode: Mode, role: Role, output: Option<&File>) -> Result<Side> {
+    fn start(case: Case<'_>, role: Role, output: Option<&File>) -> Result<Side> {
+        let Case { arguments, base, .. } = case;
         let figures = tempfile::NamedTempFile::new()?;
         let mut command = Command::new("/proc/self/exe");
         command
             .arg("replay-side")
             .arg(role.name())
-            .arg(mode.name())
+            .arg(case.mode.name())
             .arg(&arguments.file)
             .arg(figures.path());
         if let Some(output) = output {
@@ -248,6 +263,7 @@ impl Side {
         if let (Some(save), Some(index)) = (&arguments.base, base) {
             command.arg("--base").arg(save).arg("--base-index").arg(index.path());
         }
+        command.arg("--rate").arg(case.rate.to_string());
         let (starter, inherited) = gate::gate()?;
         command.args(inherited.arguments());
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
@@ -272,15 +288,10 @@ impl Side {
     }
 }
 
-fn one_run(
-    arguments: &Arguments,
-    base: Option<&tempfile::NamedTempFile>,
-    mode: Mode,
-    rate: Rate,
-    measured: Measured,
-    file_bytes: u64,
-) -> Result<Run> {
-    let arguments = &(arguments, base);
+fn one_run(case: Case<'_>, file_bytes: u64) -> Result<Run> {
+    let Case {
+        mode, rate, measured, ..
+    } = case;
     let output = File::from(memfd_create("xenfold-replay", MemfdFlags::CLOEXEC)?);
     reserve(&output, file_bytes)?;
     // Apart, the receiver is fed what a sender produced over the same link before.
@@ -289,37 +300,33 @@ fn one_run(
     let (carried, sender, receiver);
     match measured {
         Measured::Both => {
-            let mut to = Side::start(arguments, mode, Role::Receive, Some(&output))?;
-            let mut from = Side::start(arguments, mode, Role::Send, None)?;
+            let mut to = Side::start(case, Role::Receive, Some(&output))?;
+            let mut from = Side::start(case, Role::Send, None)?;
             carried = link::between(start, &mut from, &mut to, rate, None)?;
             receiver = to.finish()?;
             sender = from.finish()?;
         }
         Measured::Sender => {
-            let mut from = Side::start(arguments, mode, Role::SendAlone, None)?;
+            let mut from = Side::start(case, Role::SendAlone, None)?;
             carried = link::to_nowhere(start, &mut from, rate)?;
             sender = from.finish()?;
             receiver = SideFigures::default();
         }
         Measured::Receiver => {
-            let mut to = Side::start(arguments, mode, Role::Receive, Some(&output))?;
-            let mut from = Side::start(arguments, mode, Role::Send, None)?;
-            let first = link::between(start, &mut from, &mut to, rate, Some(&recorded))?;
-            to.finish()?;
-            sender = from.finish()?;
+            reserve(&recorded, file_bytes)?;
+            sender = record(case, &output, &recorded)?;
             rustix::fs::ftruncate(&output, 0)?;
             reserve(&output, file_bytes)?;
             let start = Instant::now();
-            let mut to = Side::start(arguments, mode, Role::Receive, Some(&output))?;
-            let second = link::from_recording(start, &recorded, &mut to, rate, mode == Mode::Xenfold)?;
+            let mut to = Side::start(case, Role::Receive, Some(&output))?;
             carried = link::Carried {
-                bytes: first.bytes,
-                ..second
+                bytes: recorded.metadata()?.len(),
+                ..link::from_recording(start, &recorded, &mut to, rate, mode == Mode::Xenfold)?
             };
             receiver = to.finish()?;
         }
     }
-    let equal = measured == Measured::Sender || same(&arguments.0.file, &output)?;
+    let equal = measured == Measured::Sender || same(&case.arguments.file, &output)?;
     Ok(Run {
         mode,
         link: rate.to_string(),
@@ -338,6 +345,22 @@ fn one_run(
         blocks: sender.figures.map(|figures| figures.blocks),
         equal,
     })
+}
+
+/// What a sender that has its machine for itself puts on the link: it writes to the recording itself, since whoever carried
+/// it there would take processor time from it, and it would compress otherwise. What it may leave out because the receiver
+/// holds it takes a receiver's answers, so with a base there is one beside it.
+fn record(case: Case<'_>, output: &File, recorded: &File) -> Result<SideFigures> {
+    if case.base.is_none() {
+        let mut from = Side::start(case, Role::Record, Some(recorded))?;
+        link::to_recording(&mut from)?;
+        return from.finish();
+    }
+    let mut to = Side::start(case, Role::Receive, Some(output))?;
+    let mut from = Side::start(case, Role::Send, None)?;
+    link::between(Instant::now(), &mut from, &mut to, case.rate, Some(recorded))?;
+    to.finish()?;
+    from.finish()
 }
 
 /// Takes the output's memory before anything is measured: the memory of a guest comes from Xen, not from faults of who

@@ -1,5 +1,4 @@
 //! One side of a replay, a process of its own: the wire on standard input and output.
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
@@ -8,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use hashbrown::HashMap;
 use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
 use xenfold::engine::destination::XlInput;
@@ -20,7 +20,8 @@ use xenfold::wire::Hello;
 
 use super::base::Base;
 use super::gate::{Gate, GateArguments, Gated};
-use super::{Mode, SideFigures};
+use super::link::Paced;
+use super::{Mode, Rate, SideFigures};
 use crate::usage;
 
 /// Silence that ends a replay; nothing is silent in one unless it is stuck.
@@ -31,6 +32,8 @@ pub enum Role {
     Send,
     /// Does not wait for the receiver's verdict: there is none.
     SendAlone,
+    /// The same, and what it sends is its output.
+    Record,
     Receive,
 }
 
@@ -39,6 +42,7 @@ impl Role {
         match self {
             Role::Send => "send",
             Role::SendAlone => "send-alone",
+            Role::Record => "record",
             Role::Receive => "receive",
         }
     }
@@ -56,6 +60,9 @@ pub struct SideArguments {
     base: Option<PathBuf>,
     #[arg(long)]
     base_index: Option<PathBuf>,
+    /// What the link carries, for a side that has to do with it.
+    #[arg(long)]
+    rate: Rate,
     /// Where this side says that it is ready, and where it is then told to begin.
     #[command(flatten)]
     gate: GateArguments,
@@ -65,15 +72,21 @@ pub struct SideArguments {
 pub fn run_side(arguments: &SideArguments) -> Result<()> {
     let mut side = SideFigures::default();
     let output = || -> Result<File> {
-        let path = arguments.output.as_ref().context("a receiver needs an output")?;
+        let path = arguments.output.as_ref().context("this side needs an output")?;
         Ok(File::options().read(true).write(true).open(path)?)
     };
     let gate = Gate::open(&arguments.gate)?;
+    let wire = || -> Result<Box<dyn Write + Send>> {
+        Ok(match arguments.role {
+            Role::Record => Box::new(Paced::new(output()?, arguments.rate)),
+            _ => Box::new(stdout()?),
+        })
+    };
     match (arguments.mode, arguments.role) {
         (Mode::Xenfold, Role::Receive) => receive(arguments, output()?, gate)?,
-        (Mode::Xenfold, _) => side.figures = Some(send(arguments, gate)?),
+        (Mode::Xenfold, _) => side.figures = Some(send(arguments, wire()?, gate)?),
         (_, Role::Receive) => copy_in(arguments.mode, output()?, gate)?,
-        _ => copy_out(arguments.mode, Gated::new(File::open(&arguments.file)?, gate))?,
+        _ => copy_out(arguments.mode, Gated::new(File::open(&arguments.file)?, gate), wire()?)?,
     }
     (side.cpu_ms, side.peak_rss_bytes) = usage::cpu_ms_and_peak_rss_bytes();
     std::fs::write(&arguments.figures, serde_json::to_vec(&side)?)?;
@@ -94,8 +107,7 @@ fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
     }
 }
 
-fn copy_out(mode: Mode, file: Gated) -> Result<()> {
-    let wire = stdout()?;
+fn copy_out(mode: Mode, file: Gated, wire: Box<dyn Write + Send>) -> Result<()> {
     match mode {
         Mode::Plain => copy(file, wire)?,
         Mode::Zstd1 => {
@@ -137,9 +149,9 @@ fn stdout() -> Result<File> {
     Ok(wire)
 }
 
-fn link() -> Result<LinkEnds> {
+fn link(wire: Box<dyn Write + Send>) -> Result<LinkEnds> {
     Ok(LinkEnds {
-        to_peer: Box::new(stdout()?),
+        to_peer: wire,
         from_peer: Box::new(stdin()?),
         hangup: Arc::new(|| {
             eprintln!("replay: the other side does not answer");
@@ -169,10 +181,10 @@ fn base(arguments: &SideArguments) -> Result<Option<Arc<dyn Contents>>> {
     Ok(Some(Arc::new(Base::open(save, index)?)))
 }
 
-fn send(arguments: &SideArguments, gate: Gate) -> Result<Figures> {
+fn send(arguments: &SideArguments, wire: Box<dyn Write + Send>, gate: Gate) -> Result<Figures> {
     let contents = base(arguments)?;
     let file = File::open(&arguments.file)?;
-    let negotiated = source::negotiate(link()?, &hello().with_key(&key()), TIMEOUT)?;
+    let negotiated = source::negotiate(link(wire)?, &hello().with_key(&key()), TIMEOUT)?;
     let figures = Arc::new(Mutex::new(Figures {
         mode: "xenfold".into(),
         ..Figures::default()
@@ -208,7 +220,7 @@ fn receive(arguments: &SideArguments, output: File, gate: Gate) -> Result<()> {
         ..hello()
     };
     let contents = base(arguments)?;
-    let negotiated = destination::negotiate(link()?, &hello, TIMEOUT)?;
+    let negotiated = destination::negotiate(link(Box::new(stdout()?))?, &hello, TIMEOUT)?;
     let image = Arc::new(Mutex::new(Image {
         file: output,
         written: 0,
