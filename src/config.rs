@@ -50,6 +50,9 @@ pub struct Config {
     /// Hold pages back that will be written again.
     #[serde(deserialize_with = "boolean")]
     pub hold: bool,
+    /// Send each content once; otherwise every page that is not zero.
+    #[serde(deserialize_with = "boolean")]
+    pub dedup: bool,
     /// When the guest starts at the destination.
     pub mode: Mode,
     /// Seconds for which the guest's writes are watched before its migration begins.
@@ -97,6 +100,7 @@ impl Default for Config {
             on_no_convergence: NoConvergence::GoOn,
             bandwidth: Size(0),
             hold: true,
+            dedup: true,
             mode: Mode::Precopy,
             model_seconds: 2,
             store: "/var/lib/xenfold".into(),

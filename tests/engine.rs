@@ -209,6 +209,15 @@ fn a_smaller_window_is_kept_to() {
             ..far_spec(Guest::Pvh, 7)
         })
     });
+    let none = arrives(Plan {
+        frames: false,
+        window_rows: 0,
+        ..plan_of(&StreamSpec {
+            passes: 2,
+            ..far_spec(Guest::Pvh, 7)
+        })
+    });
+    assert_eq!(none.figures.pages.reference, 0, "nothing is kept");
     assert!(
         small * 3 < usual.figures.pages.reference,
         "{small} {:?}",

@@ -23,11 +23,12 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --mode MODE      when the guest starts on the other host: precopy (when all of its memory is there), hybrid (its memory is
                    sent while it runs, what is missing when it is suspended follows), postcopy (nearly all follows)
   --no-hold        send every page of each pass, also those that will be written again
+  --no-dedup       send every page that is not zero, also those whose content has been sent or is there, to compare
   --quiet          no lines of progress, no summary
   --version, --help
 
 /etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout,
-downtime_limit, on_no_convergence, bandwidth, hold, model_seconds, mode, quiet, ssh.";
+downtime_limit, on_no_convergence, bandwidth, hold, model_seconds, mode, dedup, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -78,6 +79,7 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--verify" => parsed.config.verify = true,
             "--no-fallback" => parsed.config.fallback = false,
             "--no-hold" => parsed.config.hold = false,
+            "--no-dedup" => parsed.config.dedup = false,
             "--quiet" => parsed.config.quiet = true,
             "--stats" => parsed.config.stats = Some(PathBuf::from(value()?)),
             "--timeout" => parsed.config.timeout = number(&argument, value()?, 3600)?,

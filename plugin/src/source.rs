@@ -94,16 +94,21 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     };
     let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
     match source::negotiate(link, &hello, arguments.timeout()) {
-        Ok(negotiated) => Agent {
-            arguments,
-            guest,
-            cannot_follow,
-            contents,
-            record,
-            process,
-            xl,
+        Ok(mut negotiated) => {
+            if !arguments.config.dedup {
+                negotiated.agreement.without_references();
+            }
+            let agent = Agent {
+                arguments,
+                guest,
+                cannot_follow,
+                contents,
+                record,
+                process,
+                xl,
+            };
+            agent.migrate(negotiated)
         }
-        .migrate(negotiated),
         Err(error) => without_xenfold(arguments, &ssh, &process, record, error),
     }
 }
@@ -121,7 +126,7 @@ fn hello(arguments: &Arguments, guest: Option<&Guest>) -> Result<(Hello, Option<
         program: xenfold::VERSION.into(),
         verify: arguments.config.verify,
         late: arguments.config.mode.leaves_pages(),
-        contents: true,
+        contents: arguments.config.dedup,
         timeout_s: arguments.config.timeout,
         guest_uuid: guest.map(|guest| guest.uuid.clone()).unwrap_or_default(),
         guest_name: guest.map(|guest| guest.name.clone()).unwrap_or_default(),

@@ -59,6 +59,14 @@ pub struct Agreement {
     pub peer: Hello,
 }
 
+impl Agreement {
+    /// At the source: no row refers to another page. That none names a content is said in the own hello.
+    pub fn without_references(&mut self) {
+        self.peer.frames = false;
+        self.peer.window_rows = 0;
+    }
+}
+
 impl Hello {
     /// The key that this hello carries. Errors: absent or not 64 hexadecimal digits.
     pub fn key(&self) -> Result<ContentKey, WireError> {
