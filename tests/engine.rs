@@ -972,6 +972,7 @@ fn memory_side() {
             holding: None,
             bandwidth: None,
             contents: None,
+            connect: None,
             figures: Arc::default(),
             events: source::events(),
         };
@@ -1005,6 +1006,9 @@ fn memory_side() {
             contents: None,
             events: destination::events(),
             paging: None,
+            listen: None,
+            hello: Hello::default(),
+            watching: None,
             before_go: Box::new(|| Ok(())),
             program: "test".into(),
             usage: || (0, 0),

@@ -185,6 +185,7 @@ fn send(arguments: &SideArguments, gate: Gate) -> Result<Figures> {
         holding: None,
         bandwidth: None,
         contents,
+        connect: None,
         figures: figures.clone(),
         events: source::events(),
     };
