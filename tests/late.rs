@@ -391,7 +391,7 @@ fn with_cuts(plan: Plan, cuts: Vec<Cut>) -> (Plan, Arc<AtomicU64>) {
 #[test]
 fn a_connection_that_breaks_is_set_up_again() {
     let mut outages = 0;
-    for seed in 0..60 {
+    for seed in 0..24 {
         let mut dice = Dice(seed ^ 0x51ed);
         let case = Case {
             seed,
@@ -424,7 +424,7 @@ fn a_connection_that_breaks_is_set_up_again() {
         assert!(late.outages <= happened, "{cuts:?}: {late:?}, {happened}");
         outages += late.outages;
     }
-    assert!(outages > 30, "{outages} connections were lost");
+    assert!(outages > 12, "{outages} connections were lost");
 }
 
 /// No connection for a while: the guest stands still, and nothing of it is wrong when it goes on.

@@ -125,10 +125,11 @@ fn arriving_info(arguments: &InfoArguments) -> Result<bool> {
 
 /// Prints the newest figures of a migration.
 pub fn info(arguments: &InfoArguments) -> Result<()> {
-    if arriving_info(arguments)? {
+    let migration = under_way(&arguments.guest);
+    if migration.is_err() && arriving_info(arguments)? {
         return Ok(());
     }
-    let (guest, _) = under_way(&arguments.guest)?;
+    let (guest, _) = migration?;
     let path = record::figures_path(&guest.uuid);
     let json = fs::read_to_string(&path).with_context(|| {
         format!(

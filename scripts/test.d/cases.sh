@@ -260,6 +260,39 @@ lab_pages_follow() {
   must_be_well_on "$to" ci
 }
 
+# The link is cut for some seconds while pages follow the guest: it stands still, its source connects again by itself, and xl
+# never hears of it. The second cut is shorter than what is noticed as silence.
+lab_cut_while_pages_follow() {
+  local from to cut
+  have_guest ci
+  from=$(lab guest where ci)
+  to=$(other "$from")
+  start_migration "$from" ci --mode postcopy
+  within 300 log_has "$from" ': runs on '
+  for cut in 12 2; do
+    on "$to" 'xenfold jobinfo ci' | grep 'runs here'
+    lab link cut
+    if [ $cut -gt 5 ]; then
+      within $cut log_has "$from" 'no connection for'
+      # The cable is out; each host is still reached from here.
+      on "$from" 'xenfold jobinfo ci' | grep 'stands still on '
+      within $cut on "$to" 'xenfold jobinfo ci | grep "stands still here"'
+      [[ $(copies "$to" ci) == "ci "*p* ]] || die 'the guest is not held still'
+    else
+      sleep $cut
+    fi
+    lab link restore
+    within 15 on "$to" 'xenfold jobinfo ci | grep "runs here"'
+  done
+  lab rate none
+  wait "$migration" || { said "$from"; die 'the migration failed'; }
+  said "$from"
+  figures "$from" 'f["completed"] and f["error"] is None and f["late"]["missing"] == 0' 'f["late"]["outages"] >= 1' \
+    'f["late"]["outage_ms"] > 5000'
+  must_be_well_on "$to" ci
+  on "$to" 'if ls /run/xenfold/*.rejoin /run/xenfold/*.arriving 2>/dev/null; then exit 1; fi'
+}
+
 # Where the hypervisor cannot page the guest goes whole, and the reason is said.
 lab_none_can_follow() {
   local from
