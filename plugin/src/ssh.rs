@@ -63,7 +63,7 @@ pub fn start_again(ssh: &[String], host: &str, remote: &[String]) -> io::Result<
 }
 
 /// No question, no wait for a host that is not reached: there will be another attempt.
-const QUIET: [&str; 4] = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=5"];
+const QUIET: [&str; 4] = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"];
 
 fn with_pipes(mut command: Command) -> io::Result<(Ssh, LinkEnds)> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;

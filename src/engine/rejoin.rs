@@ -29,11 +29,17 @@ pub(super) const SILENCE: Duration = Duration::from_secs(5);
 /// How long the two may take to greet each other.
 const GREETING: Duration = Duration::from_secs(10);
 
-/// How often a connection is tried, how long each may take, and how many at once. Several, since one that began while
-/// nothing got through may take long to notice that something does.
+/// How often a connection is tried, and how many at once. Several, since one that began while nothing got through may take
+/// long to notice that something does.
 const EVERY: Duration = Duration::from_secs(2);
-const ATTEMPT: Duration = Duration::from_secs(8);
 const AT_ONCE: usize = 4;
+
+/// The same once one has taken too long: on a slow host they are in each other's way.
+const AT_ONCE_SLOW: usize = 2;
+
+/// How long each may take at first, and at most: hosts may be slow.
+const ATTEMPT: Duration = Duration::from_secs(8);
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(60);
 
 /// How often it is looked around meanwhile.
 const LOOK_AROUND: Duration = Duration::from_millis(100);
@@ -74,9 +80,10 @@ struct Attempt {
 }
 
 impl Attempts {
-    fn end(&mut self, which: impl Fn(&Attempt) -> bool) {
+    /// Ends some; how many.
+    fn end(&mut self, which: impl Fn(&Attempt) -> bool) -> usize {
         let ended = self.0.extract_if(.., |attempt| which(attempt));
-        ended.for_each(|attempt| (attempt.hangup)());
+        ended.map(|attempt| (attempt.hangup)()).count()
     }
 }
 
@@ -95,12 +102,15 @@ pub(super) fn connect_again(
 ) -> Result<Rejoined, EngineError> {
     let (answers, answered) = unbounded();
     let mut attempts = Attempts::default();
-    let (mut next, mut number) = (Instant::now(), 0);
+    let (mut next, mut number, mut patience) = (Instant::now(), 0, ATTEMPT);
     loop {
         look()?;
         let now = Instant::now();
-        attempts.end(|attempt| now - attempt.begun > ATTEMPT);
-        if now >= next && attempts.0.len() < AT_ONCE {
+        if attempts.end(|attempt| now - attempt.begun > patience) > 0 {
+            patience = (patience * 3 / 2).min(LONGEST_ATTEMPT);
+        }
+        let at_once = if patience > ATTEMPT { AT_ONCE_SLOW } else { AT_ONCE };
+        if now >= next && attempts.0.len() < at_once {
             next = now + EVERY;
             number += 1;
             match connect() {
