@@ -26,8 +26,8 @@ use crate::wire::{FrameReader, FrameWriter, Hello, Kind, WireError, missing, u64
 /// Silence after which a connection is given up while pages follow the guest: there is another one to be had.
 pub(super) const SILENCE: Duration = Duration::from_secs(5);
 
-/// How long the two may take to greet each other.
-const GREETING: Duration = Duration::from_secs(10);
+/// How long the two may take to greet each other: hosts may be slow.
+const GREETING: Duration = Duration::from_secs(30);
 
 /// How often a connection is tried, and how many at once. Several, since one that began while nothing got through may take
 /// long to notice that something does.
