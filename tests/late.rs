@@ -427,13 +427,20 @@ fn a_connection_that_breaks_is_set_up_again() {
     assert!(outages > 12, "{outages} connections were lost");
 }
 
+/// So many pages that most are still to come when the guest is let go, though they are pushed before.
+fn long() -> Case {
+    Case {
+        pages: 12_000,
+        ..Case::default()
+    }
+}
+
 /// No connection for a while: the guest stands still, and nothing of it is wrong when it goes on.
 #[test]
 fn the_guest_stands_still_without_a_connection() {
     let case = Case {
         touches: 3000,
-        pages: 3000,
-        ..Case::default()
+        ..long()
     };
     let (plan, memory, guest) = plan(&case);
     let cut = Cut {
@@ -471,7 +478,7 @@ fn silence_is_noticed() {
         (true, kind::LATE, Fate::MuteBefore),
         (false, kind::PONG, Fate::MuteAfter),
     ] {
-        let case = Case::default();
+        let case = long();
         let (plan, memory, guest) = plan(&case);
         let cut = Cut {
             to_destination,
@@ -493,7 +500,7 @@ fn silence_is_noticed() {
 /// What does not know the token is refused, and the source still gets through.
 #[test]
 fn a_stranger_is_refused() {
-    let case = Case::default();
+    let case = long();
     let (plan, memory, guest) = plan(&case);
     let cut = Cut {
         to_destination: true,
