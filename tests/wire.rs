@@ -545,7 +545,10 @@ fn the_format_of_another_connection_has_not_changed() {
     assert_eq!((end.kind, end.body.len()), (Kind::Missing, 0));
     assert_eq!(xenfold::wire::wants(&wants.body).unwrap().len(), 2);
     let pages = (0x20..0x23).chain(0x30..0x1030).filter_map(xenfold::page::Pfn::new);
-    assert_eq!(xenfold::wire::missing_bodies(pages), std::slice::from_ref(&missing.body));
+    assert_eq!(
+        xenfold::wire::missing_bodies(pages),
+        std::slice::from_ref(&missing.body)
+    );
 }
 
 /// The golden wire up to End, as a migration begins.
