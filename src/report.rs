@@ -148,6 +148,11 @@ pub struct LateFigures {
     pub latency_longest_us: u64,
     /// From when the guest could be started until the last page was there.
     pub time_ms: u64,
+    /// How often the connection was lost meanwhile, for how long in all, and for how long by now (0: it is there). The guest
+    /// stands still then.
+    pub outages: u64,
+    pub outage_ms: u64,
+    pub lost_for_ms: u64,
     /// With `--verify`, for a guest that was paused all the time: frames that hold what came for them, and others.
     pub verified_pages: u64,
     pub different_pages: u64,

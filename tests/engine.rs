@@ -981,6 +981,7 @@ fn memory_side() {
             holding: None,
             bandwidth: None,
             contents: None,
+            connect: None,
             figures: Arc::default(),
             events: source::events(),
         };
@@ -1014,6 +1015,9 @@ fn memory_side() {
             contents: None,
             events: destination::events(),
             paging: None,
+            listen: None,
+            hello: Hello::default(),
+            watching: None,
             before_go: Box::new(|| Ok(())),
             program: "test".into(),
             usage: || (0, 0),

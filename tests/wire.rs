@@ -476,6 +476,81 @@ fn the_library_frames_it_in_the_same_bytes() {
     }
 }
 
+fn words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// A connection that takes the place of one that was lost while pages followed the guest.
+fn golden_again() -> [Vec<u8>; 2] {
+    let source = || {
+        let options = format!(
+            r#"{{"program":"golden","late":true,"rejoin_token":"{}","timeout_s":30}}"#,
+            "0f".repeat(16)
+        );
+        let mut late = [3u32, 0]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<u8>>();
+        late.extend(words(&[0x20]));
+        late.extend([0xaa; 16]);
+        late.extend(words(&[1 << 60 | 0x21, 2 << 60 | 0x22]));
+        late.extend([7; 4096]);
+        let frames = [
+            (kind::REJOIN, words(&[88])),
+            (kind::LATE, late),
+            (kind::PING, words(&[1 << 63 | 1])),
+            (kind::DONE, Vec::new()),
+        ];
+        numbered(&hello(&options), &frames)
+    };
+    let destination = || {
+        let frames = [
+            (kind::MISSING, words(&[0x20, 3, 0x30, 0x1000])),
+            (kind::MISSING, Vec::new()),
+            (kind::STARTED, Vec::new()),
+            (kind::XL, b"my copy".to_vec()),
+            (kind::WANT, words(&[1 << 60 | 0x20, 0x21])),
+            (kind::PONG, words(&[1 << 63 | 1])),
+            (kind::EXIT, 0i32.to_le_bytes().to_vec()),
+        ];
+        numbered(
+            &hello(r#"{"program":"golden","late":true,"rejoins":true,"timeout_s":30}"#),
+            &frames,
+        )
+    };
+    [
+        golden("wire-v1-late-source.bin", source),
+        golden("wire-v1-late-destination.bin", destination),
+    ]
+}
+
+#[test]
+fn the_format_of_another_connection_has_not_changed() {
+    let [source, destination] = golden_again();
+    let (own, forth) = read(&source);
+    let (theirs, back) = read(&destination);
+    let token = "0f".repeat(16);
+    assert_eq!(theirs.agree(&mut &source[..]).unwrap().rejoin.as_ref(), Some(&token));
+    assert_eq!(own.agree(&mut &destination[..]).unwrap().rejoin, Some(token));
+    let kinds = |frames: &[(usize, Frame)]| frames.iter().map(|(_, frame)| frame.kind).collect::<Vec<Kind>>();
+    assert_eq!(kinds(&forth), [Kind::Rejoin, Kind::Late, Kind::Ping, Kind::Done]);
+    assert_eq!(xenfold::wire::u64_body(Kind::Rejoin, &forth[0].1.body).unwrap(), 88);
+    let late = xenfold::wire::LatePages::parse(&forth[1].1.body).unwrap();
+    assert_eq!((late.pages.len(), late.block), (3, &[7; 4096][..]));
+    let (missing, end, wants) = (&back[0].1, &back[1].1, &back[4].1);
+    assert_eq!(
+        xenfold::wire::missing(&missing.body).unwrap(),
+        [0x20..0x23, 0x30..0x1030]
+    );
+    assert_eq!((end.kind, end.body.len()), (Kind::Missing, 0));
+    assert_eq!(xenfold::wire::wants(&wants.body).unwrap().len(), 2);
+    let pages = (0x20..0x23).chain(0x30..0x1030).filter_map(xenfold::page::Pfn::new);
+    assert_eq!(
+        xenfold::wire::missing_bodies(pages),
+        std::slice::from_ref(&missing.body)
+    );
+}
+
 /// The golden wire up to End, as a migration begins.
 fn golden_until_end() -> (Vec<u8>, Vec<(usize, Frame)>) {
     let mut wire = golden_source();

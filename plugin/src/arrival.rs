@@ -2,7 +2,15 @@
 //! it went, `xenfold resume` asks for this, also when the guest has ended or moved on, or the host was booted again.
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use xenfold::engine::destination::Watching;
+use xenfold::migrations;
+use xenfold::report::Figures;
+use xenfold::wire::Hello;
+
+use crate::progress::publish;
 
 /// On a disk, unlike /run; not in the daemon's folder, which may be full or gone.
 const FOLDER: &str = "/var/lib/xen/xenfold";
@@ -42,6 +50,57 @@ pub fn is_noted(uuid: &str, migration: &str) -> io::Result<bool> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Tells those who ask on this host how the late pages of a guest are that runs here: for `xenfold jobinfo`.
+pub struct Arriving {
+    path: Option<PathBuf>,
+    guest: String,
+}
+
+impl Arriving {
+    pub fn new(source: &Hello) -> Arriving {
+        let valid = path(&source.guest_uuid).is_some();
+        Arriving {
+            path: valid.then(|| figures_path(&source.guest_uuid)),
+            guest: source.guest_name.clone(),
+        }
+    }
+
+    pub fn path(&self) -> Option<PathBuf> {
+        self.path.clone()
+    }
+
+    /// Writes each newest state down.
+    pub fn watching(self) -> Watching {
+        let mut figures = Figures {
+            guest: self.guest,
+            ..Figures::default()
+        };
+        Box::new(move |late| {
+            figures.late = Some(late.clone());
+            if let Some(path) = &self.path {
+                publish(path, &figures);
+            }
+        })
+    }
+}
+
+/// Forgets what was written down.
+pub fn remove(path: Option<&Path>) {
+    // Absent is as good.
+    path.map(fs::remove_file);
+}
+
+/// What was last written down of a guest that pages follow to this host, and how long ago. `None`: none do.
+pub fn arriving(uuid: &str) -> Option<(Figures, Duration)> {
+    let path = path(uuid).map(|_| figures_path(uuid))?;
+    let age = fs::metadata(&path).ok()?.modified().ok()?.elapsed().unwrap_or_default();
+    Some((serde_json::from_slice(&fs::read(&path).ok()?).ok()?, age))
+}
+
+fn figures_path(uuid: &str) -> PathBuf {
+    Path::new(migrations::FOLDER).join(format!("{uuid}.arriving"))
 }
 
 #[cfg(test)]

@@ -9,9 +9,9 @@ use xen_sys::Xenctrl;
 use xenfold::report::Figures;
 
 use crate::guest::{self, AWAY, Guest};
-use crate::process;
-use crate::progress::{line, summary};
+use crate::progress::{arriving_line, line, summary};
 use crate::record::{self, Migration};
+use crate::{arrival, process};
 
 /// How long an agent that is to end may take: the other host cleans up first, and xl resumes the guest.
 const ENDING: Duration = Duration::from_secs(60);
@@ -94,9 +94,42 @@ fn whose(guest: &Guest, host: &str) -> Result<String> {
     ))
 }
 
+/// How old the figures of late pages may be, with an agent that lives.
+const STALE: Duration = Duration::from_secs(10);
+
+/// Prints how the pages of a guest are that follow it to this host. False: none do.
+fn arriving_info(arguments: &InfoArguments) -> Result<bool> {
+    let Some(found) = guest::find(&arguments.guest)? else {
+        return Ok(false);
+    };
+    let Some((figures, age)) = arrival::arriving(&found.uuid) else {
+        return Ok(false);
+    };
+    let late = figures.late.clone().unwrap_or_default();
+    if arguments.json {
+        println!("{}", serde_json::to_string(&figures)?);
+    } else {
+        println!("{}", arriving_line(&found.name, &late));
+    }
+    if age > STALE && late.missing > 0 {
+        bail!(
+            "xenfold, which fetches its pages, was ended {} s ago: guest {} stands still as soon as it needs one of the {} pages \
+             that are missing, and they cannot be had any more",
+            age.as_secs(),
+            found.name,
+            late.missing
+        );
+    }
+    Ok(true)
+}
+
 /// Prints the newest figures of a migration.
 pub fn info(arguments: &InfoArguments) -> Result<()> {
-    let (guest, _) = under_way(&arguments.guest)?;
+    let migration = under_way(&arguments.guest);
+    if migration.is_err() && arriving_info(arguments)? {
+        return Ok(());
+    }
+    let (guest, _) = migration?;
     let path = record::figures_path(&guest.uuid);
     let json = fs::read_to_string(&path).with_context(|| {
         format!(

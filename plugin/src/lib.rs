@@ -1,5 +1,5 @@
 //! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
-//! ([`receive`], [`arrival`]), and on the administrator's terminal `xenfold resume`, `xenfold abort` and `xenfold
+//! ([`receive`], [`arrival`], [`rejoin`]), and on the administrator's terminal `xenfold resume`, `xenfold abort` and `xenfold
 //! jobinfo` ([`job`]), `xenfold replay`, `xenfold trace` and `xenfold simulate`, and what is asked of the daemon
 //! ([`daemon_commands`], [`dedup`], [`top`]).
 #![forbid(unsafe_code)]
@@ -28,6 +28,7 @@ pub mod process;
 pub mod progress;
 pub mod receive;
 pub mod record;
+mod rejoin;
 pub mod repair;
 pub mod replay;
 pub mod resume;

@@ -102,7 +102,7 @@ impl Downtime {
 }
 
 /// Whoever reads them sees all of the old figures or all of the new ones.
-fn publish(path: &Path, figures: &Figures) {
+pub fn publish(path: &Path, figures: &Figures) {
     let new = path.with_extension("new");
     let written = serde_json::to_vec(figures)
         .map_err(std::io::Error::from)
@@ -131,6 +131,17 @@ pub fn line(figures: &Figures) -> String {
         return format!("{}: waiting for {}", figures.guest, figures.host);
     }
     if let Some(late) = figures.late.as_ref().filter(|late| late.started) {
+        if late.lost_for_ms > 0 {
+            return format!(
+                "{}: stands still on {}, whose it is: no connection for {} s, trying again; the pages that it lacks are kept \
+                 here, {} of {} were sent",
+                figures.guest,
+                figures.host,
+                late.lost_for_ms / 1000,
+                late.sent.min(late.pages),
+                late.pages
+            );
+        }
         return format!(
             "{}: runs on {}, {} of {} late pages sent, {:.1} MiB on the wire",
             figures.guest,
@@ -149,6 +160,24 @@ pub fn line(figures: &Figures) -> String {
         mib(figures.wire_bytes),
         100.0 * figures.reduction()
     )
+}
+
+/// The same of a guest that runs on this host, and that pages follow.
+pub fn arriving_line(guest: &str, late: &LateFigures) -> String {
+    if late.lost_for_ms > 0 {
+        format!(
+            "{guest}: stands still here, and is this host's: no connection to its source for {} s; {} of its {} late pages are kept \
+             there. The source connects again by itself",
+            late.lost_for_ms / 1000,
+            late.missing,
+            late.pages
+        )
+    } else {
+        format!(
+            "{guest}: runs here, {} of {} late pages are missing",
+            late.missing, late.pages
+        )
+    }
 }
 
 /// What is said of pages that followed the guest.
@@ -172,6 +201,12 @@ fn late_lines(late: &LateFigures) -> String {
         late.latency_longest_us as f64 / 1000.0,
         late.foreign_faults
     );
+    if late.outages > 0 {
+        text.push_str(&format!(
+            "\nthe connection was lost {} times, for {} ms in all: the guest stood still meanwhile",
+            late.outages, late.outage_ms
+        ));
+    }
     if late.verified_pages + late.different_pages > 0 {
         text.push_str(&format!(
             "\nverified {} late pages read back equal, {} different",

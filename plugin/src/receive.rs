@@ -1,6 +1,6 @@
 //! `xenfold receive -- xl migrate-receive …`: the destination's agent, started by ssh.
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -9,7 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::event::{PollFd, PollFlags, poll};
+use crossbeam_channel::bounded;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd, ioctl_fionread};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
@@ -24,7 +25,7 @@ use xenfold::wire::Hello;
 use crate::contents::DaemonContents;
 use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
 use crate::paging::GuestPager;
-use crate::{arrival, process, signals, ssh, usage};
+use crate::{arrival, process, rejoin, signals, ssh, usage};
 
 /// Room in the pipe to xl.
 const PIPE_BYTES: usize = 256 << 10;
@@ -40,13 +41,19 @@ const HELPER_EVERY: Duration = Duration::from_millis(100);
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
+    /// The source of this migration comes back, after its connection was lost.
+    #[arg(long, value_name = "MIGRATION")]
+    rejoin: Option<String>,
     /// The command that receives the guest: `xl migrate-receive` with its options.
-    #[arg(required = true, last = true)]
+    #[arg(required_unless_present = "rejoin", last = true)]
     command: Vec<String>,
 }
 
 /// Receives one guest. Returns the exit status of xl, or 1 when the guest was not taken over.
 pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
+    if let Some(migration) = &arguments.rejoin {
+        return rejoin::pass_on(migration);
+    }
     let domain = KnownDomain::default();
     let frames: Option<Box<dyn FrameSource>> = match GuestFrames::open(domain.clone()) {
         Ok(frames) => Some(Box::new(frames)),
@@ -63,6 +70,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         program: xenfold::VERSION.into(),
         late: paging.is_some(),
         late_missing,
+        rejoins: true,
         frames: frames.is_some(),
         window_rows: WINDOW_ROWS as u32,
         paces: true,
@@ -79,17 +87,24 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let xl = start_xl(&arguments.command, domain)?;
     let source = negotiated.agreement.peer.clone();
     let arrived = source.clone();
+    let arriving = arrival::Arriving::new(&source);
+    let figures = arriving.path();
     let setup = DestinationSetup {
         xl,
         frames,
         contents: contents(&source, &negotiated.key),
         events,
         paging,
+        listen: Some(rejoin::listen(source.migration.clone())),
+        hello,
+        watching: Some(arriving.watching()),
         before_go: Box::new(move || arrival::note(&arrived.guest_uuid, &arrived.migration)),
         program: xenfold::VERSION.into(),
         usage: usage::cpu_ms_and_peak_rss_bytes,
     };
-    match destination::run(negotiated, setup) {
+    let result = destination::run(negotiated, setup);
+    arrival::remove(figures.as_deref());
+    match result {
         Ok(status) => {
             if status == NOT_STARTED {
                 arrival::forget(&source.guest_uuid, &source.migration);
@@ -135,10 +150,19 @@ fn contents(source: &Hello, key: &ContentKey) -> Option<Arc<dyn Contents>> {
 /// Standard input and output, with an input that can be made to end.
 fn link() -> Result<LinkEnds> {
     let input = fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
-    let output = File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?);
+    let output = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?;
+    // Else sshd would never see that the connection has been closed here.
+    let nowhere = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&nowhere)?;
+    rustix::stdio::dup2_stdout(&nowhere)?;
     let (cancelled, cancel) = pipe_with(PipeFlags::CLOEXEC)?;
+    let no_writing = rustix::io::dup(&cancelled)?;
+    fcntl_setfd(&no_writing, FdFlags::CLOEXEC)?;
     Ok(LinkEnds {
-        to_peer: Box::new(output),
+        to_peer: Box::new(Unblocked {
+            output,
+            cancelled: no_writing,
+        }),
         from_peer: Box::new(Cancellable { input, cancelled }),
         // One byte is enough, and an error means that nobody reads any more.
         hangup: Arc::new(move || {
@@ -168,23 +192,66 @@ impl Read for Cancellable {
     }
 }
 
+/// A writer that does not wait for room any more once something is written to the other end of `cancelled`.
+struct Unblocked {
+    output: OwnedFd,
+    cancelled: OwnedFd,
+}
+
+/// Bytes that go into a pipe with any room at once.
+const AT_ONCE: usize = 4096;
+
+impl Write for Unblocked {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let bytes = bytes.get(..AT_ONCE).unwrap_or(bytes);
+        let mut polled = [
+            PollFd::new(&self.output, PollFlags::OUT),
+            PollFd::new(&self.cancelled, PollFlags::IN),
+        ];
+        poll(&mut polled, None)?;
+        if polled[0].revents().is_empty() {
+            // Somebody may read yet: a last word goes through, but is not waited for long.
+            let last = Timespec::try_from(LAST_WORD).ok();
+            if poll(&mut polled[..1], last.as_ref())? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        Ok(rustix::io::write(&self.output, bytes)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// How long it waits for room then.
+const LAST_WORD: Duration = Duration::from_millis(500);
+
 /// Starts xl with pipes on both sides, and a thread that finds the guest it builds.
 fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
     let (stdin, to_xl) = pipe_with(PipeFlags::CLOEXEC)?;
     let (from_xl, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     fcntl_setpipe_size(&to_xl, PIPE_BYTES)?;
-    // xl inherits the reading end of its own output, too: should this process be killed, its report still finds
+    // xl does not write to ssh itself: it would end with it, and the guest may be running by then.
+    let (words, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
+    // xl inherits the reading ends of its own output, too: should this process be killed, its report still finds
     // somewhere to go, and it destroys the guest instead of ending before that.
-    let kept = rustix::io::dup(&from_xl)?;
-    fcntl_setfd(&kept, FdFlags::empty())?;
-    let (program, words) = command.split_first().context("no command to receive with")?;
+    let kept = [rustix::io::dup(&from_xl)?, rustix::io::dup(&words)?];
+    kept.iter().try_for_each(|kept| fcntl_setfd(kept, FdFlags::empty()))?;
+    let (program, options) = command.split_first().context("no command to receive with")?;
     let child = Command::new(program)
-        .args(words)
+        .args(options)
         .stdin(Stdio::from(stdin))
         .stdout(Stdio::from(stdout))
+        .stderr(Stdio::from(stderr))
         .spawn();
     let child = child.with_context(|| format!("{program} cannot be started"))?;
     drop(kept);
+    let (saying, said) = bounded::<()>(0);
+    thread::Builder::new().name("xenfold-words".into()).spawn(move || {
+        pass_words(words);
+        drop(saying);
+    })?;
     let pid = child.id();
     let found = domain.clone();
     thread::Builder::new().name("xenfold-helper".into()).spawn(move || {
@@ -203,14 +270,28 @@ fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
             unread: Arc::new(move || unread(&watched)),
         },
         output: Box::new(File::from(from_xl)),
-        end: Box::new(move |given_up| end_xl(child, &domain, given_up)),
+        end: Box::new(move |given_up| {
+            let status = end_xl(child, &domain, given_up);
+            // Its last words before ours. Whoever else still holds its output open is not waited for.
+            let _ = said.recv_timeout(LAST_WORD);
+            status
+        }),
     })
+}
+
+/// What xl says goes to our own standard error. When nobody hears that any more it is still taken from xl.
+fn pass_words(words: OwnedFd) {
+    let mut words = File::from(words);
+    let mut buffer = [0; 4096];
+    while let Ok(taken @ 1..) = words.read(&mut buffer) {
+        let _ = io::stderr().write_all(buffer.get(..taken).unwrap_or_default());
+    }
 }
 
 /// Bytes in a pipe that its reader has not taken. Errors: it has no reader any more.
 fn unread(pipe: &OwnedFd) -> io::Result<u64> {
     let mut polled = [PollFd::new(pipe, PollFlags::empty())];
-    poll(&mut polled, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
     if polled[0].revents().contains(PollFlags::ERR) {
         return Err(io::ErrorKind::BrokenPipe.into());
     }

@@ -19,7 +19,8 @@ use xenfold::config::NoConvergence;
 use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
 use xenfold::engine::{
-    Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, LeaveBehind, NOW_PAGES, SAMPLE, chain,
+    Connect, Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, LeaveBehind, NOW_PAGES, SAMPLE,
+    chain,
 };
 use xenfold::late::Mode;
 use xenfold::page::{ContentKey, PAGE_SIZE};
@@ -52,6 +53,9 @@ const MAX_PIPE_BYTES: u64 = 1 << 31;
 /// The words in which the destination is called; xl's command follows.
 const RECEIVE: [&str; 3] = ["xenfold", "receive", "--"];
 
+/// The same when the connection was lost while pages followed the guest; the migration's name follows.
+const REJOIN: [&str; 3] = ["xenfold", "receive", "--rejoin"];
+
 /// Migrates, or carries plain. Returns the exit status: that of the command at the other end, 255 when the
 /// connection failed, 1 otherwise.
 pub fn run(arguments: &Arguments) -> Result<i32> {
@@ -75,7 +79,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         return Ok(1);
     }
     let cannot_follow = follow::refusal(guest.as_ref(), &process::arguments(xl));
-    let migration: String = random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect();
+    let migration = hexadecimal(random::<16>()?);
     let record = match &guest {
         Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone(), &migration)?),
         None => None,
@@ -88,8 +92,9 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     // The daemon first: its answers may take a while, and the other host does not wait for ever.
     let (hello, contents) = hello(arguments, guest.as_ref())?;
     let hello = Hello {
-        migration,
+        migration: migration.clone(),
         late: hello.late && cannot_follow.is_none(),
+        rejoin_token: Some(hexadecimal(random::<16>()?)),
         ..hello
     };
     let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
@@ -104,7 +109,9 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
                 cannot_follow,
                 contents,
                 record,
-                process,
+                ssh,
+                migration,
+                process: Arc::new(Mutex::new(process)),
                 xl,
             };
             agent.migrate(negotiated)
@@ -147,6 +154,10 @@ fn hello(arguments: &Arguments, guest: Option<&Guest>) -> Result<(Hello, Option<
         None => {}
     }
     Ok((hello.with_key(&ContentKey::new(random()?)), None))
+}
+
+fn hexadecimal(bytes: [u8; 16]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn random<const BYTES: usize>() -> Result<[u8; BYTES]> {
@@ -238,7 +249,12 @@ struct Agent<'a> {
     /// What this host holds beside the guest.
     contents: Option<Arc<dyn Contents>>,
     record: Option<Record>,
-    process: Ssh,
+    /// ssh and its options.
+    ssh: Vec<String>,
+    /// This migration's name.
+    migration: String,
+    /// The ssh of the newest connection.
+    process: Arc<Mutex<Ssh>>,
     /// Process number of the xl that called us.
     xl: u32,
 }
@@ -281,6 +297,7 @@ impl Agent<'_> {
             holding,
             bandwidth: NonZeroU64::new(self.arguments.config.bandwidth.bytes()),
             contents: self.contents.take(),
+            connect: Some(self.connect()),
             figures: figures.clone(),
             events,
         };
@@ -295,6 +312,23 @@ impl Agent<'_> {
         // Nobody waits any more, and a later migration of the guest will find what it left.
         left.iter().for_each(Left::save);
         Ok(status)
+    }
+
+    /// Runs ssh again, where the destination's agent still holds the guest.
+    fn connect(&self) -> Connect {
+        let remote: Vec<String> = REJOIN
+            .into_iter()
+            .map(str::to_owned)
+            .chain([self.migration.clone()])
+            .collect();
+        let (ssh, host, newest) = (self.ssh.clone(), self.arguments.host.clone(), self.process.clone());
+        let mut older: Vec<Ssh> = Vec::new();
+        Box::new(move || {
+            older.retain(|ssh| !ssh.has_ended());
+            let (process, ends) = ssh::start_again(&ssh, &host, &remote)?;
+            older.push(std::mem::replace(&mut newest.lock(), process));
+            Ok(ends)
+        })
     }
 
     fn first_figures(&self) -> Figures {
@@ -390,7 +424,7 @@ impl Agent<'_> {
         thread::Builder::new().name("xenfold-xl".into()).spawn(move || {
             process::wait_for_end(xl, None);
             *ended.lock() = true;
-            let _ = stop.send(Event::Stop("xl was ended".into()));
+            let _ = stop.send(Event::XlEnded);
         })?;
         let (seen, stop, expected) = (seen.clone(), events.clone(), self.guest.clone());
         thread::Builder::new().name("xenfold-helper".into()).spawn(move || {
@@ -427,8 +461,13 @@ impl Agent<'_> {
                     );
                     return 1;
                 }
-                let ended = self.process.wait();
-                if status == 0 { ended } else { status }
+                // Of several connections only the last word counts, which has been heard.
+                if status == 0 && figures.late.as_ref().is_none_or(|late| late.outages == 0) {
+                    let first = self.process.lock();
+                    first.wait()
+                } else {
+                    status
+                }
             }
             Ending::SourceOwns(error) => {
                 let why = chain(&error);
@@ -455,7 +494,7 @@ impl Agent<'_> {
                 say!(
                     "xenfold: the connection failed while pages followed guest {guest} to {host}: {}\n\
                      xenfold: it was started on {host} and stands still there; the pages that it lacks are here only, in the \
-                     suspended {guest}{AWAY}. They cannot be sent again yet. To take the guest back as it was when it was \
+                     suspended {guest}{AWAY}, and nobody sends them any more. To take the guest back as it was when it was \
                      suspended, if it has not written to its disks since: `ssh {host} xl destroy {guest}`, then `xenfold resume \
                      {guest} --force`.",
                     chain(&error)

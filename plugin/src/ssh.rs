@@ -1,6 +1,8 @@
 //! Running ssh.
+use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
@@ -41,10 +43,30 @@ pub fn words(setting: &str) -> Vec<String> {
 
 /// Starts ssh (program and options in `ssh`) with `remote` as the command on `host`.
 pub fn start(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(Ssh, LinkEnds)> {
-    let mut child = command(ssh, host, remote)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
+    with_pipes(command(ssh, host, remote))
+}
+
+/// The same for one of many attempts: it asks nothing and says nothing.
+pub fn start_again(ssh: &[String], host: &str, remote: &[String]) -> io::Result<(Ssh, LinkEnds)> {
+    let (program, options) = ssh.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let name = Path::new(program).file_name().and_then(OsStr::to_str);
+    let quiet = if name == Some("ssh") { &QUIET[..] } else { &[] };
+    // The first one given counts.
+    let words = [program]
+        .into_iter()
+        .cloned()
+        .chain(quiet.iter().map(|word| (*word).to_owned()));
+    let words: Vec<String> = words.chain(options.iter().cloned()).collect();
+    let mut command = command(&words, host, remote);
+    command.stderr(Stdio::null());
+    with_pipes(command)
+}
+
+/// No question, no wait for a host that is not reached: there will be another attempt.
+const QUIET: [&str; 4] = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"];
+
+fn with_pipes(mut command: Command) -> io::Result<(Ssh, LinkEnds)> {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let pid = child.id();
     let no_pipe = || io::Error::other("ssh was started without its pipes");
     let to_peer = child.stdin.take().ok_or_else(no_pipe)?;
@@ -88,6 +110,12 @@ impl Ssh {
     pub fn hang_up(&self) {
         // Already gone is as good.
         let _ = self.child.lock().kill();
+    }
+
+    /// Whether ssh has ended; then nothing remains of it.
+    pub fn has_ended(&self) -> bool {
+        // An error means that it was waited for.
+        self.child.lock().try_wait().map_or(true, |status| status.is_some())
     }
 
     /// Waits for ssh; its exit status is the remote command's.

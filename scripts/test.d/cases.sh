@@ -260,6 +260,34 @@ lab_pages_follow() {
   must_be_well_on "$to" ci
 }
 
+# The link is cut for some seconds while pages follow the guest: it stands still, its source connects again by itself, and xl
+# never hears of it. Emulated hosts take half a minute for an ssh; on others it is seconds.
+lab_cut_while_pages_follow() {
+  local from to
+  have_guest ci
+  from=$(lab guest where ci)
+  to=$(other "$from")
+  start_migration "$from" ci --mode postcopy
+  within 300 log_has "$from" ': runs on '
+  on "$to" 'xenfold jobinfo ci' | grep 'runs here'
+  lab link cut
+  within 60 log_has "$from" 'no connection for'
+  # The cable is out; each host is still reached from here.
+  on "$from" 'xenfold jobinfo ci' | grep 'stands still on '
+  within 60 on "$to" 'xenfold jobinfo ci | grep "stands still here"'
+  [[ $(copies "$to" ci) == "ci "*p* ]] || die 'the guest is not held still'
+  sleep 5
+  lab link restore
+  within 180 log_has "$from" 'connected again after'
+  lab rate none
+  wait "$migration" || { said "$from"; die 'the migration failed'; }
+  said "$from"
+  figures "$from" 'f["completed"] and f["error"] is None and f["late"]["missing"] == 0' 'f["late"]["outages"] >= 1' \
+    'f["late"]["outage_ms"] > 5000'
+  must_be_well_on "$to" ci
+  on "$to" 'if ls /run/xenfold/*.rejoin /run/xenfold/*.arriving 2>/dev/null; then exit 1; fi'
+}
+
 # Where the hypervisor cannot page the guest goes whole, and the reason is said.
 lab_none_can_follow() {
   local from

@@ -9,15 +9,17 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
-use super::error::peer_words;
-use super::landing::{Landing, Late};
+use super::arriving::Arriving;
+use super::landing::{Landing, Late, LateLanding};
 use super::link::{Link, LinkEnds, Watch, Watched};
 pub use super::receiving::{Rebuilding, Rebuilt, Receiving, Unread, XlInput};
+use super::rejoin::{Joined, SILENCE, admit};
+use super::said::Said;
 use super::threads::spawn;
 use super::verify::read_back;
 use super::{Contents, EngineError, Frames, GuestPaging, chain};
 use crate::page::{ContentKey, Pfn};
-use crate::report::DestinationFigures;
+use crate::report::{DestinationFigures, LateFigures};
 use crate::stream::xl;
 use crate::table::PageIds;
 use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError, have_bodies};
@@ -33,6 +35,9 @@ const PATIENCE: u32 = 4;
 
 /// How long the cause of xl's end, or its last words, may take to show.
 const CAUSE: Duration = Duration::from_secs(2);
+
+/// How long the agent stays when all is said, until the source has heard it: it may have to connect again for that.
+const UNHEARD: Duration = Duration::from_secs(3600);
 
 /// What the destination's phases wait for.
 pub enum Event {
@@ -98,12 +103,25 @@ pub struct DestinationSetup {
     pub events: (Sender<Event>, Receiver<Event>),
     /// Leaves pages of the guest behind, where the host can.
     pub paging: Option<Box<dyn GuestPaging>>,
+    /// Waits for the source to connect again.
+    pub listen: Option<Listen>,
+    /// The caller's own, as told to the source.
+    pub hello: Hello,
+    /// Called once a second while pages follow the guest, with the newest figures.
+    pub watching: Option<Watching>,
     /// Called before xl is told to go, to note it where it is found again whatever becomes of the two agents.
     pub before_go: Box<dyn FnOnce() -> io::Result<()> + Send>,
     /// The caller's name, and its processor time and peak memory (ms, bytes) when asked at the end.
     pub program: String,
     pub usage: fn() -> (u64, u64),
 }
+
+/// Begins to wait for connections of a source that lost its own; each goes into the channel. What it returns ends that
+/// when it is dropped.
+pub type Listen = Box<dyn FnOnce(Sender<LinkEnds>) -> io::Result<Box<dyn Send>> + Send>;
+
+/// Hears how the late pages are.
+pub type Watching = Box<dyn FnMut(&LateFigures) + Send>;
 
 /// The channel that connects a caller's threads with the phases.
 pub fn events() -> (Sender<Event>, Receiver<Event>) {
@@ -127,6 +145,9 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         contents,
         events: (event_sender, events),
         paging,
+        listen,
+        hello,
+        watching,
         before_go,
         program,
         usage,
@@ -150,17 +171,31 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         figures: figures.clone(),
     })?;
     let stopper = receiving.stopper();
-    let landing = LateLanding::default();
-    let (to_link, to_events, late) = (link.clone(), event_sender.clone(), landing.clone());
+    let (landing, said, watch) = (LateLanding::default(), Arc::new(Said::default()), Arc::new(watch));
+    let (to_link, to_events, late, saying) = (link.clone(), event_sender.clone(), landing.clone(), said.clone());
     let (relaying, relayed) = bounded::<()>(0);
     spawn("xenfold-relay", move || {
-        relay_xl(output, &to_link, &to_events, &late);
+        relay_xl(output, &to_link, &to_events, &late, &saying);
         drop(relaying);
     })?;
-    let (to_link, late) = (link.clone(), landing.clone());
-    spawn("xenfold-frames", move || {
-        read_frames(reader, receiving, &to_link, event_sender, &late)
-    })?;
+    let (joining, joined) = unbounded();
+    let (hearing, heard) = bounded::<()>(1);
+    let waiting = agreement.rejoin.clone().zip(listen).map(|(token, listen)| Waiting {
+        token,
+        hello,
+        listen,
+        joining,
+    });
+    let frames = Arriving {
+        link: link.clone(),
+        events: event_sender,
+        landing: landing.clone(),
+        said: said.clone(),
+        joined: waiting.is_some().then_some(joined),
+        watch: waiting.is_some().then(|| watch.clone()),
+        heard: hearing,
+    };
+    spawn("xenfold-frames", move || frames.read(reader, receiving))?;
 
     let destination = Destination {
         link: link.clone(),
@@ -168,9 +203,14 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         events,
         key,
         verify: agreement.peer.verify,
+        rejoins: waiting.is_some(),
+        waiting: Mutex::new(waiting),
+        watching: Mutex::new(watching),
         paging: Mutex::new(paging),
         landing: landing.clone(),
+        listening: Arc::default(),
     };
+    let listening = destination.listening.clone();
     let mut ids = PageIds::default();
     let result = destination.run(&mut ids, before_go);
     if let Err(error) = &result {
@@ -189,9 +229,14 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     (figures.cpu_ms, figures.peak_rss_bytes) = usage();
     figures.late = landing.lock().as_ref().map(|landing| landing.figures());
     if let Ok(figures) = serde_json::to_vec(&figures) {
-        link.send_if_free(Kind::Figures, &[&figures]);
+        said.last(&link, Kind::Figures, figures);
     }
-    link.send_if_free(Kind::Exit, &[&(status as u32).to_le_bytes()]);
+    said.last(&link, Kind::Exit, (status as u32).to_le_bytes().to_vec());
+    if result.is_ok() && listening.lock().is_some() {
+        // The source's xl has to hear it: only then it removes its copy of the guest.
+        let _ = heard.recv_timeout(UNHEARD);
+    }
+    drop(listening.lock().take());
     // The guest does not wait any more, and a later migration of it will find what it brought.
     if let Some(contents) = &contents
         && !ids.is_empty()
@@ -244,18 +289,28 @@ pub fn rebuild(
         figures: figures.clone(),
     })?;
     let (sender, events) = events();
-    let to_link = link.clone();
-    spawn("xenfold-frames", move || {
-        read_frames(reader, receiving, &to_link, sender, &LateLanding::default())
-    })?;
+    let frames = Arriving {
+        link: link.clone(),
+        events: sender,
+        landing: LateLanding::default(),
+        said: Arc::default(),
+        joined: None,
+        watch: None,
+        heard: bounded(1).0,
+    };
+    spawn("xenfold-frames", move || frames.read(reader, receiving))?;
     let destination = Destination {
         link,
-        watch,
+        watch: Arc::new(watch),
         events,
         key,
         verify: agreement.peer.verify,
+        rejoins: false,
+        waiting: Mutex::default(),
+        watching: Mutex::default(),
         paging: Mutex::default(),
         landing: LateLanding::default(),
+        listening: Arc::default(),
     };
     ready();
     let (rebuilt, _) = destination.wait_rebuilt()?;
@@ -264,15 +319,25 @@ pub fn rebuild(
     Ok(figures)
 }
 
-/// Where the late pages go, once there are some.
-type LateLanding = Arc<Mutex<Option<Arc<Landing>>>>;
+/// What is needed to wait for a source that connects again.
+struct Waiting {
+    token: String,
+    hello: Hello,
+    listen: Listen,
+    joining: Sender<Joined>,
+}
 
 struct Destination {
     link: Link,
-    watch: Watch,
+    watch: Arc<Watch>,
     events: Receiver<Event>,
     key: ContentKey,
     verify: bool,
+    rejoins: bool,
+    /// Until the guest is let go.
+    waiting: Mutex<Option<Waiting>>,
+    watching: Mutex<Option<Watching>>,
+    listening: Arc<Mutex<Option<Box<dyn Send>>>>,
     /// Until pages are late.
     paging: Mutex<Option<Box<dyn GuestPaging>>>,
     landing: LateLanding,
@@ -286,6 +351,7 @@ impl Destination {
         (xl, *ids) = self.settle(rebuilt, frames)?;
         let go = self.wait_go()?;
         before_go().map_err(EngineError::NotNoted)?;
+        self.expect_another_connection();
         // ── Point of no return: xl may start the guest from here on. ──
         // So few bytes go into a pipe whole or not at all: when this fails xl has ended without them, the guest with it.
         xl.write_all(&go).and_then(|()| xl.flush()).map_err(EngineError::Xl)?;
@@ -378,6 +444,7 @@ impl Destination {
             frames,
             verify: self.verify,
             link: self.link.clone(),
+            rejoins: self.rejoins,
             key: self.key.clone(),
         })?;
         *self.landing.lock() = Some(landing.clone());
@@ -396,6 +463,24 @@ impl Destination {
                 Event::Go(go) => return Ok(go),
                 event => early(&event)?,
             }
+        }
+    }
+
+    /// The guest is about to run without some of its pages: should the connection be lost, the source can set up another one.
+    fn expect_another_connection(&self) {
+        let Some(landing) = self.landing.lock().clone() else {
+            return;
+        };
+        if let Some(watching) = self.watching.lock().take() {
+            landing.tell(watching);
+        }
+        let Some(waiting) = self.waiting.lock().take() else {
+            return;
+        };
+        self.watch.shorten(SILENCE);
+        match waiting.start(self.link.clone()) {
+            Ok(listening) => *self.listening.lock() = Some(listening),
+            Err(error) => log::warn!("the source cannot connect again should it have to: {}", chain(&error)),
         }
     }
 
@@ -453,7 +538,7 @@ fn early(event: &Event) -> Result<(), EngineError> {
 ///
 /// With pages that follow the guest its report (R2) waits for the last of them: with it the source's xl destroys the guest's
 /// memory there.
-fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event>, landing: &LateLanding) {
+fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event>, landing: &LateLanding, said: &Said) {
     let before_report = xl::R0_BANNER.len() + xl::R1_READY.len();
     let (mut passed, mut report) = (0, Vec::new());
     let mut buffer = [0; 4096];
@@ -470,17 +555,17 @@ fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event
                 let (now, later) = bytes.split_at(now);
                 passed += now.len();
                 if !now.is_empty() {
-                    link.send_if_free(Kind::Xl, &[now]);
+                    said.xl(link, now, false);
                 }
                 report.extend_from_slice(later.get(..REPORT_BYTES.saturating_sub(report.len())).unwrap_or(later));
                 if report.len() > xl::R2_REPORT.len() {
-                    pass_report(&mut report, link, landing);
+                    pass_report(&mut report, link, landing, said);
                 }
             }
         }
     }
     if !report.is_empty() {
-        link.send_if_free(Kind::Xl, &[&report]);
+        said.xl(link, &report, landing.lock().is_some());
     }
     // The phases have ended when nobody receives this.
     let _ = events.send(Event::XlEnded);
@@ -490,115 +575,56 @@ fn relay_xl(mut output: Box<dyn Read + Send>, link: &Link, events: &Sender<Event
 const REPORT_BYTES: usize = xl::R2_REPORT.len() + 1 + xl::R3_GO_BACK.len();
 
 /// xl has said how the guest's start went. When it runs, that is passed on when its last page has come.
-fn pass_report(report: &mut Vec<u8>, link: &Link, landing: &LateLanding) {
+fn pass_report(report: &mut Vec<u8>, link: &Link, landing: &LateLanding, said: &Said) {
     let landing = landing.lock().clone();
-    if let Some(landing) = landing {
+    if let Some(landing) = &landing {
         if report.strip_prefix(xl::R2_REPORT) == Some(&[0]) {
-            link.send_if_free(Kind::Started, &[]);
+            said.started(link);
             let landed = landing.wait();
             log::debug!("the late pages: {landed:?}");
         } else {
             landing.dismantle();
         }
     }
-    link.send_if_free(Kind::Xl, &[report]);
+    said.xl(link, report, landing.is_some());
     report.clear();
 }
 
-/// Reads the source's frames: those of the stream become the stream, the others events. When the phases have ended
-/// nobody receives these; the connection is still read, so that the source is never stuck in sending before it has been
-/// told.
-fn read_frames(
-    mut reader: FrameReader<Watched<Box<dyn Read + Send>>>,
-    receiving: Receiving,
-    link: &Link,
-    events: Sender<Event>,
-    landing: &LateLanding,
-) {
-    let (answers, stopper) = (receiving.answers(), receiving.stopper());
-    let mut receiving = Some(receiving);
-    let mut failed = false;
-    loop {
-        let frame = match reader.read() {
-            Ok(frame) => frame,
-            Err(error) => {
-                let late = landing.lock().clone();
-                let _ = events.send(Event::LinkLost(error));
-                if let Some(landing) = late {
-                    landing.stands_still(&EngineError::Wire(WireError::Closed));
+impl Waiting {
+    /// Whoever connects and knows the token takes the place of the connection before.
+    fn start(self, link: Link) -> Result<Box<dyn Send>, EngineError> {
+        let Waiting {
+            token,
+            hello,
+            listen,
+            joining,
+        } = self;
+        let (connecting, connected) = unbounded::<LinkEnds>();
+        let guard = listen(connecting).map_err(|error| EngineError::Wire(error.into()))?;
+        spawn("xenfold-rejoin", move || {
+            for ends in connected {
+                let (token, hello, joining, link) = (token.clone(), hello.clone(), joining.clone(), link.clone());
+                // Each in a thread of its own: one that says nothing holds nobody up.
+                let admitted = spawn("xenfold-admit", move || {
+                    let hangup = ends.hangup.clone();
+                    match admit(ends, &hello, &token) {
+                        Ok(joined) => {
+                            let before = link.hangup();
+                            // Nobody waits any more when all is over.
+                            let _ = joining.send(joined);
+                            before();
+                        }
+                        Err(error) => {
+                            log::warn!("a connection was refused: {}", chain(&error));
+                            hangup();
+                        }
+                    }
+                });
+                if let Err(error) = admitted {
+                    log::warn!("{}", chain(&error));
                 }
-                return;
             }
-        };
-        let kind = frame.kind;
-        let taken = match kind {
-            Kind::Go if frame.body.len() == xl::GO.len() => {
-                let _ = events.send(Event::Go(frame.body));
-                continue;
-            }
-            Kind::Late => {
-                let late = landing.lock().clone();
-                let unasked = EngineError::Protocol("late pages came before there were any");
-                let Err(error) = late
-                    .as_ref()
-                    .map_or(Err(unasked), |landing| landing.arrived(&frame.body))
-                else {
-                    continue;
-                };
-                link.send_if_free(Kind::Abort, &[chain(&error).as_bytes()]);
-                late.iter().for_each(|landing| landing.stands_still(&error));
-                let why = "its pages are not what they are said to be";
-                let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why }));
-                return;
-            }
-            Kind::Abort => {
-                let _ = events.send(Event::Abort(peer_words(&frame.body)));
-                continue;
-            }
-            // A sign of life: a moment to see that the rebuilding has failed when nothing else comes.
-            Kind::Ping if frame.body.is_empty() => match &receiving {
-                Some(stream) if stream.has_ended() => Err(EngineError::WorkerLost),
-                _ => continue,
-            },
-            Kind::Ping if receiving.is_none() => {
-                // A connection that cannot take this fails at its next read.
-                let _ = link.send(Kind::Pong, &[&frame.body]);
-                continue;
-            }
-            _ if failed => continue,
-            // The last ones may come when the stream itself is complete.
-            Kind::Contents => answers.arrived(&frame.body),
-            kind => match &mut receiving {
-                Some(stream) => stream.frame(frame),
-                None => {
-                    let why = "the stream had ended";
-                    let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why }));
-                    return;
-                }
-            },
-        };
-        failed = taken.is_err();
-        if failed {
-            stopper.stop();
-        }
-        let Some(stream) = receiving.take_if(|_| failed || kind == Kind::End) else {
-            if failed {
-                let why = "it was not asked for";
-                let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why }));
-            }
-            continue;
-        };
-        // What was asked for can still come meanwhile.
-        let finished = events.clone();
-        let finish = move || {
-            let result = match (taken, stream.finish()) {
-                (Err(error), Err(EngineError::WorkerLost)) => Err(error),
-                (_, result) => result,
-            };
-            let _ = finished.send(Event::Rebuilt(Box::new(result)));
-        };
-        if let Err(error) = spawn("xenfold-finish", finish) {
-            let _ = events.send(Event::Rebuilt(Box::new(Err(error))));
-        }
+        })?;
+        Ok(guard)
     }
 }

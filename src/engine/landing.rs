@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::link::Link;
+use super::link::{Link, Watch};
+use super::rejoin::{Incoming, Joined};
+use super::said::Said;
 use super::threads::spawn;
 use super::{EngineError, FrameError, Frames};
 use crate::codec::Decompressor;
@@ -16,7 +18,7 @@ use crate::late::{Arrival, Asking, Pager};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, ZERO_PAGE};
 use crate::report::LateFigures;
 use crate::table::PageIds;
-use crate::wire::{Kind, LatePages, LateRow, MAX_WANTS, want_body};
+use crate::wire::{Kind, LatePages, LateRow, MAX_WANTS, WireError, missing_bodies, want_body};
 
 /// Pages that are taken out of the guest in one go.
 const EVICT_PAGES: usize = 256;
@@ -87,11 +89,16 @@ pub(super) enum Landed {
     GuestGone,
 }
 
+/// Where the late pages go, once there are some.
+pub(super) type LateLanding = Arc<Mutex<Option<Arc<Landing>>>>;
+
 /// The late pages of one guest.
 pub(super) struct Landing {
     state: Mutex<State>,
     changed: Condvar,
     link: Link,
+    /// A connection that is lost is set up again.
+    rejoins: bool,
     key: ContentKey,
     start: Instant,
 }
@@ -114,6 +121,10 @@ struct State {
     ended: Option<Landed>,
     /// The guest stands still because pages cannot come.
     stands: bool,
+    /// They will not come any more.
+    broken: bool,
+    /// Since when there is no connection.
+    lost: Option<Instant>,
 }
 
 /// What a landing is made from.
@@ -124,6 +135,7 @@ pub(super) struct Late {
     pub frames: Frames,
     pub verify: bool,
     pub link: Link,
+    pub rejoins: bool,
     pub key: ContentKey,
 }
 
@@ -137,6 +149,7 @@ impl Landing {
             mut frames,
             verify,
             link,
+            rejoins,
             key,
         } = late;
         let start = Instant::now();
@@ -182,9 +195,12 @@ impl Landing {
                 gone: false,
                 ended: None,
                 stands: false,
+                broken: false,
+                lost: None,
             }),
             changed: Condvar::new(),
             link,
+            rejoins,
             key,
             start,
         }))
@@ -285,8 +301,16 @@ impl Landing {
                 return Ok(());
             }
             let body = want_body(&wants);
-            MutexGuard::unlocked(&mut state, || self.link.send(Kind::Want, &[&body]))
-                .map_err(|error| EngineError::Wire(error.into()))?;
+            let sent = MutexGuard::unlocked(&mut state, || self.link.send(Kind::Want, &[&body]));
+            match sent {
+                Ok(()) => {}
+                // It is asked again on the next connection; whoever reads this one finds it lost, too.
+                Err(error) if self.rejoins => {
+                    log::debug!("pages cannot be asked for: {error}");
+                    return Ok(());
+                }
+                Err(error) => return Err(EngineError::Wire(error.into())),
+            }
         }
     }
 
@@ -367,6 +391,7 @@ impl Landing {
                 }
             }
         }
+        state.unpause();
         state.figures.time_ms = state.started.map_or(0, |time| time.elapsed().as_millis() as u64);
         state.ended = Some(if state.gone { Landed::GuestGone } else { Landed::All });
         drop(state);
@@ -393,23 +418,87 @@ impl Landing {
         }
     }
 
-    /// Pages cannot come: the guest is held still, and that is said.
+    /// Pages will not come any more: the guest is held still, and that is said.
     pub fn stands_still(&self, error: &EngineError) {
         let mut state = self.state.lock();
-        if state.gone || state.ended.is_some() || state.stands {
+        if state.gone || state.ended.is_some() || state.broken {
             return;
         }
-        state.stands = true;
-        let held = state.paging.hold_still(true);
+        state.broken = true;
+        let when = state.pause();
         log::error!(
-            "{} pages of the guest are still on the other host and cannot be had: {}. The guest stands still here{}, and its \
+            "{} pages of the guest are still on the other host and cannot be had: {}. The guest stands still here{when}, and its \
              memory there is kept.",
             state.pager.missing(),
             super::chain(error),
-            held.err()
-                .map(|error| format!(" as soon as it needs one ({error})"))
-                .unwrap_or_default()
         );
+    }
+
+    /// There is no connection for now: the guest is held still, since somebody who waits for a page in vain gives up.
+    pub fn link_lost(&self, error: &EngineError) {
+        let mut state = self.state.lock();
+        if state.lost.is_none() {
+            state.lost = Some(Instant::now());
+            state.figures.outages += 1;
+        }
+        if state.gone || state.ended.is_some() || state.stands || state.pager.missing() == 0 {
+            return;
+        }
+        let when = state.pause();
+        log::warn!(
+            "{}: {} pages of the guest are still on the other host, which keeps them and connects again. Until then the guest, \
+             which is this host's, stands still{when}.",
+            super::chain(error),
+            state.pager.missing(),
+        );
+    }
+
+    /// There is a connection again: says what is missing, what of `said` was not heard, and lets the guest go on.
+    pub fn connected_again(&self, joined: Joined, said: &Said) -> Result<(Incoming, Watch), EngineError> {
+        let Joined {
+            reader,
+            watch,
+            mut out,
+            hangup,
+            carrier,
+            heard,
+        } = joined;
+        let mut state = self.state.lock();
+        state.pager.connected_again();
+        let wire = |error| EngineError::Wire(WireError::Io(error));
+        for body in missing_bodies(state.pager.missing_pages()) {
+            out.write(Kind::Missing, &[&body]).map_err(wire)?;
+        }
+        out.write(Kind::Missing, &[]).map_err(wire)?;
+        let quiet = said.again(&mut out, heard).map_err(wire)?;
+        self.link.go_on(out, hangup, carrier);
+        drop(quiet);
+        let outage = state.lost.take().map_or(Duration::ZERO, |lost| lost.elapsed());
+        state.figures.outage_ms += outage.as_millis() as u64;
+        if !state.broken {
+            log::warn!(
+                "connected again after {:.1} s: the guest goes on, {} of its pages are still on the other host",
+                outage.as_secs_f64(),
+                state.pager.missing()
+            );
+            state.unpause();
+        }
+        self.ask(state)?;
+        Ok((reader, watch))
+    }
+
+    /// Tells somebody once a second how it goes, until it has ended.
+    pub fn tell(self: &Arc<Landing>, mut watching: Box<dyn FnMut(&LateFigures) + Send>) {
+        let landing = self.clone();
+        let told = spawn("xenfold-told", move || {
+            while landing.state.lock().ended.is_none() {
+                watching(&landing.figures());
+                std::thread::sleep(ALIVE);
+            }
+        });
+        if let Err(error) = told {
+            log::warn!("the figures of the late pages cannot be told: {error}");
+        }
     }
 
     pub fn figures(&self) -> LateFigures {
@@ -418,6 +507,9 @@ impl Landing {
             fetched_before: state.figures.fetched_before,
             evict_time_ms: state.figures.evict_time_ms,
             time_ms: state.figures.time_ms,
+            outages: state.figures.outages,
+            outage_ms: state.figures.outage_ms,
+            lost_for_ms: state.lost.map_or(0, |lost| lost.elapsed().as_millis() as u64),
             verified_pages: state.figures.verified_pages,
             different_pages: state.figures.different_pages,
             ..state.pager.figures()
@@ -433,6 +525,30 @@ fn content(row: &LateRow) -> Option<ContentId> {
 }
 
 impl State {
+    /// Holds the guest still. When it does, if not now: for a message.
+    fn pause(&mut self) -> String {
+        if self.stands {
+            return String::new();
+        }
+        match self.paging.hold_still(true) {
+            Ok(()) => {
+                self.stands = true;
+                String::new()
+            }
+            Err(error) => format!(" as soon as it needs one ({error})"),
+        }
+    }
+
+    /// Lets the guest go on that was held still.
+    fn unpause(&mut self) {
+        if self.stands {
+            match self.paging.hold_still(false) {
+                Ok(()) => self.stands = false,
+                Err(error) => log::error!("the guest cannot be unpaused ({error}); type `xl unpause` with its name"),
+            }
+        }
+    }
+
     /// What another page of the guest holds, if that is what is wanted. One that is not there is not looked at: that would
     /// wait for ourselves.
     fn same(&mut self, key: &ContentKey, id: ContentId, other: Pfn) -> Option<[u8; PAGE_SIZE]> {

@@ -28,77 +28,123 @@ pub struct LinkEnds {
     pub carrier: Carrier,
 }
 
-/// The sending half, shared by the threads of a side.
+/// The sending half, shared by the threads of a side. It outlives a connection: where the two hosts connect again, those who
+/// hold it go on with the new one.
 #[derive(Clone)]
 pub struct Link {
-    writer: Arc<Mutex<FrameWriter<Box<dyn Write + Send>>>>,
-    /// Bytes sent, readable while a thread is stuck in sending.
-    bytes: Arc<AtomicU64>,
-    hangup: Hangup,
-    carrier: Carrier,
+    shared: Arc<Shared>,
     /// Keeps the heartbeat going as long as anybody holds the link.
     _heartbeat: Sender<()>,
+}
+
+pub(super) type Outgoing = FrameWriter<Box<dyn Write + Send>>;
+
+struct Shared {
+    writer: Mutex<Writing>,
+    /// Bytes sent, readable while a thread is stuck in sending.
+    bytes: AtomicU64,
+    carried_by: Mutex<(Hangup, Carrier)>,
+}
+
+struct Writing {
+    /// `None` while there is no connection.
+    out: Option<Outgoing>,
+    /// Bytes sent on connections that were lost.
+    before: u64,
+}
+
+impl Shared {
+    fn write(&self, writer: &mut Writing, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
+        let out = writer.out.as_mut().ok_or(io::ErrorKind::NotConnected)?;
+        let result = out.write(kind, parts);
+        self.bytes.store(writer.before + out.bytes(), Ordering::Relaxed);
+        result
+    }
 }
 
 impl Link {
     /// Takes the sending half over after the hellos and starts the heartbeat.
     pub fn start(to_peer: Box<dyn Write + Send>, hangup: Hangup, carrier: Carrier) -> Result<Link, EngineError> {
-        let writer = Arc::new(Mutex::new(FrameWriter::new(to_peer)));
+        let shared = Arc::new(Shared {
+            writer: Mutex::new(Writing {
+                out: Some(FrameWriter::new(to_peer)),
+                before: 0,
+            }),
+            bytes: AtomicU64::new(0),
+            carried_by: Mutex::new((hangup, carrier)),
+        });
         let (keep, stopped) = bounded(0);
-        let beating = Arc::downgrade(&writer);
+        let beating = Arc::downgrade(&shared);
         let beat = move || {
             while stopped.recv_timeout(SIGN_OF_LIFE) == Err(RecvTimeoutError::Timeout) {
-                let Some(writer) = beating.upgrade() else { break };
+                let Some(shared) = beating.upgrade() else { break };
                 // A lock that is held means that something is being written: that is a sign of life, too. A failure
                 // shows at the next real frame.
-                if let Some(mut writer) = writer.try_lock() {
-                    let _ = writer.write(Kind::Ping, &[]);
+                if let Some(mut writer) = shared.writer.try_lock() {
+                    let _ = writer.out.as_mut().map(|out| out.write(Kind::Ping, &[]));
                 }
             }
         };
         spawn("xenfold-heartbeat", beat)?;
         Ok(Link {
-            writer,
-            bytes: Arc::default(),
-            hangup,
-            carrier,
+            shared,
             _heartbeat: keep,
         })
     }
 
     pub fn send(&self, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
-        self.write(&mut self.writer.lock(), kind, parts)
-    }
-
-    fn write(&self, writer: &mut FrameWriter<Box<dyn Write + Send>>, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
-        let result = writer.write(kind, parts);
-        self.bytes.store(writer.bytes(), Ordering::Relaxed);
-        result
+        self.shared.write(&mut self.shared.writer.lock(), kind, parts)
     }
 
     /// Sends a frame unless another thread is stuck in sending. Whether it was handed over.
     pub fn send_if_free(&self, kind: Kind, parts: &[&[u8]]) -> bool {
-        let writer = self.writer.try_lock_for(SIGN_OF_LIFE);
-        writer.is_some_and(|mut writer| self.write(&mut writer, kind, parts).is_ok())
+        let writer = self.shared.writer.try_lock_for(SIGN_OF_LIFE);
+        writer.is_some_and(|mut writer| self.shared.write(&mut writer, kind, parts).is_ok())
     }
 
-    /// Bytes sent so far, without the hello and the newest signs of life.
+    /// Bytes sent so far, without the hellos and the newest signs of life.
     pub fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+        self.shared.bytes.load(Ordering::Relaxed)
     }
 
     /// Processor time of whatever carries the bytes.
     pub fn carrier_cpu(&self) -> Duration {
-        (self.carrier)().unwrap_or_default()
+        let carrier = self.shared.carried_by.lock().1.clone();
+        carrier().unwrap_or_default()
     }
 
     pub fn hang_up(&self) {
-        (self.hangup)();
+        (self.hangup())();
+    }
+
+    /// What ends the connection that there is now, and no later one.
+    pub fn hangup(&self) -> Hangup {
+        self.shared.carried_by.lock().0.clone()
+    }
+
+    /// The connection is lost: whoever sends meets an error, until there is another one.
+    pub fn lose(&self) {
+        // Whoever is stuck in sending lets go of the lock.
+        self.hang_up();
+        let mut writer = self.shared.writer.lock();
+        writer.before += writer.out.take().map_or(0, |out| out.bytes());
+    }
+
+    /// Goes on with another connection, on which something may have been sent already.
+    pub fn go_on(&self, out: Outgoing, hangup: Hangup, carrier: Carrier) {
+        *self.shared.carried_by.lock() = (hangup, carrier);
+        let mut writer = self.shared.writer.lock();
+        self.shared.bytes.store(writer.before + out.bytes(), Ordering::Relaxed);
+        writer.out = Some(out);
     }
 }
 
 /// What a [`Watched`] reader has not been told yet: it is not inside `read`.
 const NOT_READING: u64 = u64::MAX;
+
+/// How often a watch looks.
+const LEAST_STEP: Duration = Duration::from_millis(10);
+const MOST_STEP: Duration = Duration::from_millis(500);
 
 /// A reader whose `read` may not take longer than a timeout. Only the time inside `read` counts: a side that is busy
 /// otherwise does not take the other for dead.
@@ -113,16 +159,17 @@ impl<R: Read> Watched<R> {
     /// Watches `inner`; when nothing arrives for `timeout` the connection is hung up. The watch ends with the handle.
     pub fn new(inner: R, timeout: Duration, hangup: Hangup) -> Result<(Watched<R>, Watch), EngineError> {
         let start = Instant::now();
+        let allowed = Arc::new(AtomicU64::new(timeout.as_millis() as u64));
         let began = Arc::new(AtomicU64::new(NOT_READING));
         let fired = Arc::new(AtomicU64::new(0));
         let (keep, stopped) = bounded::<()>(0);
-        let (seen, note) = (began.clone(), fired.clone());
+        let (seen, note, limit) = (began.clone(), fired.clone(), allowed.clone());
         let watch = move || {
-            let step = (timeout / 8).max(Duration::from_millis(10));
+            let step = (timeout / 8).clamp(LEAST_STEP, MOST_STEP);
             while stopped.recv_timeout(step) == Err(RecvTimeoutError::Timeout) {
                 let began = seen.load(Ordering::Relaxed);
                 let silence = start.elapsed().saturating_sub(Duration::from_millis(began));
-                if silence > timeout {
+                if silence > Duration::from_millis(limit.load(Ordering::Relaxed)) {
                     note.store(silence.as_secs().max(1), Ordering::Relaxed);
                     hangup();
                     break;
@@ -130,7 +177,12 @@ impl<R: Read> Watched<R> {
             }
         };
         spawn("xenfold-watch", watch)?;
-        Ok((Watched { inner, began, start }, Watch { _keep: keep, fired }))
+        let watch = Watch {
+            _keep: keep,
+            allowed,
+            fired,
+        };
+        Ok((Watched { inner, began, start }, watch))
     }
 }
 
@@ -147,10 +199,17 @@ impl<R: Read> Read for Watched<R> {
 /// Keeps a watch alive; dropped, nothing is hung up any more.
 pub struct Watch {
     _keep: Sender<()>,
+    /// The timeout, in ms.
+    allowed: Arc<AtomicU64>,
     fired: Arc<AtomicU64>,
 }
 
 impl Watch {
+    /// From here on no longer silence is allowed than this.
+    pub fn shorten(&self, timeout: Duration) {
+        self.allowed.fetch_min(timeout.as_millis() as u64, Ordering::Relaxed);
+    }
+
     /// Seconds of silence after which the connection was hung up, if it was.
     pub fn silence_s(&self) -> Option<u64> {
         Some(self.fired.load(Ordering::Relaxed)).filter(|seconds| *seconds > 0)

@@ -5,6 +5,7 @@
 //! stream, each a pipeline of three threads and a [`pool`] of workers.
 //!
 //! Pipes, page sources and the end of a connection are handed in: everything here runs without Xen.
+mod arriving;
 mod assemble;
 mod behind;
 mod classify;
@@ -25,6 +26,8 @@ mod page_record;
 mod pool;
 mod rebuilt;
 mod receiving;
+mod rejoin;
+mod said;
 mod sending;
 mod serving;
 pub mod source;
@@ -40,6 +43,7 @@ pub use holding::{DowntimeLimit, Holding, SAMPLE};
 pub use landing::{GuestPaging, Notices, PageRequest};
 pub use link::{Carrier, Hangup, LinkEnds};
 pub use rebuilt::WINDOW_ROWS;
+pub use rejoin::{Connect, refuse};
 
 use std::time::Duration;
 

@@ -10,10 +10,11 @@ use parking_lot::{Condvar, Mutex};
 
 use super::link::Link;
 use super::threads::spawn;
-use super::{EngineError, FrameSource, read_or_gone};
+use super::{EngineError, FrameSource, chain, read_or_gone};
 use crate::codec::{Compressor, Level};
 use crate::late::{Batch, Next, PageServer};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, is_zero};
+use crate::page_set::PageSet;
 use crate::report::Figures;
 use crate::table::PageTable;
 use crate::wire::{Kind, LatePages, LateRow, wants};
@@ -30,6 +31,7 @@ pub(super) struct Served {
     pub pages: u64,
     pub frames: Box<dyn FrameSource>,
     pub link: Link,
+    pub rejoins: bool,
     pub key: ContentKey,
     /// What the pages hold that are not late.
     pub table: Arc<PageTable>,
@@ -51,6 +53,12 @@ struct Shared {
 struct State {
     server: PageServer,
     closed: bool,
+    /// The connection is set up again when it is lost.
+    rejoins: bool,
+    /// Nothing can be sent for now.
+    lost: bool,
+    /// Connections so far.
+    connections: u64,
 }
 
 impl Drop for Serving {
@@ -67,13 +75,20 @@ impl Serving {
             pages,
             frames,
             link,
+            rejoins,
             key,
             table,
             figures,
         } = served;
         figures.lock().late.get_or_insert_default().pages = pages;
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { server, closed: false }),
+            state: Mutex::new(State {
+                server,
+                closed: false,
+                rejoins,
+                lost: false,
+                connections: 0,
+            }),
             changed: Condvar::new(),
             start: Instant::now(),
         });
@@ -113,6 +128,24 @@ impl Serving {
         self.shared.changed.notify_all();
     }
 
+    /// One more than the highest page that may be late.
+    pub fn bound(&self) -> u64 {
+        self.shared.state.lock().server.bound()
+    }
+
+    /// There is another connection, and these are the pages that have not arrived. Errors: one of them is not late.
+    pub fn connected_again(&self, missing: &PageSet) -> Result<(), EngineError> {
+        let mut state = self.shared.state.lock();
+        if !state.server.connected_again(missing) {
+            return Err(EngineError::Protocol("it lacks pages that were never late"));
+        }
+        state.lost = false;
+        state.connections += 1;
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
     /// The destination has answered a ping: one of ours or another.
     pub fn answered(&self, body: &[u8]) {
         let number = <[u8; 8]>::try_from(body).map_or(0, u64::from_le_bytes);
@@ -128,6 +161,10 @@ impl Shared {
     fn run(&self, mut sender: Sender) {
         let mut state = self.state.lock();
         while !state.closed {
+            if state.lost {
+                self.changed.wait(&mut state);
+                continue;
+            }
             match state.server.next(self.start.elapsed()) {
                 Next::Wait => self.changed.wait(&mut state),
                 Next::At(time) => {
@@ -135,15 +172,19 @@ impl Shared {
                     let _ = self.changed.wait_until(&mut state, self.start + time);
                 }
                 Next::Send(batch) => {
+                    let connection = state.connections;
                     drop(state);
                     let sent = sender.send(&batch);
                     state = self.state.lock();
                     match sent {
+                        // What went to a connection that is gone has not arrived: its pages are among the missing ones.
+                        _ if state.connections != connection => {}
                         Ok(bytes) => state.server.sent(self.start.elapsed(), &batch, bytes),
                         // The reader of the connection finds it broken, too, and tells the phases.
                         Err(error) => {
-                            log::debug!("late pages cannot be sent: {error}");
-                            state.closed = true;
+                            log::debug!("late pages cannot be sent: {}", chain(&error));
+                            state.lost = state.rejoins && matches!(error, EngineError::Wire(_));
+                            state.closed |= !state.lost;
                         }
                     }
                 }

@@ -10,7 +10,7 @@
 //!      │ ◀── R1 ───────────────────┤ ◀── Xl(R1) ──────────────────────────────┤  wait_received
 //!      ├─ GO ─────────────────────▶├─ Ping ──────────▶ ◀────────────── Pong ──┤  hand_over
 //!      │                           ├─ Go ════ point of no return ════════════▶│
-//!      │                           ├─ Late ─ ─ ─ ─ ─ ─▶ ◀─ ─ Want, Started ─ ─┤  (pages that follow)
+//!      │                           ├─ Late ─ ─ ─ ─ ─ ─▶ ◀─ ─ Want, Started ─ ─┤  (pages that follow; rejoin.rs)
 //!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤  result
 //! ```
 use std::io::{Read, Write};
@@ -27,6 +27,7 @@ use super::error::peer_words;
 use super::leaving::Leaving;
 use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pacing::{self, Pacing};
+use super::rejoin::{self, Connect, Incoming, Rejoined, SILENCE, Saying};
 use super::sending::{Prepared, Sending, Sent};
 use super::serving::{Served, Serving};
 use super::threads::{join, spawn};
@@ -72,6 +73,8 @@ pub enum Event {
     Go(Option<[u8; 44]>),
     /// Somebody wants the migration to end: a signal, the death of xl.
     Stop(String),
+    /// xl has ended. Once the guest has been let go that ends nothing.
+    XlEnded,
 }
 
 /// xl's pipe and the table after the stream.
@@ -99,6 +102,7 @@ pub struct Negotiated {
     watch: Watch,
     pub agreement: Agreement,
     key: ContentKey,
+    hello: Hello,
 }
 
 /// Exchanges hellos. Errors: [`WireError::Closed`] and [`WireError::NoHello`] when no xenfold answered,
@@ -124,6 +128,7 @@ pub fn negotiate(link: LinkEnds, hello: &Hello, timeout: Duration) -> Result<Neg
         watch,
         agreement,
         key,
+        hello: hello.clone(),
     })
 }
 
@@ -139,6 +144,13 @@ pub struct Source {
     verdict: Option<Verdict>,
     /// Nothing comes from the other host any more.
     link_lost: bool,
+    /// Sets up another connection while pages follow the guest; what we said of ourselves, with the token.
+    connect: Option<Connect>,
+    hello: Hello,
+    /// Bytes of the destination's xl that have come.
+    heard: u64,
+    /// xl knows that the guest runs over there: nothing of it is needed any more.
+    reported: bool,
     /// GO has been sent: there is nothing left to stop.
     handed_over: bool,
     to_xl: Box<dyn Write + Send>,
@@ -203,6 +215,8 @@ pub struct SourceSetup {
     pub bandwidth: Option<NonZeroU64>,
     /// What this host holds beside the guest.
     pub contents: Option<Arc<dyn Contents>>,
+    /// Sets up another connection when this one is lost while pages follow the guest.
+    pub connect: Option<Connect>,
     pub figures: Arc<Mutex<Figures>>,
     /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
     pub events: (Sender<Event>, Receiver<Event>),
@@ -265,6 +279,7 @@ impl Source {
             watch,
             agreement,
             key,
+            hello,
         } = negotiated;
         let SourceSetup {
             to_xl,
@@ -274,6 +289,7 @@ impl Source {
             holding,
             bandwidth,
             contents,
+            connect,
             figures,
             events: (event_sender, events),
         } = setup;
@@ -295,6 +311,10 @@ impl Source {
             inbox,
             verdict,
             link_lost,
+            connect,
+            hello,
+            heard: 0,
+            reported: false,
             handed_over: false,
             to_xl,
             failing: Some(failing),
@@ -395,6 +415,7 @@ impl Source {
             server: PageServer::new(behind.late, behind.hot, self.bandwidth),
             frames: behind.frames,
             link: self.link.clone(),
+            rejoins: self.agreement.rejoin.is_some() && self.connect.is_some(),
             key: self.key.clone(),
             table: end.sent.table.clone(),
             figures: self.figures.clone(),
@@ -536,6 +557,9 @@ impl Source {
             log::warn!("GO could not be sent: {error}");
         }
         self.handed_over = true;
+        if self.may_connect_again() {
+            self.watch.shorten(SILENCE);
+        }
         self.result()
     }
 
@@ -578,6 +602,7 @@ impl Source {
         }
         // That xl is gone changes nothing any more.
         let _ = self.tell_xl(&report);
+        self.reported = started;
         if report.get(..xl::R2_REPORT.len()) != Some(xl::R2_REPORT) {
             return Ending::Unknown(EngineError::Protocol(
                 "the other host's xl did not say how the guest's start went",
@@ -632,6 +657,10 @@ impl Source {
         figures.time_elapsed_ms = self.start.elapsed().as_millis() as u64;
         figures.wire_bytes = self.link.bytes();
         drop(figures);
+        if self.reported && self.agreement.rejoin.is_some() {
+            // The other host waits for this, in case that we had to connect again.
+            self.link.send_if_free(Kind::Done, &[]);
+        }
         if let Ending::SourceOwns(error) = &ending {
             self.serving = None;
             self.failing();
@@ -697,9 +726,19 @@ impl Source {
         let frame = match event {
             Event::Frame(frame) => frame,
             Event::LinkLost(error) => {
+                let error = self.lost(error);
+                if self.may_connect_again() {
+                    self.connect_again(&error)?;
+                    return Ok(None);
+                }
                 self.link_lost = true;
-                return Err(self.lost(error));
+                return Err(error);
             }
+            Event::XlEnded if self.handed_over => {
+                log::warn!("xl was ended here; the guest is the other host's, and its pages go on to it");
+                return Ok(None);
+            }
+            Event::XlEnded => return Err(EngineError::Stopped("xl was ended".into())),
             Event::Streamed(end) => return Ok(Some(Signal::Streamed(end))),
             Event::Go(go) => return Ok(Some(Signal::Go(go))),
             Event::Stop(reason) if self.handed_over => {
@@ -716,6 +755,7 @@ impl Source {
                     ));
                 }
                 self.inbox.extend_from_slice(&frame.body);
+                self.heard += frame.body.len() as u64;
                 Signal::Xl
             }
             Kind::Verdict => {
@@ -727,10 +767,12 @@ impl Source {
                 let figures: DestinationFigures = from_json(frame.kind, &frame.body)?;
                 let mut known = self.figures.lock();
                 if let (Some(own), Some(told)) = (&mut known.late, &figures.late) {
-                    let (sent, started) = (own.sent, own.started);
                     *own = LateFigures {
-                        sent,
-                        started,
+                        sent: own.sent,
+                        started: own.started,
+                        outages: own.outages,
+                        outage_ms: own.outage_ms,
+                        lost_for_ms: 0,
                         ..told.clone()
                     };
                 }
@@ -799,6 +841,66 @@ impl Source {
         Ok(())
     }
 
+    /// Whether a connection that is lost now can be set up again: the guest may run over there, and lacks pages.
+    fn may_connect_again(&self) -> bool {
+        let agreed = self.agreement.rejoin.is_some() && self.connect.is_some();
+        agreed && self.handed_over && self.serving.is_some() && !self.reported
+    }
+
+    /// The guest stands still over there until there is another connection. Errors: the other host does not wait for one, or
+    /// somebody ended it.
+    fn connect_again(&mut self, lost: &EngineError) -> Result<(), EngineError> {
+        log::warn!(
+            "{}: the guest is the other host's and stands still there; the pages that it lacks are kept here. Connecting again",
+            chain(lost)
+        );
+        self.link.lose();
+        let (Some(connect), Some(serving)) = (&mut self.connect, &self.serving) else {
+            return Err(EngineError::WorkerLost);
+        };
+        let saying = Saying {
+            hello: &self.hello,
+            heard: self.heard,
+            bound: serving.bound(),
+        };
+        let (begin, figures, events) = (Instant::now(), self.figures.clone(), &self.events);
+        figures.lock().late.get_or_insert_default().outages += 1;
+        let connected = rejoin::connect_again(connect, &saying, || {
+            figures.lock().late.get_or_insert_default().lost_for_ms = begin.elapsed().as_millis().max(1) as u64;
+            // Nothing else that could come matters any more.
+            events.try_iter().try_for_each(|event| match event {
+                Event::Stop(reason) => Err(EngineError::Stopped(format!(
+                    "{reason}, while there was no connection to the other host"
+                ))),
+                _ => Ok(()),
+            })
+        });
+        let outage_ms = begin.elapsed().as_millis() as u64;
+        let mut known = figures.lock();
+        let late = known.late.get_or_insert_default();
+        (late.lost_for_ms, late.outage_ms) = (0, late.outage_ms + outage_ms);
+        drop(known);
+        self.link_lost = connected.is_err();
+        let Rejoined {
+            reader,
+            watch,
+            out,
+            hangup,
+            carrier,
+            missing,
+        } = connected?;
+        log::warn!(
+            "connected again after {outage_ms} ms: {} pages have not arrived",
+            missing.len()
+        );
+        self.watch = watch;
+        self.link.go_on(out, hangup, carrier);
+        serving.connected_again(&missing)?;
+        let to_events = self.event_sender.clone();
+        spawn("xenfold-back", move || read_frames(reader, &to_events))?;
+        Ok(())
+    }
+
     fn say(&self, kind: Kind, parts: &[&[u8]]) -> Result<(), EngineError> {
         self.link
             .send(kind, parts)
@@ -817,7 +919,7 @@ fn xl_ended() -> EngineError {
     EngineError::Stopped("xl ended before it let the guest go".into())
 }
 
-fn read_frames(mut reader: FrameReader<Watched<Box<dyn Read + Send>>>, events: &Sender<Event>) {
+fn read_frames(mut reader: Incoming, events: &Sender<Event>) {
     loop {
         let event = reader.read().map_or_else(Event::LinkLost, Event::Frame);
         let last = matches!(event, Event::LinkLost(_));

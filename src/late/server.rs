@@ -170,8 +170,11 @@ impl PageServer {
     }
 
     /// There is a new connection: nothing that was sent on the old one and not answered may be believed to have arrived.
-    /// `missing` are the pages that the destination has not got.
-    pub fn connected_again(&mut self, missing: &PageSet) {
+    /// `missing` are the pages that the destination has not got. False: one of them is not late, so it cannot be missing.
+    pub fn connected_again(&mut self, missing: &PageSet) -> bool {
+        if missing.iter().any(|pfn| !self.late.contains(pfn)) {
+            return false;
+        }
         self.urgent.clear();
         self.along.clear();
         self.under_way.clear();
@@ -184,6 +187,12 @@ impl PageServer {
         there.for_each(|pfn| {
             self.sent.insert(pfn);
         });
+        true
+    }
+
+    /// One more than the highest page that may be late.
+    pub fn bound(&self) -> u64 {
+        self.late.bound()
     }
 
     fn batch(&mut self, now: Duration, pages: Vec<Pfn>, urgent: bool, plain: bool) -> Next {
@@ -335,7 +344,8 @@ mod tests {
         let mut server = PageServer::new(set(0..100), vec![], None);
         server.push();
         drain(&mut server);
-        server.connected_again(&set([5, 50]));
+        assert!(!server.connected_again(&set([4000])), "it was never late");
+        assert!(server.connected_again(&set([5, 50])));
         assert_eq!(drain(&mut server), [5, 50]);
     }
 }

@@ -29,6 +29,10 @@ pub enum Kind {
     Contents = 7,
     /// Pages that follow the guest.
     Late = 8,
+    /// The first frame of a new connection, when the old one was lost while pages followed the guest.
+    Rejoin = 9,
+    /// The source has heard how it ended: nobody will connect again.
+    Done = 10,
     /// Bytes that the destination's xl wrote for the source's xl.
     Xl = 16,
     /// The destination's answer to End.
@@ -47,6 +51,8 @@ pub enum Kind {
     Want = 23,
     /// The guest runs at the destination, and pages of it are still late.
     Started = 24,
+    /// Late pages that have not come, on a new connection; an empty one ends the list.
+    Missing = 25,
     /// A sign of life; a body of 8 bytes asks for the same bytes back (both directions).
     Ping = 32,
     /// The answer to a Ping that has a body.
@@ -59,8 +65,8 @@ impl Kind {
     fn from_wire(raw: u16) -> Option<Kind> {
         use Kind::*;
         [
-            Bytes, Guest, Rows, Forget, End, Go, Contents, Late, Xl, Verdict, Figures, Exit, Have, Need, Settled, Want,
-            Started, Ping, Pong, Abort,
+            Bytes, Guest, Rows, Forget, End, Go, Contents, Late, Rejoin, Done, Xl, Verdict, Figures, Exit, Have, Need,
+            Settled, Want, Started, Missing, Ping, Pong, Abort,
         ]
         .into_iter()
         .find(|kind| *kind as u16 == raw)

@@ -38,6 +38,11 @@ pub struct Hello {
     pub late: bool,
     /// Destination: why it cannot.
     pub late_missing: String,
+    /// Source: what proves that a new connection is this source's, when this one is lost while pages follow the guest: 32
+    /// hexadecimal digits by chance.
+    pub rejoin_token: Option<String>,
+    /// Destination: it waits for a new connection then.
+    pub rejoins: bool,
     /// Source: the guest's uuid and name, and the sharing group whose key this is.
     pub guest_uuid: String,
     pub guest_name: String,
@@ -56,6 +61,8 @@ pub struct Agreement {
     pub contents: bool,
     /// Pages may follow the guest.
     pub late: bool,
+    /// A connection that is lost while they do is set up again; with this token.
+    pub rejoin: Option<String>,
     pub peer: Hello,
 }
 
@@ -65,6 +72,13 @@ impl Agreement {
         self.peer.frames = false;
         self.peer.window_rows = 0;
     }
+}
+
+const TOKEN_DIGITS: usize = 32;
+
+/// Whether nobody can have guessed it.
+fn is_token(text: &str) -> bool {
+    text.len() == TOKEN_DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 impl Hello {
@@ -145,10 +159,17 @@ impl Hello {
             .map_err(|_| WireError::BadHello("its options are not the JSON expected"))?;
         let contents = self.contents && peer.contents && (self.paces || peer.paces);
         let late = self.late && peer.late;
+        let token = match (&self.rejoin_token, &peer.rejoin_token) {
+            (Some(token), None) if peer.rejoins => Some(token),
+            (None, Some(token)) if self.rejoins => Some(token),
+            _ => None,
+        };
+        let rejoin = token.filter(|token| late && is_token(token)).cloned();
         Ok(Agreement {
             version,
             contents,
             late,
+            rejoin,
             peer,
         })
     }
@@ -180,10 +201,37 @@ mod tests {
                 version: VERSION_MAX,
                 contents: false,
                 late: false,
+                rejoin: None,
                 peer: hello
             }
         );
         assert_eq!(agreement.peer.key().unwrap(), key);
+    }
+
+    #[test]
+    fn a_lost_connection_comes_back_where_both_can() {
+        let source = |token: &str| Hello {
+            late: true,
+            rejoin_token: Some(token.into()),
+            ..Hello::default()
+        };
+        let destination = |rejoins| Hello {
+            late: true,
+            rejoins,
+            ..Hello::default()
+        };
+        let token = "0123456789abcdef0123456789ABCDEF";
+        let agreed = |here: &Hello, there: &Hello| here.agree(&mut &written(there)[..]).unwrap().rejoin;
+        assert_eq!(agreed(&source(token), &destination(true)).as_deref(), Some(token));
+        assert_eq!(agreed(&destination(true), &source(token)).as_deref(), Some(token));
+        assert_eq!(agreed(&source(token), &destination(false)), None);
+        assert_eq!(agreed(&destination(false), &source(token)), None);
+        assert_eq!(agreed(&destination(true), &source("short")), None);
+        let early = Hello {
+            late: false,
+            ..source(token)
+        };
+        assert_eq!(agreed(&destination(true), &early), None, "nothing follows");
     }
 
     #[test]

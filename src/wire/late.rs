@@ -1,4 +1,7 @@
-//! Frames about pages that follow the guest: what is asked for ([`wants`]), and the pages ([`LatePages`]).
+//! Frames about pages that follow the guest: what is asked for ([`wants`]), the pages ([`LatePages`]), and which of them
+//! have not come when the connection was lost ([`missing`]).
+use std::ops::Range;
+
 use super::frame::{Kind, WireError};
 use crate::late::Want;
 use crate::page::{ContentId, Pfn};
@@ -139,6 +142,51 @@ pub fn wants(body: &[u8]) -> Result<Vec<Want>, WireError> {
         .collect()
 }
 
+/// Runs of pages in one Missing frame.
+const MAX_RUNS: usize = 4096;
+
+const RUN_BYTES: usize = 16;
+
+/// The bodies of Missing frames for pages in ascending order, without the empty one at the end.
+pub fn missing_bodies(pages: impl Iterator<Item = Pfn>) -> Vec<Vec<u8>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for page in pages.map(Pfn::get) {
+        match runs.last_mut() {
+            Some(run) if run.end == page => run.end += 1,
+            _ => runs.push(page..page + 1),
+        }
+    }
+    let words = |run: &Range<u64>| [run.start, run.end - run.start];
+    let body = |runs: &[Range<u64>]| runs.iter().flat_map(words).flat_map(u64::to_le_bytes).collect();
+    runs.chunks(MAX_RUNS).map(body).collect()
+}
+
+/// Reads the body of a Missing frame that is not empty: runs of pages, ascending.
+pub fn missing(body: &[u8]) -> Result<Vec<Range<u64>>, WireError> {
+    let bad = |why| WireError::BadBody {
+        kind: Kind::Missing,
+        why,
+    };
+    let (words, []) = body.as_chunks::<RUN_BYTES>() else {
+        return Err(bad("it is no list of runs"));
+    };
+    if words.len() > MAX_RUNS {
+        return Err(bad("it has too many runs"));
+    }
+    let mut runs: Vec<Range<u64>> = Vec::with_capacity(words.len());
+    for [a, b, c, d, e, f, g, h, rest @ ..] in words {
+        let first = u64::from_le_bytes([*a, *b, *c, *d, *e, *f, *g, *h]);
+        let end = first.checked_add(u64::from_le_bytes(*rest));
+        let run = first..end.ok_or(bad("a page number is too large"))?;
+        let ascends = runs.last().is_none_or(|before| before.end < run.start);
+        if run.is_empty() || run.end - 1 > PFN_MASK || !ascends {
+            return Err(bad("its runs do not ascend, or are empty"));
+        }
+        runs.push(run);
+    }
+    Ok(runs)
+}
+
 fn page(number: u64) -> Option<Pfn> {
     if number > PFN_MASK { None } else { Pfn::new(number) }
 }
@@ -205,6 +253,37 @@ mod tests {
         assert!(wants(&[]).is_err() && wants(&body[1..]).is_err() && wants(&[0xff; 8]).is_err());
     }
 
+    #[test]
+    fn missing_pages_come_back() {
+        let pages = [3, 4, 5, 9, 0xf_ffff_ffff_ffff].map(pfn);
+        let bodies = missing_bodies(pages.into_iter());
+        let expected: [[u64; 2]; 3] = [[3, 3], [9, 1], [0xf_ffff_ffff_ffff, 1]];
+        assert_eq!(
+            bodies,
+            [expected
+                .as_flattened()
+                .iter()
+                .flat_map(|word| word.to_le_bytes())
+                .collect::<Vec<u8>>()]
+        );
+        assert_eq!(missing(&bodies[0]).unwrap(), [3..6, 9..10, PFN_MASK..PFN_MASK + 1]);
+        assert!(missing_bodies(std::iter::empty()).is_empty());
+        let many = missing_bodies((0..10_000).map(|page| pfn(page * 2)));
+        assert_eq!(many.iter().flat_map(|body| missing(body).unwrap()).count(), 10_000);
+        let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        for wrong in [
+            words(&[3, 0]),
+            words(&[3, u64::MAX]),
+            words(&[PFN_MASK, 2]),
+            words(&[3, 2, 4, 1]),
+            words(&[3, 2, 5, 1]),
+            words(&[3]),
+            words(&[1, 1].repeat(5000)),
+        ] {
+            assert!(missing(&wrong).is_err(), "{wrong:?}");
+        }
+    }
+
     proptest! {
         #[test]
         fn pages_come_back(pages in prop::collection::vec(((0..=PFN_MASK).prop_map(pfn), row()), 1..40), block: Vec<u8>) {
@@ -223,6 +302,7 @@ mod tests {
                 prop_assert!(parsed.pages.len() <= MAX_LATE_PAGES);
             }
             let _ = wants(&bytes);
+            let _ = missing(&bytes);
         }
     }
 }

@@ -7,20 +7,23 @@ mod pipe;
 
 pub use pipe::{Pipe, PipeReader, PipeWriter, pipe};
 
+use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
-use xenfold::engine::destination::{self, DestinationSetup, XlInput, XlProcess};
+use xenfold::engine::destination::{self, DestinationSetup, Listen, XlInput, XlProcess};
 use xenfold::engine::source::{self, Ending, SourceSetup};
-use xenfold::engine::{Contents, EngineError, FrameError, FrameSource, GuestPaging, Holding, LinkEnds, WINDOW_ROWS};
+use xenfold::engine::{
+    Connect, Contents, EngineError, FrameError, FrameSource, GuestPaging, Holding, LinkEnds, WINDOW_ROWS, refuse,
+};
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 use xenfold::report::Figures;
-use xenfold::wire::Hello;
+use xenfold::wire::{FrameReader, Hello, Kind};
 
 /// Longer than anything here takes; whoever is not done then hangs.
 pub const DEADLINE: Duration = Duration::from_secs(30);
@@ -39,10 +42,15 @@ pub mod kind {
     pub const END: u16 = 5;
     pub const GO: u16 = 6;
     pub const LATE: u16 = 8;
+    pub const REJOIN: u16 = 9;
+    pub const DONE: u16 = 10;
     pub const XL: u16 = 16;
     pub const VERDICT: u16 = 17;
     pub const FIGURES: u16 = 18;
     pub const EXIT: u16 = 19;
+    pub const WANT: u16 = 23;
+    pub const STARTED: u16 = 24;
+    pub const MISSING: u16 = 25;
     pub const PING: u16 = 32;
     pub const PONG: u16 = 33;
     pub const ABORT: u16 = 34;
@@ -520,7 +528,14 @@ pub struct Plan {
     /// Called when the receiving xl starts the guest.
     pub started: Option<Box<dyn FnOnce() + Send>>,
     pub hooks: Hooks,
+    /// The source may connect again: the hooks of each new connection, counted from 0; `None`: it does not come about.
+    pub again: Option<Again>,
+    /// Tokens of others that connect before the source does.
+    pub strangers: Vec<String>,
 }
+
+/// Makes the hooks of new connections.
+pub type Again = Box<dyn FnMut(usize) -> Option<(Hook, Hook)> + Send>;
 
 impl Plan {
     pub fn new(stream: Vec<u8>) -> Plan {
@@ -544,6 +559,8 @@ impl Plan {
             paging: None,
             started: None,
             hooks: Box::new(|_| (pass(), pass())),
+            again: None,
+            strangers: Vec::new(),
         }
     }
 
@@ -567,6 +584,8 @@ pub struct Outcome {
     pub elapsed: Duration,
     /// The receiving xl was given up: what it left is destroyed by the agent.
     pub given_up: bool,
+    /// Strangers that were told to go away.
+    pub refused: usize,
 }
 
 fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> mpsc::Receiver<T> {
@@ -629,6 +648,60 @@ pub fn key() -> ContentKey {
     ContentKey::new([7; 32])
 }
 
+/// How both sides come to new connections.
+fn connections(
+    bytes: usize,
+    again: Option<Again>,
+    mut strangers: Vec<String>,
+    refused: Arc<AtomicUsize>,
+) -> (Option<Connect>, Option<Listen>) {
+    let Some(mut again) = again else { return (None, None) };
+    let listening: Arc<Mutex<Option<Sender<LinkEnds>>>> = Arc::default();
+    let (listened, mut number) = (listening.clone(), 0);
+    let connect = move || {
+        let hooks = again(number).ok_or(io::ErrorKind::HostUnreachable)?;
+        number += 1;
+        let (source, mut destination, _) = link(bytes, hooks.0, hooks.1);
+        destination.hangup = source.hangup.clone();
+        let until = Instant::now() + Duration::from_secs(1);
+        while listening.lock().is_none() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(5));
+        }
+        for token in strangers.drain(..) {
+            if let Some(listening) = &*listening.lock() {
+                refused.fetch_add(usize::from(is_refused(bytes, listening, &token)), Ordering::SeqCst);
+            }
+        }
+        match listening.lock().clone() {
+            Some(listening) => drop(listening.send(destination)),
+            None => drop(thread::spawn(|| refuse(destination, "nobody waits"))),
+        }
+        Ok(source)
+    };
+    let listen = move |sender: Sender<LinkEnds>| {
+        *listened.lock() = Some(sender);
+        Ok(Box::new(()) as Box<dyn Send>)
+    };
+    (Some(Box::new(connect)), Some(Box::new(listen)))
+}
+
+/// Whether the destination tells a stranger to go away.
+fn is_refused(bytes: usize, listening: &Sender<LinkEnds>, token: &str) -> bool {
+    let (mut stranger, destination, _) = link(bytes, pass(), pass());
+    listening.send(destination).unwrap();
+    let hello = Hello {
+        late: true,
+        rejoin_token: Some(token.into()),
+        ..Hello::default()
+    };
+    hello.agree(&mut stranger.from_peer).unwrap();
+    hello.write(&mut stranger.to_peer).unwrap();
+    FrameReader::new(stranger.from_peer).read().unwrap().kind == Kind::Abort
+}
+
+/// What proves that a new connection is the source's.
+pub const TOKEN: &str = "000102030405060708090a0b0c0d0e0f";
+
 /// Runs a migration to its end. Panics when anything hangs.
 pub fn migrate(plan: Plan) -> Outcome {
     let start = Instant::now();
@@ -642,6 +715,8 @@ pub fn migrate(plan: Plan) -> Outcome {
         stop_destination,
     };
     let (forth, back) = (plan.hooks)(&controls);
+    let refused = Arc::new(AtomicUsize::new(0));
+    let (connect, listen) = connections(plan.link_bytes, plan.again, plan.strangers, refused.clone());
     let (source_link, destination_link, link) = link(plan.link_bytes, forth, back);
     let figures = Arc::new(Mutex::new(Figures::default()));
 
@@ -668,6 +743,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         verify: plan.verify,
         late: plan.holding.as_ref().is_some_and(|holding| holding.behind.is_some()),
         contents: plan.speak_contents[0],
+        rejoin_token: connect.is_some().then(|| TOKEN.into()),
         ..Hello::default()
     }
     .with_key(&key());
@@ -686,6 +762,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                     holding,
                     bandwidth: None,
                     contents: source_contents,
+                    connect,
                     figures: noted,
                     events: source_events,
                 };
@@ -730,6 +807,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         window_rows: plan.window_rows as u32,
         contents: plan.speak_contents[1],
         paces: plan.speak_contents[1],
+        rejoins: listen.is_some(),
         ..Hello::default()
     };
     let paging = plan.paging;
@@ -762,6 +840,9 @@ pub fn migrate(plan: Plan) -> Outcome {
                 contents: destination_contents,
                 events: destination_events,
                 paging,
+                listen,
+                hello: hello.clone(),
+                watching: None,
                 before_go: Box::new(|| Ok(())),
                 program: "test".into(),
                 usage: || (1, 2),
@@ -789,6 +870,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         figures,
         elapsed: start.elapsed(),
         given_up: gave_up.load(Ordering::SeqCst),
+        refused: refused.load(Ordering::SeqCst),
     }
 }
 
@@ -863,6 +945,9 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         contents: None,
         events: destination::events(),
         paging: None,
+        listen: None,
+        hello: Hello::default(),
+        watching: None,
         before_go: Box::new(|| Ok(())),
         program: "test".into(),
         usage: || (0, 0),

@@ -197,6 +197,7 @@ fn send(arguments: &SideArguments, wire: Box<dyn Write + Send>, gate: Gate) -> R
         holding: None,
         bandwidth: None,
         contents,
+        connect: None,
         figures: figures.clone(),
         events: source::events(),
     };

@@ -1,0 +1,288 @@
+//! A connection that was lost while pages followed the guest is set up again.
+//!
+//! ```text
+//!   source agent                                              destination agent
+//!      │  a new ssh every two seconds, until one answers          │  the guest stands still
+//!      │ ◀── Hello ───────────────────────────────────────────────┤
+//!      ├─ Hello(token), Rejoin(bytes heard of xl) ───────────────▶│  another token: Abort
+//!      │ ◀── Missing…, [Started], Xl from there on, [Figures, Exit]┤  the guest goes on
+//!      ├─ Late ─ ─ ─ ─ ─ ─ ▶                      ◀─ ─ ─ ─ Want ─ ┤
+//! ```
+//!
+//! The source says nothing before it has chosen among the connections that came about: what it says replaces the
+//! destination's connection by this one.
+use std::io::{self, Read};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::unbounded;
+
+use super::error::peer_words;
+use super::link::{Carrier, Hangup, LinkEnds, Outgoing, Watch, Watched};
+use super::threads::spawn;
+use super::{EngineError, chain};
+use crate::page_set::PageSet;
+use crate::wire::{FrameReader, FrameWriter, Hello, Kind, WireError, missing, u64_body};
+
+/// Silence after which a connection is given up while pages follow the guest: there is another one to be had.
+pub(super) const SILENCE: Duration = Duration::from_secs(5);
+
+/// How long the two may take to greet each other: hosts may be slow.
+const GREETING: Duration = Duration::from_secs(30);
+
+/// How often a connection is tried, and how many at once. Several, since one that began while nothing got through may take
+/// long to notice that something does.
+const EVERY: Duration = Duration::from_secs(2);
+const AT_ONCE: usize = 4;
+
+/// The same once one has taken too long: on a slow host they are in each other's way.
+const AT_ONCE_SLOW: usize = 2;
+
+/// How long each may take at first, and at most: hosts may be slow.
+const ATTEMPT: Duration = Duration::from_secs(8);
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(60);
+
+/// How often it is looked around meanwhile.
+const LOOK_AROUND: Duration = Duration::from_millis(100);
+
+/// Begins another connection to the other host, on which the destination's agent speaks first.
+pub type Connect = Box<dyn FnMut() -> io::Result<LinkEnds> + Send>;
+
+pub(super) type Incoming = FrameReader<Watched<Box<dyn Read + Send>>>;
+
+/// The source's end of a new connection.
+pub(super) struct Rejoined {
+    pub reader: Incoming,
+    pub watch: Watch,
+    pub out: Outgoing,
+    pub hangup: Hangup,
+    pub carrier: Carrier,
+    /// What has not arrived.
+    pub missing: PageSet,
+}
+
+/// What the source says on a new connection.
+pub(super) struct Saying<'a> {
+    pub hello: &'a Hello,
+    /// Bytes of the destination's xl that have come.
+    pub heard: u64,
+    /// One more than the highest page that may be missing.
+    pub bound: u64,
+}
+
+/// Connections that are being tried. Dropped, they end.
+#[derive(Default)]
+struct Attempts(Vec<Attempt>);
+
+struct Attempt {
+    number: u64,
+    begun: Instant,
+    hangup: Hangup,
+}
+
+impl Attempts {
+    /// Ends some; how many.
+    fn end(&mut self, which: impl Fn(&Attempt) -> bool) -> usize {
+        let ended = self.0.extract_if(.., |attempt| which(attempt));
+        ended.map(|attempt| (attempt.hangup)()).count()
+    }
+}
+
+impl Drop for Attempts {
+    fn drop(&mut self) {
+        self.end(|_| true);
+    }
+}
+
+/// Tries until the destination answers. `look` is called all the while; what it returns ends it. Errors: that, or the
+/// destination refuses for good.
+pub(super) fn connect_again(
+    connect: &mut Connect,
+    saying: &Saying<'_>,
+    mut look: impl FnMut() -> Result<(), EngineError>,
+) -> Result<Rejoined, EngineError> {
+    let (answers, answered) = unbounded();
+    let mut attempts = Attempts::default();
+    let (mut next, mut number, mut patience) = (Instant::now(), 0, ATTEMPT);
+    loop {
+        look()?;
+        let now = Instant::now();
+        if attempts.end(|attempt| now - attempt.begun > patience) > 0 {
+            patience = (patience * 3 / 2).min(LONGEST_ATTEMPT);
+        }
+        let at_once = if patience > ATTEMPT { AT_ONCE_SLOW } else { AT_ONCE };
+        if now >= next && attempts.0.len() < at_once {
+            next = now + EVERY;
+            number += 1;
+            match connect() {
+                Ok(mut ends) => {
+                    let (hello, answers) = (saying.hello.clone(), answers.clone());
+                    attempts.0.push(Attempt {
+                        number,
+                        begun: now,
+                        hangup: ends.hangup.clone(),
+                    });
+                    spawn("xenfold-again", move || {
+                        let answer = hello.agree(&mut ends.from_peer);
+                        // Nobody waits any more when another attempt was quicker.
+                        let _ = answers.send((number, answer.map(|_| ends)));
+                    })?;
+                }
+                Err(error) => log::debug!("a new connection cannot be begun: {error}"),
+            }
+        }
+        let Ok((answering, answer)) = answered.recv_timeout(LOOK_AROUND) else {
+            continue;
+        };
+        let known = attempts.0.extract_if(.., |attempt| attempt.number == answering).count();
+        let ends = match answer {
+            Ok(ends) if known > 0 => ends,
+            Ok(ends) => {
+                (ends.hangup)();
+                continue;
+            }
+            Err(error) => {
+                log::debug!("a new connection has failed: {}", chain(&error));
+                continue;
+            }
+        };
+        attempts.end(|_| true);
+        let hangup = ends.hangup.clone();
+        match greet(ends, saying) {
+            Ok(rejoined) => return Ok(rejoined),
+            Err(error) => {
+                hangup();
+                if !matches!(error, EngineError::Wire(_) | EngineError::Silent { .. }) {
+                    return Err(error);
+                }
+                log::debug!("a new connection has failed: {}", chain(&error));
+            }
+        }
+    }
+}
+
+/// The destination has said who it is.
+fn greet(ends: LinkEnds, saying: &Saying<'_>) -> Result<Rejoined, EngineError> {
+    let LinkEnds {
+        mut to_peer,
+        from_peer,
+        hangup,
+        carrier,
+    } = ends;
+    let (from_peer, watch) = Watched::new(from_peer, GREETING, hangup.clone())?;
+    // A failure to send shows as an end when reading, which tells more.
+    let _ = saying.hello.write(&mut to_peer);
+    let mut out: Outgoing = FrameWriter::new(to_peer);
+    let _ = out.write(Kind::Rejoin, &[&saying.heard.to_le_bytes()]);
+    let mut reader = FrameReader::new(from_peer);
+    let mut pages = PageSet::new(saying.bound);
+    let mut behind = 0;
+    loop {
+        let frame = reader.read()?;
+        match frame.kind {
+            Kind::Missing if frame.body.is_empty() => break,
+            Kind::Missing => {
+                for run in missing(&frame.body)? {
+                    if run.start < behind || run.end > saying.bound {
+                        return Err(EngineError::Protocol("it lacks pages that were never late"));
+                    }
+                    behind = run.end;
+                    pages.insert_run(run);
+                }
+            }
+            Kind::Ping if frame.body.is_empty() => {}
+            Kind::Abort => return Err(EngineError::PeerAborted(peer_words(&frame.body))),
+            _ => return Err(EngineError::Protocol("a new connection began with another frame")),
+        }
+    }
+    watch.shorten(SILENCE);
+    Ok(Rejoined {
+        reader,
+        watch,
+        out,
+        hangup,
+        carrier,
+        missing: pages,
+    })
+}
+
+/// The destination's end of a new connection.
+pub(super) struct Joined {
+    pub reader: Incoming,
+    pub watch: Watch,
+    pub out: Outgoing,
+    pub hangup: Hangup,
+    pub carrier: Carrier,
+    /// Bytes of xl that the source has heard.
+    pub heard: u64,
+}
+
+/// Hears who connects. Errors: it does not know the token, or says nothing.
+pub(super) fn admit(ends: LinkEnds, hello: &Hello, token: &str) -> Result<Joined, EngineError> {
+    let LinkEnds {
+        mut to_peer,
+        from_peer,
+        hangup,
+        carrier,
+    } = ends;
+    hello.write(&mut to_peer)?;
+    let (mut from_peer, watch) = Watched::new(from_peer, GREETING, hangup.clone())?;
+    let agreement = hello.agree(&mut from_peer)?;
+    let mut out: Outgoing = FrameWriter::new(to_peer);
+    if !agreement
+        .rejoin
+        .is_some_and(|said| same(said.as_bytes(), token.as_bytes()))
+    {
+        const WRONG: &str = "whoever connects is not the source of this guest";
+        out.write(Kind::Abort, &[WRONG.as_bytes()])
+            .map_err(|error| EngineError::Wire(error.into()))?;
+        return Err(EngineError::Protocol(WRONG));
+    }
+    let mut reader = FrameReader::new(from_peer);
+    let frame = reader.read()?;
+    if frame.kind != Kind::Rejoin {
+        return Err(EngineError::Protocol("a new connection began with another frame"));
+    }
+    let heard = u64_body(frame.kind, &frame.body)?;
+    watch.shorten(SILENCE);
+    Ok(Joined {
+        reader,
+        watch,
+        out,
+        hangup,
+        carrier,
+        heard,
+    })
+}
+
+/// Compares without telling by the time it takes how much was right.
+fn same(one: &[u8], other: &[u8]) -> bool {
+    one.len() == other.len() && one.iter().zip(other).fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
+}
+
+/// Tells a source that connects again that nobody here waits for it, and why.
+pub fn refuse(mut ends: LinkEnds, why: &str) -> Result<(), WireError> {
+    Hello {
+        program: crate::VERSION.into(),
+        ..Hello::default()
+    }
+    .write(&mut ends.to_peer)?;
+    Hello::default().agree(&mut ends.from_peer)?;
+    FrameWriter::new(&mut ends.to_peer).write(Kind::Abort, &[why.as_bytes()])?;
+    // It goes when it has heard that. What it says until then must find a reader, or it hears nothing.
+    let mut rest = [0; 4096];
+    while ends.from_peer.read(&mut rest)? > 0 {}
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_compared_whole() {
+        assert!(same(b"0123", b"0123"));
+        for other in ["0124", "1123", "012", "01234", ""] {
+            assert!(!same(b"0123", other.as_bytes()), "{other}");
+        }
+    }
+}
