@@ -1,4 +1,4 @@
-//! What `scripts/lab arrive` is compared with: `share_bare FIRST SECOND`, in a dom0, for two guests that are paused, with
+//! What `scripts/lab arrive` is compared with: `share_bare FIRST SECOND`, in a dom0, for two guests, with
 //! no daemon beside it. Each page of the second guest whose content the first one has, other than zeros, is shared with it
 //! in the barest way that is right: nominate both, map both, compare all bytes, share. Prints JSON: `pairs` of equal pages,
 //! how many were `shared`, and the milliseconds (`ms`) that this took, without those for finding them.

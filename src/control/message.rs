@@ -265,8 +265,10 @@ pub struct DedupStats {
     pub arrived: u64,
     pub arrived_shared: u64,
     pub arrived_waiting: u64,
-    /// How long that took for the last guest, from when its agent had told of its pages.
+    /// How long that took for the last guest, from when its migration had let go of it; and how long that was after its
+    /// agent had told of its pages.
     pub arrival_ms: Option<u64>,
+    pub arrival_waited_ms: Option<u64>,
     pub guests: Vec<DedupGuest>,
     /// Pages that two guests have in one frame, the numbers ascending; the same number twice: one guest's own. The 1000
     /// pairs with the most pages.

@@ -170,6 +170,19 @@ impl MemSharing {
         if self.references(client.0, client.1)?.is_some_and(|pages| pages > 1) {
             return Err(SharingError::ClientIsShared);
         }
+        self.share_alone(source, client)
+    }
+
+    /// The same, for a second frame of which the caller knows that it is one page's: its handle is a new one, which nothing
+    /// has been shared by. **If it is not, Xen may stop the host** ([`SharingError::ClientIsShared`]).
+    ///
+    /// # Errors
+    /// As [`MemSharing::share`].
+    pub fn share_alone(
+        &self,
+        source: (DomId, u64, ShareHandle),
+        client: (DomId, u64, ShareHandle),
+    ) -> Result<(), SharingError> {
         let share = symbol!(self.xen.handle.library, xc_memshr_share_gfns);
         // SAFETY: the handle is open; the other arguments are numbers.
         let status = unsafe {

@@ -103,7 +103,7 @@ impl MemShr for Sim {
         Err(SharingError::NotBuilt)
     }
 
-    fn share(&mut self, _: Nominated, _: Nominated) -> Result<(), SharingError> {
+    fn share(&mut self, _: Nominated, _: Nominated, _: bool) -> Result<(), SharingError> {
         Err(SharingError::NotBuilt)
     }
 

@@ -105,9 +105,12 @@ impl MemShr for XenHost {
         self.sharing.nominate(page.domid, page.pfn().get())
     }
 
-    fn share(&mut self, source: Nominated, client: Nominated) -> Result<(), SharingError> {
+    fn share(&mut self, source: Nominated, client: Nominated, alone: bool) -> Result<(), SharingError> {
         let xens = |(page, handle): Nominated| (page.domid, page.pfn().get(), handle);
-        self.sharing.share(xens(source), xens(client))
+        match alone {
+            true => self.sharing.share_alone(xens(source), xens(client)),
+            false => self.sharing.share(xens(source), xens(client)),
+        }
     }
 
     fn references(&mut self, page: GuestPage) -> Result<Option<u32>, SharingError> {

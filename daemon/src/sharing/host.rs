@@ -40,8 +40,9 @@ pub trait MemShr {
     /// Nobody writes to the frame from now on without its handle becoming invalid.
     fn nominate(&mut self, page: GuestPage) -> Result<ShareHandle, SharingError>;
 
-    /// Puts the first page's frame in the place of the second's. Compares nothing.
-    fn share(&mut self, source: Nominated, client: Nominated) -> Result<(), SharingError>;
+    /// Puts the first page's frame in the place of the second's. Compares nothing. `alone`: it is known that nobody else has
+    /// the second one's frame, and not looked at.
+    fn share(&mut self, source: Nominated, client: Nominated, alone: bool) -> Result<(), SharingError>;
 
     /// Of how many pages this page's frame is the frame; `None`: it is its guest's own.
     fn references(&mut self, page: GuestPage) -> Result<Option<u32>, SharingError>;

@@ -211,6 +211,7 @@ impl Sharing {
             arrived_shared: 0,
             arrived_waiting: 0,
             arrival_ms: None,
+            arrival_waited_ms: None,
             guests: state.guests(),
             pairs: pairs
                 .into_iter()

@@ -247,7 +247,7 @@ impl MemShr for SimXen {
         Ok(ShareHandle::new(handle))
     }
 
-    fn share(&mut self, source: Nominated, client: Nominated) -> Result<(), SharingError> {
+    fn share(&mut self, source: Nominated, client: Nominated, _alone: bool) -> Result<(), SharingError> {
         let mut world = self.0.lock();
         world.meanwhile();
         if world.p2m.get(&source.0) == world.p2m.get(&client.0) {

@@ -3,7 +3,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use xen_sys::{DomId, HostMemory};
+use xen_sys::{DomId, HostMemory, ShareHandle};
 use xenfold::control::{DedupGuest, DedupSample};
 use xenfold::engine::chain;
 
@@ -75,6 +75,8 @@ pub struct State {
     /// Nothing can be given back before the next look.
     waiting: bool,
     pub breaks_per_s: u64,
+    /// The last handle that Xen gave out, once it is known.
+    pub newest_handle: Option<ShareHandle>,
     looked: Option<(Duration, u64)>,
 }
 
@@ -99,6 +101,7 @@ impl State {
             sweeps: Sweeps::default(),
             waiting: false,
             breaks_per_s: 0,
+            newest_handle: None,
             looked: None,
         }
     }

@@ -265,7 +265,7 @@ fn a_frame_of_several_pages_is_never_given_up() {
     let mut before = xen.clone();
     for pfn in 0..40 {
         let [first, second] = [page(1, pfn), page(2, pfn)].map(|page| (page, before.nominate(page).unwrap()));
-        before.share(first, second).unwrap();
+        before.share(first, second, false).unwrap();
     }
     let host: Mutex<Box<dyn Host>> = Mutex::new(Box::new(xen.clone()));
     // Which one would stay is drawn: in 40 pairs the one of two pages would have to go sometime.
@@ -276,7 +276,7 @@ fn a_frame_of_several_pages_is_never_given_up() {
         pages: vec![page(3, pfn), page(1, pfn)],
     };
     let tasks: Vec<Task> = (0..40).map(pair).collect();
-    let run = Engine::new(&host, &identities).run(&tasks);
+    let run = Engine::new(&host, &identities, None).run(&tasks);
     assert!(run.outcomes.iter().all(|outcome| outcome.joined.len() == 2));
     // Nor does it leave for another frame of several pages.
     let row = (0, (page(1, 0), before.nominate(page(1, 0)).unwrap()));
@@ -285,7 +285,7 @@ fn a_frame_of_several_pages_is_never_given_up() {
         pages: vec![page(2, 1)],
         ..pair(0)
     };
-    let run = Engine::new(&host, &identities).run(&[other]);
+    let run = Engine::new(&host, &identities, None).run(&[other]);
     assert_eq!(run.outcomes[0].elsewhere, [page(2, 1)]);
     let world = xen.0.lock();
     world.check();
@@ -339,7 +339,7 @@ fn an_old_table_hides_no_shared_page() {
         lab.xen.0.lock().write(page(number, 50), 9);
         (page(number, 50), lab.xen.nominate(page(number, 50)).unwrap())
     });
-    lab.xen.share(first, second).unwrap();
+    lab.xen.share(first, second, false).unwrap();
     lab.index.sharing().enable(false).unwrap();
     lab.run(4 * SECOND);
     let stats = lab.stats();
