@@ -258,6 +258,10 @@ pub struct DedupStats {
     pub changed: u64,
     pub refused: u64,
     pub unshared: u64,
+    /// How often a processor of a guest stood still since then because there was no free memory for a page that it wrote
+    /// to, and how many stand still now.
+    pub stood: u64,
+    pub standing: u64,
     /// Pages found written to in the last second.
     pub breaks_per_s: u64,
     /// Since the daemon started: pages of guests that arrived with a content which another guest of their group had; those

@@ -1,9 +1,10 @@
 //! This host as Xen and xenstore know it.
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use xen_sys::{
-    Access, DOM0, DomId, DomainInfo, ForeignMemory, HostMemory, MemSharing, ShareHandle, SharingError, XenError,
-    Xenctrl, Xenstore,
+    Access, DOM0, DomId, DomainInfo, ForeignMemory, HostMemory, MemSharing, ShareHandle, SharingError, SharingRing,
+    UnshareFailure, XenError, Xenctrl, Xenstore,
 };
 use xenfold::engine::chain;
 use xenfold::page::Pfn;
@@ -19,6 +20,7 @@ pub struct XenHost {
     sharing: MemSharing,
     memory: ForeignMemory,
     store: Xenstore,
+    rings: BTreeMap<DomId, SharingRing>,
 }
 
 impl XenHost {
@@ -29,6 +31,7 @@ impl XenHost {
             sharing: MemSharing::open()?,
             memory: ForeignMemory::open()?,
             store: Xenstore::open()?,
+            rings: BTreeMap::new(),
         })
     }
 
@@ -99,6 +102,28 @@ impl MemShr for XenHost {
 
     fn enable(&mut self, domid: DomId) -> Result<(), SharingError> {
         self.sharing.enable(domid, true)
+    }
+
+    fn listen(&mut self, domid: DomId, hold: bool) -> Result<(), SharingError> {
+        // The page of one that this process had for a guest of that number is unmapped first.
+        self.rings.remove(&domid);
+        let ring = SharingRing::take_over(domid, hold)?;
+        self.rings.insert(domid, ring);
+        Ok(())
+    }
+
+    fn failures(&mut self, domid: DomId) -> Vec<UnshareFailure> {
+        let ring = self.rings.get_mut(&domid);
+        ring.map_or_else(Vec::new, SharingRing::failures)
+    }
+
+    fn answer(&mut self, domid: DomId, failure: &UnshareFailure) -> Result<(), SharingError> {
+        let ring = self.rings.get_mut(&domid);
+        ring.map_or(Ok(()), |ring| ring.answer(failure))
+    }
+
+    fn forget(&mut self, domid: DomId) {
+        self.rings.remove(&domid);
     }
 
     fn nominate(&mut self, page: GuestPage) -> Result<ShareHandle, SharingError> {

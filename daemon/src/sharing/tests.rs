@@ -385,6 +385,61 @@ fn memory_for_writes_is_kept() {
     lab.xen.0.lock().check();
 }
 
+/// A guest takes all memory at once, and others write to all that they share.
+#[test]
+fn a_guest_that_writes_without_memory_stands_still_and_goes_on() {
+    let mut lab = Lab::new(1, 0, 100, |world| {
+        world.add_guest(1, "web-1", &[5; 400]);
+        world.add_guest(2, "web-2", &[5; 400]);
+    });
+    lab.rounds(2);
+    lab.xen.0.lock().free = 3;
+    for pfn in 0..400 {
+        lab.xen.0.lock().write(page(1, pfn), 1000 + pfn);
+    }
+    lab.run(2 * SECOND);
+    let stats = lab.stats();
+    assert!(
+        stats.standing > 300 && stats.stood >= stats.standing && stats.short,
+        "{stats:?}"
+    );
+    // Also when the daemon is killed meanwhile: the next one hears of them again.
+    lab.restart();
+    lab.run(2 * SECOND);
+    assert_eq!(lab.stats().standing, stats.standing);
+    // Some of the memory, then all that is needed.
+    lab.xen.0.lock().free += 100;
+    lab.run(2 * SECOND);
+    assert_eq!(lab.stats().standing, stats.standing - 100);
+    lab.xen.0.lock().free += 1000;
+    lab.run(2 * SECOND);
+    assert_eq!(lab.stats().standing, 0);
+    {
+        let world = lab.xen.0.lock();
+        world.check();
+        assert!(world.crashed.is_empty() && world.standing.is_empty());
+        assert_eq!(world.expected[&page(1, 399)], 1399);
+    }
+    lab.rounds(3);
+    lab.check_table();
+}
+
+/// A ring beside a pager's would stop the host.
+#[test]
+fn a_guest_that_is_being_paged_is_taken_up_when_its_pager_has_ended() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[5; 40]);
+        world.add_guest(2, "web-2", &[5; 40]);
+        world.paged = vec![domid(2)];
+    });
+    lab.rounds(3);
+    assert_eq!(lab.stats().saved_pages, 39);
+    lab.xen.0.lock().paged.clear();
+    lab.rounds(3);
+    assert_eq!(lab.stats().saved_pages, 79);
+    lab.check_table();
+}
+
 #[test]
 fn a_heap_without_room_is_no_harm() {
     let mut lab = Lab::new(1, 100, 10, |world| {

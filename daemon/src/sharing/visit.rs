@@ -179,7 +179,7 @@ impl State {
     }
 
     /// The page has another content or frame than it had.
-    fn broke(&mut self, page: GuestPage) {
+    pub fn broke(&mut self, page: GuestPage) {
         if self.table.remove(page) {
             self.counts.broken = self.counts.broken.saturating_add(1);
             self.unstable(page);
