@@ -35,7 +35,8 @@ lab_arrive() {
   # The same pages once more, by hand. Only one process of a host may share.
   on b 'xenfold dedup disable' </dev/null >&2 || die 'not all pages went back to their guests'
   lab_daemon stop
-  # The guests run meanwhile, as they did before.
+  on b "xl pause $one; xl pause $two" </dev/null
+  # It sets them going before it shares.
   on b "share_bare $one $two" </dev/null >"$work/bare.json" || die 'the bare loop fails'
   guest_check $one 600 >&2 || die "guest $one is damaged by the bare loop"
   guest_check $two 600 >&2 || die "guest $two is damaged by the bare loop"

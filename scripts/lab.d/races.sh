@@ -5,7 +5,7 @@
 
 # lab races N: until so many writes met sharing, on host a, hypervisor `paging`. Needs the programs of `lab push`.
 lab_races() {
-  local wanted=1000 seconds=1800 memory=96 rate=150 json='' n guests=(race-1 race-2) begin races kills=0 killed_at=0 ended=0
+  local wanted=1000 seconds=1800 memory=128 rate=150 json='' n guests=(race-1 race-2) begin races kills=0 killed_at=0 ended=0
   local before=0 work result
   while [ $# -gt 0 ]; do
     case $1 in
@@ -43,9 +43,9 @@ lab_races() {
     fi
     if [ $ended = 0 ] && [ "$races" -ge $((wanted / 2)) ]; then
       say 'a guest is destroyed while it is gone through'
-      guest_create race-3 --kind small --on a --memory "$memory" --check 4 --race "$rate"
+      guest_create race-3 --kind small --on a --memory "$memory" --check 4 --race "$rate" --no-wait
       share_scan race-3
-      sleep 3
+      sleep 10
       guest_destroy race-3
       ended=1
     fi
@@ -89,7 +89,7 @@ races_table_settles() {
 
 # lab exhaust: two guests share, all free memory of the host goes to others, and both write to what they share.
 lab_exhaust() {
-  local memory=96 json='' n guests=(race-1 race-2) begin free fills=0 stood standing result
+  local memory=128 json='' n guests=(race-1 race-2) begin free fills=0 stood standing result
   while [ $# -gt 0 ]; do
     case $1 in
       --memory) memory=${2:-}; shift ;;

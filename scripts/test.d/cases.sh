@@ -265,7 +265,7 @@ lab_pages_follow() {
 lab_share() {
   local host
   without_other_guests
-  lab races 200 --memory 96 --seconds 200
+  lab races 200 --seconds 200
   lab daemon forget
   for host in a b; do on "$host" 'rm /etc/xen/xenfold.conf'; done
 }
