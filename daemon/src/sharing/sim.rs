@@ -272,7 +272,8 @@ impl MemShr for SimXen {
 
     fn answer(&mut self, domid: DomId, failure: &UnshareFailure) -> Result<(), SharingError> {
         let mut world = self.0.lock();
-        let stands = |(page, _): &(GuestPage, u64)| page.domid == domid && page.pfn().get() == failure.gfn;
+        let stands =
+            |(page, _): &(GuestPage, u64)| failure.paused && page.domid == domid && page.pfn().get() == failure.gfn;
         if let Some(at) = world.standing.iter().position(stands) {
             let (page, content) = world.standing.remove(at);
             world.write(page, content);
@@ -356,7 +357,16 @@ impl MemShr for SimXen {
         let mut world = self.0.lock();
         let own = |pfn: &Pfn| {
             world.meanwhile();
-            world.own(GuestPage::new(domid, *pfn).unwrap())
+            let own = world.own(GuestPage::new(domid, *pfn).unwrap());
+            if let Some(ring) = world.listening.get_mut(&domid).filter(|_| !own) {
+                // Who maps a page is told, and the ring as well.
+                ring.push(UnshareFailure {
+                    gfn: pfn.get(),
+                    vcpu: 0,
+                    paused: false,
+                });
+            }
+            own
         };
         Ok(pfns.iter().map(own).collect())
     }

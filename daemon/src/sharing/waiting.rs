@@ -33,7 +33,9 @@ impl State {
     }
 
     fn hear(&mut self, host: &HostLock, domid: DomId) {
-        for failure in host.lock().failures(domid) {
+        // The host is let go before anything is answered.
+        let failures = host.lock().failures(domid);
+        for failure in failures {
             if !failure.paused {
                 // Somebody else than the guest, who knows.
                 self.answer(host, domid, &failure);
