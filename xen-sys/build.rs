@@ -58,6 +58,8 @@ const LIBRARIES: &[Library] = &[
             "xc_logdirty_control",
             "xc_physinfo",
             "xc_memshr_control",
+            "xc_memshr_ring_enable",
+            "xc_memshr_ring_disable",
             "xc_memshr_nominate_gfn",
             "xc_memshr_share_gfns",
             "xc_memshr_debug_gfn",
@@ -77,7 +79,7 @@ const LIBRARIES: &[Library] = &[
             "DOMID_FIRST_RESERVED",
             "HVM_PARAM_.*",
             "XENMEM_SHARING_OP_[SC]_HANDLE_INVALID",
-            "VM_EVENT_(INTERFACE_VERSION|FLAG_(VCPU_PAUSED|FOREIGN)|REASON_MEM_PAGING)",
+            "VM_EVENT_(INTERFACE_VERSION|FLAG_(VCPU_PAUSED|FOREIGN)|REASON_MEM_(PAGING|SHARING))",
             "MEM_PAGING_(DROP_PAGE|EVICT_FAIL)",
         ],
     },
@@ -221,7 +223,7 @@ fn bind(library: &Library) -> Result<String, String> {
         .allowlist_recursively(true)
         // Only pointers to these cross the border; the file's head has one type for each.
         .blocklist_type("FILE|_IO_.*|__off(64)?_t|.*va_list.*|xentoollog_logger|libxl_asyncop_how")
-        // Of vm_event, only requests of paging are looked into.
+        // Of vm_event, only requests of paging and sharing are looked into.
         .opaque_type(
             "vm_event_(regs|mem_access|write|mov|desc|singlestep|fast|debug|cpuid|vmexit|interrupt|emul|x86).*",
         )

@@ -1,5 +1,5 @@
 //! What `scripts/lab arrive` is compared with: `share_bare FIRST SECOND`, in a dom0, for two guests that are paused, with
-//! no daemon beside it. Each page of the second guest whose content the first one has, other than zeros, is shared with it
+//! no daemon beside it. They run while it shares, as they do beside the daemon. Each page of the second guest whose content the first one has, other than zeros, is shared with it
 //! in the barest way that is right: nominate both, map both, compare all bytes, share. Prints JSON: `pairs` of equal pages,
 //! how many were `shared`, and the milliseconds (`ms`) that this took, without those for finding them.
 #[path = "support/frames.rs"]
@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use frames::{Failure, each_frame};
-use xen_sys::{Access, ForeignMemory, MemSharing, PAGE_BYTES};
+use xen_sys::{Access, ForeignMemory, MemSharing, PAGE_BYTES, Xenctrl};
 use xenfold::page::{ContentId, ContentKey, is_zero};
 
 fn main() -> Result<(), Failure> {
@@ -31,6 +31,9 @@ fn main() -> Result<(), Failure> {
     let (sharing, memory) = (MemSharing::open()?, ForeignMemory::open()?);
     sharing.enable(a, true)?;
     sharing.enable(b, true)?;
+    let xen = Xenctrl::open()?;
+    xen.unpause(a)?;
+    xen.unpause(b)?;
     let mut shared = 0_u64;
     let begin = Instant::now();
     for (one, two) in &pairs {

@@ -137,6 +137,12 @@ pub(crate) fn status_text(status: &DedupStatus) -> String {
         stats.refused,
         stats.unshared,
     );
+    if stats.stood > 0 {
+        text += &format!(
+            "no memory {} times a processor stood still for want of memory, {} do now\n",
+            stats.stood, stats.standing
+        );
+    }
     if stats.arrived > 0 {
         text += &format!(
             "arrived   {} pages that another guest had, {} of them shared at once, {} still to come\n",

@@ -27,7 +27,7 @@ guest_where() { guest_host "${1:?usage: lab guest where NAME}" || die "no host r
 guest_config() { # uses the variables of guest_create
   # A name always gets the same MAC and IP address: both hosts, and both of its lives, agree on them.
   local n=$((50 + $(printf %s "$name" | cksum | cut -d' ' -f1) % 200))
-  local arguments="console=hvc0 quiet lab.name=$name lab.ip=10.9.0.$n lab.check=$check lab.write=$write"
+  local arguments="console=hvc0 quiet lab.name=$name lab.ip=10.9.0.$n lab.check=$check lab.write=$write lab.race=$race lab.racing=$racing"
   cat <<CFG
 name = "$name"
 type = "$type"
@@ -49,7 +49,7 @@ CFG
 }
 
 guest_create() {
-  local name='' kind=small type=pvh host=a memory='' check='' write=0 disk=1 wait=1 without='' patience begin=$SECONDS
+  local name='' kind=small type=pvh host=a memory='' check='' write=0 race=0 racing=16 disk=1 wait=1 without='' patience begin=$SECONDS
   while [ $# -gt 0 ]; do
     case $1 in
       --kind) kind=$2; shift ;;
@@ -58,6 +58,8 @@ guest_create() {
       --memory) memory=$2; shift ;;
       --check) check=$2; shift ;;
       --write) write=$2; shift ;;
+      --race) race=$2; shift ;;
+      --racing) racing=$2; shift ;;
       --disk) disk=$2; shift ;;
       --without) without+=" systemd.mask=lab-$2.service"; shift ;;
       --no-wait) wait=0 ;;

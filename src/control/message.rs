@@ -258,6 +258,10 @@ pub struct DedupStats {
     pub changed: u64,
     pub refused: u64,
     pub unshared: u64,
+    /// How often a processor of a guest stood still since then because there was no free memory for a page that it wrote
+    /// to, and how many stand still now.
+    pub stood: u64,
+    pub standing: u64,
     /// Pages found written to in the last second.
     pub breaks_per_s: u64,
     /// Since the daemon started: pages of guests that arrived with a content which another guest of their group had; those
@@ -265,8 +269,10 @@ pub struct DedupStats {
     pub arrived: u64,
     pub arrived_shared: u64,
     pub arrived_waiting: u64,
-    /// How long that took for the last guest, from when its agent had told of its pages.
+    /// How long that took for the last guest, from when its migration had let go of it; and how long that was after its
+    /// agent had told of its pages.
     pub arrival_ms: Option<u64>,
+    pub arrival_waited_ms: Option<u64>,
     pub guests: Vec<DedupGuest>,
     /// Pages that two guests have in one frame, the numbers ascending; the same number twice: one guest's own. The 1000
     /// pairs with the most pages.

@@ -34,6 +34,7 @@ mod paging;
 mod paging_ring;
 mod processors;
 mod sharing;
+mod sharing_ring;
 mod store;
 
 pub use allocator::keep_freed_memory;
@@ -46,6 +47,7 @@ pub use logdirty::{LogDirty, Peek};
 pub use names::{AWAY, INCOMING, uuid_text};
 pub use paging::{Loaded, Paging, PagingError, PagingRequest};
 pub use sharing::{HostMemory, MemSharing, ShareHandle, SharingError};
+pub use sharing_ring::{SharingRing, UnshareFailure};
 pub use store::{WatchEvent, Xenstore};
 
 /// The Xen release whose headers the bindings were made from, the only one whose libxenctrl and libxenlight are opened.

@@ -297,9 +297,9 @@ impl AsFd for Paging {
 }
 
 /// The ring's page in our address space.
-struct RingPage {
-    memory: ForeignMemory,
-    page: NonNull<u8>,
+pub(crate) struct RingPage {
+    pub memory: ForeignMemory,
+    pub page: NonNull<u8>,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; it is used through BackRing only.

@@ -9,7 +9,7 @@
 //! A frame becomes its guest's own again when the guest writes to it, or when it is mapped writable
 //! ([`crate::ForeignMemory::map`] with [`crate::Access::ReadWrite`], `xen/arch/x86/mm.c`): nothing need be written. Where
 //! other guests still have the frame that takes a free one, and fails with ENOMEM when there is none: **a guest that
-//! writes then is crashed** (`xen/arch/x86/hvm/hvm.c`).
+//! writes then is crashed** (`xen/arch/x86/hvm/hvm.c`), unless it has a ring ([`crate::SharingRing`]).
 use std::cell::Cell;
 use std::io;
 use std::marker::PhantomData;
@@ -67,6 +67,12 @@ pub enum SharingError {
     /// "mm locking order violation", seen in the lab), so it is not asked.
     #[error("the frame that shall be given up is shared by other pages")]
     ClientIsShared,
+    /// The guest has no page for the ring of unshare failures, or dom0 is PVH.
+    #[error("the guest has no page for Xen's ring of unshare failures, without which it could be crashed")]
+    NoRing,
+    /// A ring beside a pager's could stop the host ([`crate::SharingRing`]).
+    #[error("the guest's memory is being paged, or another program has its ring of unshare failures")]
+    HasPager,
     /// Xen has no memory for what it notes of shared frames.
     #[error("Xen has no memory left")]
     NoMemory,
@@ -170,6 +176,19 @@ impl MemSharing {
         if self.references(client.0, client.1)?.is_some_and(|pages| pages > 1) {
             return Err(SharingError::ClientIsShared);
         }
+        self.share_alone(source, client)
+    }
+
+    /// The same, for a second frame of which the caller knows that it is one page's: its handle is a new one, which nothing
+    /// has been shared by. **If it is not, Xen may stop the host** ([`SharingError::ClientIsShared`]).
+    ///
+    /// # Errors
+    /// As [`MemSharing::share`].
+    pub fn share_alone(
+        &self,
+        source: (DomId, u64, ShareHandle),
+        client: (DomId, u64, ShareHandle),
+    ) -> Result<(), SharingError> {
         let share = symbol!(self.xen.handle.library, xc_memshr_share_gfns);
         // SAFETY: the handle is open; the other arguments are numbers.
         let status = unsafe {

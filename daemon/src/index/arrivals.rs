@@ -34,7 +34,9 @@ struct Arrival {
     pages: Vec<(u32, u64)>,
     all: u64,
     shared: u64,
-    since: Duration,
+    noted: Duration,
+    /// When its migration had let go of it and the first of them were taken.
+    began: Option<Duration>,
     /// When some of them were last taken.
     served: Duration,
 }
@@ -45,7 +47,8 @@ pub struct Arrivals {
     waiting: VecDeque<Arrival>,
     arrived: u64,
     shared: u64,
-    last_took: Option<Duration>,
+    /// How long the last guest's pages waited for it, and took then.
+    last_took: Option<(Duration, Duration)>,
 }
 
 impl Arrivals {
@@ -74,7 +77,8 @@ impl Arrivals {
             pages,
             all,
             shared: 0,
-            since: now,
+            noted: now,
+            began: None,
             served: now,
         });
     }
@@ -98,6 +102,7 @@ impl Arrivals {
             return Vec::new();
         };
         arrival.served = now;
+        arrival.began.get_or_insert(now);
         let rest = arrival.pages.len().saturating_sub(SHARED_AT_ONCE);
         arrival.pages.split_off(rest)
     }
@@ -114,14 +119,17 @@ impl Arrivals {
             return;
         };
         if let Some(arrival) = self.waiting.remove(at) {
-            let took = now.saturating_sub(arrival.since);
-            self.last_took = Some(took);
+            let began = arrival.began.unwrap_or(now);
+            let (waited, took) = (began.saturating_sub(arrival.noted), now.saturating_sub(began));
+            self.last_took = Some((waited, took));
             log::info!(
-                "guest {} has arrived: of {} pages that others of its group had {} are shared after {} ms",
+                "guest {} has arrived: of {} pages that others of its group had {} are shared, which took {} ms ({} ms after \
+                 its agent told of them)",
                 guest.name,
                 arrival.all,
                 arrival.shared,
-                took.as_millis()
+                took.as_millis(),
+                waited.as_millis()
             );
         }
     }
@@ -131,8 +139,9 @@ impl Arrivals {
         stats.arrived = self.arrived;
         stats.arrived_shared = self.shared;
         stats.arrived_waiting = self.waiting() as u64;
-        let took = self.last_took.map(|took| took.as_millis());
-        stats.arrival_ms = took.map(|ms| u64::try_from(ms).unwrap_or(u64::MAX));
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        stats.arrival_ms = self.last_took.map(|(_, took)| ms(took));
+        stats.arrival_waited_ms = self.last_took.map(|(waited, _)| ms(waited));
     }
 }
 

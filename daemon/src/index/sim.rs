@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use xen_sys::{DomId, DomainInfo, DomainState, HostMemory, ShareHandle, SharingError, XenError};
+use xen_sys::{DomId, DomainInfo, DomainState, HostMemory, ShareHandle, SharingError, UnshareFailure, XenError};
 use xenfold::page::{PAGE_SIZE, Pfn};
 
 use super::host::{Host, Page, Seen};
@@ -99,11 +99,25 @@ impl MemShr for Sim {
         Err(SharingError::NotBuilt)
     }
 
+    fn listen(&mut self, _: DomId, _: bool) -> Result<(), SharingError> {
+        Err(SharingError::NotBuilt)
+    }
+
+    fn failures(&mut self, _: DomId) -> Vec<UnshareFailure> {
+        Vec::new()
+    }
+
+    fn answer(&mut self, _: DomId, _: &UnshareFailure) -> Result<(), SharingError> {
+        Err(SharingError::NotBuilt)
+    }
+
+    fn forget(&mut self, _: DomId) {}
+
     fn nominate(&mut self, _: GuestPage) -> Result<ShareHandle, SharingError> {
         Err(SharingError::NotBuilt)
     }
 
-    fn share(&mut self, _: Nominated, _: Nominated) -> Result<(), SharingError> {
+    fn share(&mut self, _: Nominated, _: Nominated, _: bool) -> Result<(), SharingError> {
         Err(SharingError::NotBuilt)
     }
 

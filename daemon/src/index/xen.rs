@@ -1,9 +1,10 @@
 //! This host as Xen and xenstore know it.
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use xen_sys::{
-    Access, DOM0, DomId, DomainInfo, ForeignMemory, HostMemory, MemSharing, ShareHandle, SharingError, XenError,
-    Xenctrl, Xenstore,
+    Access, DOM0, DomId, DomainInfo, ForeignMemory, HostMemory, MemSharing, ShareHandle, SharingError, SharingRing,
+    UnshareFailure, XenError, Xenctrl, Xenstore,
 };
 use xenfold::engine::chain;
 use xenfold::page::Pfn;
@@ -19,6 +20,7 @@ pub struct XenHost {
     sharing: MemSharing,
     memory: ForeignMemory,
     store: Xenstore,
+    rings: BTreeMap<DomId, SharingRing>,
 }
 
 impl XenHost {
@@ -29,6 +31,7 @@ impl XenHost {
             sharing: MemSharing::open()?,
             memory: ForeignMemory::open()?,
             store: Xenstore::open()?,
+            rings: BTreeMap::new(),
         })
     }
 
@@ -101,13 +104,38 @@ impl MemShr for XenHost {
         self.sharing.enable(domid, true)
     }
 
+    fn listen(&mut self, domid: DomId, hold: bool) -> Result<(), SharingError> {
+        // The page of one that this process had for a guest of that number is unmapped first.
+        self.rings.remove(&domid);
+        let ring = SharingRing::take_over(domid, hold)?;
+        self.rings.insert(domid, ring);
+        Ok(())
+    }
+
+    fn failures(&mut self, domid: DomId) -> Vec<UnshareFailure> {
+        let ring = self.rings.get_mut(&domid);
+        ring.map_or_else(Vec::new, SharingRing::failures)
+    }
+
+    fn answer(&mut self, domid: DomId, failure: &UnshareFailure) -> Result<(), SharingError> {
+        let ring = self.rings.get_mut(&domid);
+        ring.map_or(Ok(()), |ring| ring.answer(failure))
+    }
+
+    fn forget(&mut self, domid: DomId) {
+        self.rings.remove(&domid);
+    }
+
     fn nominate(&mut self, page: GuestPage) -> Result<ShareHandle, SharingError> {
         self.sharing.nominate(page.domid, page.pfn().get())
     }
 
-    fn share(&mut self, source: Nominated, client: Nominated) -> Result<(), SharingError> {
+    fn share(&mut self, source: Nominated, client: Nominated, alone: bool) -> Result<(), SharingError> {
         let xens = |(page, handle): Nominated| (page.domid, page.pfn().get(), handle);
-        self.sharing.share(xens(source), xens(client))
+        match alone {
+            true => self.sharing.share_alone(xens(source), xens(client)),
+            false => self.sharing.share(xens(source), xens(client)),
+        }
     }
 
     fn references(&mut self, page: GuestPage) -> Result<Option<u32>, SharingError> {

@@ -189,6 +189,16 @@ fn sharing(page: &mut Page, stats: &DedupStats) {
         stats.unshared,
     );
     page.counter(
+        "sharing_stood_total",
+        "How often a processor stood still for want of memory",
+        stats.stood,
+    );
+    page.gauge(
+        "sharing_standing",
+        "Processors that stand still for want of memory",
+        stats.standing,
+    );
+    page.counter(
         "sharing_arrived_total",
         "Pages that came with a guest and that another guest of its group had",
         stats.arrived,

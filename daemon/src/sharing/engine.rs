@@ -4,11 +4,14 @@
 //! nominated, and Xen shares by handles. What was read after the nomination is therefore what the frame holds when it is
 //! shared, or the handle is stale and nothing happens. A row's handle is as good as a new one: its page is read now, the
 //! handle is older, and a page that left the row never has that handle again.
-use std::collections::BTreeMap;
+//!
+//! Handles grow, and only this process nominates: a page whose handle is above all before was nobody's but its guest's a
+//! moment ago, so it is one page's frame. Of any other Xen is asked how many pages have it, before its frame is given up.
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use parking_lot::Mutex;
-use xen_sys::{DomId, SharingError};
+use xen_sys::{DomId, ShareHandle, SharingError};
 use xenfold::engine::chain;
 use xenfold::page::{PAGE_SIZE, Pfn};
 
@@ -50,6 +53,8 @@ pub struct Run {
     pub outcomes: Vec<Outcome>,
     pub nominated: u64,
     pub no_memory: bool,
+    /// The last handle that Xen gave out, if it is known.
+    pub newest: Option<ShareHandle>,
 }
 
 /// A run over tasks of guests that are known.
@@ -57,16 +62,26 @@ pub struct Engine<'a> {
     host: &'a Mutex<Box<dyn Host>>,
     guests: &'a BTreeMap<DomId, Identity>,
     no_memory: bool,
+    /// The last handle that Xen gave out. `None`: by a process before this one, and not known.
+    newest: Option<ShareHandle>,
+    /// Pages that have their frame alone, for as long as nothing of this run is shared with them.
+    alone: BTreeSet<GuestPage>,
 }
 
 type Bytes = BTreeMap<GuestPage, Box<Page>>;
 
 impl<'a> Engine<'a> {
-    pub fn new(host: &'a Mutex<Box<dyn Host>>, guests: &'a BTreeMap<DomId, Identity>) -> Engine<'a> {
+    pub fn new(
+        host: &'a Mutex<Box<dyn Host>>,
+        guests: &'a BTreeMap<DomId, Identity>,
+        newest: Option<ShareHandle>,
+    ) -> Engine<'a> {
         Engine {
             host,
             guests,
             no_memory: false,
+            newest,
+            alone: BTreeSet::new(),
         }
     }
 
@@ -92,6 +107,7 @@ impl<'a> Engine<'a> {
             outcomes,
             nominated: all.len() as u64,
             no_memory: self.no_memory,
+            newest: self.newest,
         }
     }
 
@@ -101,7 +117,8 @@ impl<'a> Engine<'a> {
             if self.no_memory || !self.guests.contains_key(&page.domid) {
                 continue;
             }
-            match self.host.lock().nominate(*page) {
+            let nomination = self.nominate_one(*page);
+            match nomination {
                 Ok(handle) => nominated.push((*page, handle)),
                 Err(SharingError::NoMemory) => self.no_memory = true,
                 Err(SharingError::Unsharable) => outcome.refused.push(*page),
@@ -112,6 +129,18 @@ impl<'a> Engine<'a> {
             }
         }
         nominated
+    }
+
+    fn nominate_one(&mut self, page: GuestPage) -> Result<ShareHandle, SharingError> {
+        let mut host = self.host.lock();
+        // Where nothing is known of handles yet: what is its guest's own gets a new one.
+        let own = self.newest.is_none() && matches!(host.references(page), Ok(None));
+        let handle = host.nominate(page)?;
+        if own || self.newest.is_some_and(|newest| handle > newest) {
+            self.newest = Some(handle);
+            self.alone.insert(page);
+        }
+        Ok(handle)
     }
 
     /// The bytes of pages as they are now; without those of a guest that is not the one it was.
@@ -176,7 +205,9 @@ impl<'a> Engine<'a> {
                 outcome.changed.push(page.0);
                 continue;
             }
-            let shared = self.host.lock().share(base, page);
+            let alone = self.alone.remove(&page.0);
+            self.alone.remove(&base.0);
+            let shared = self.host.lock().share(base, page, alone);
             match shared {
                 Ok(()) => outcome.joined.push(page.0),
                 Err(SharingError::ClientIsShared) => outcome.elsewhere.push(page.0),
@@ -206,7 +237,7 @@ impl<'a> Engine<'a> {
 
     /// Whether the page's frame is that of other pages, too. Nobody but this engine can make it so.
     fn is_shared(&self, page: GuestPage) -> bool {
-        matches!(self.host.lock().references(page), Ok(Some(pages)) if pages > 1)
+        !self.alone.contains(&page) && matches!(self.host.lock().references(page), Ok(Some(pages)) if pages > 1)
     }
 
     /// Takes nominations back: frames of one page, which needs no memory.

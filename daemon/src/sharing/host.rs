@@ -1,5 +1,5 @@
 //! What sharing needs of a host, beside what the index reads through.
-use xen_sys::{DomId, HostMemory, ShareHandle, SharingError, XenError};
+use xen_sys::{DomId, HostMemory, ShareHandle, SharingError, UnshareFailure, XenError};
 use xenfold::page::Pfn;
 
 /// A page of a guest of this host, wherever its frame is.
@@ -37,11 +37,26 @@ pub trait MemShr {
     /// Lets frames of this guest be shared. Errors: why not.
     fn enable(&mut self, domid: DomId) -> Result<(), SharingError>;
 
+    /// From now on a processor of the guest's that has no frame for a write stands still until it is answered, instead of the
+    /// guest being crashed. `hold`: the guest is paused meanwhile.
+    /// Errors: why not; [`SharingError::HasPager`] may pass.
+    fn listen(&mut self, domid: DomId, hold: bool) -> Result<(), SharingError>;
+
+    /// The writes for which there was no frame, since this was last asked.
+    fn failures(&mut self, domid: DomId) -> Vec<UnshareFailure>;
+
+    /// Its processor goes on.
+    fn answer(&mut self, domid: DomId, failure: &UnshareFailure) -> Result<(), SharingError>;
+
+    /// The guest is gone.
+    fn forget(&mut self, domid: DomId);
+
     /// Nobody writes to the frame from now on without its handle becoming invalid.
     fn nominate(&mut self, page: GuestPage) -> Result<ShareHandle, SharingError>;
 
-    /// Puts the first page's frame in the place of the second's. Compares nothing.
-    fn share(&mut self, source: Nominated, client: Nominated) -> Result<(), SharingError>;
+    /// Puts the first page's frame in the place of the second's. Compares nothing. `alone`: it is known that nobody else has
+    /// the second one's frame, and not looked at.
+    fn share(&mut self, source: Nominated, client: Nominated, alone: bool) -> Result<(), SharingError>;
 
     /// Of how many pages this page's frame is the frame; `None`: it is its guest's own.
     fn references(&mut self, page: GuestPage) -> Result<Option<u32>, SharingError>;

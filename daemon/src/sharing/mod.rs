@@ -3,7 +3,7 @@
 //! The scanner of the index ([`crate::index`]) reads and hashes the pages; what it has seen comes here
 //! ([`Sharing::visit`]). A page that had one content in two visits ([`history`]) and has a partner joins or begins a row of
 //! the shared-page table ([`table`]) after its bytes were compared ([`visit`], [`engine`]). Once a second guests and free memory are
-//! looked at ([`Sharing::look`], [`reserve`]), and pages go back to their guests where they shall ([`Sharing::work`]). A guest
+//! looked at ([`Sharing::look`], [`reserve`]), processors go on that had no frame for a write ([`waiting`]), and pages go back to their guests where they shall ([`Sharing::work`]). A guest
 //! whose migration has called ([`Sharing::hold`]), or whose memory xl is saving, is left alone meanwhile: not because
 //! sharing would lose its writes (Xen marks a page dirty when it is copied), but because xl owns its memory then.
 //!
@@ -24,6 +24,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod visit;
+mod waiting;
 
 use std::fs::File;
 use std::io::Read;
@@ -205,12 +206,15 @@ impl Sharing {
             changed: state.counts.changed,
             refused: state.counts.refused,
             unshared: state.counts.unshared,
+            stood: state.counts.stood,
+            standing: state.standing(),
             breaks_per_s: state.breaks_per_s,
             // Whoever keeps the list of arrivals adds these.
             arrived: 0,
             arrived_shared: 0,
             arrived_waiting: 0,
             arrival_ms: None,
+            arrival_waited_ms: None,
             guests: state.guests(),
             pairs: pairs
                 .into_iter()

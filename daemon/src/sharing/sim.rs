@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use xen_sys::{DomId, HostMemory, ShareHandle, SharingError, XenError};
+use xen_sys::{DomId, HostMemory, ShareHandle, SharingError, UnshareFailure, XenError};
 use xenfold::page::{PAGE_SIZE, Pfn};
 
 use super::host::{GuestPage, MemShr, Nominated};
@@ -38,6 +38,11 @@ pub struct World {
     /// Guests may die and give frames up.
     pub deadly: bool,
     pub crashed: Vec<DomId>,
+    /// Guests with a ring, the failures in it, and what stands still until it is answered.
+    pub listening: BTreeMap<DomId, Vec<UnshareFailure>>,
+    pub standing: Vec<(GuestPage, u64)>,
+    /// The pager of a guest that arrives.
+    pub paged: Vec<DomId>,
     pub departing: Vec<DomId>,
     pub heap_full: bool,
     contents: u64,
@@ -63,6 +68,9 @@ impl SimXen {
             races: 0,
             deadly: false,
             crashed: Vec::new(),
+            listening: BTreeMap::new(),
+            standing: Vec::new(),
+            paged: Vec::new(),
             departing: Vec::new(),
             heap_full: false,
             contents: 8,
@@ -123,10 +131,20 @@ impl World {
         }
     }
 
-    /// The guest writes; without a frame for it, Xen crashes it.
+    /// The guest writes; without a frame for it its processor stands still, or Xen crashes it.
     pub fn write(&mut self, page: GuestPage, content: u64) {
         if !self.own(page) {
-            self.crashed.push(page.domid);
+            match self.listening.get_mut(&page.domid) {
+                Some(ring) => {
+                    ring.push(UnshareFailure {
+                        gfn: page.pfn().get(),
+                        vcpu: 0,
+                        paused: true,
+                    });
+                    self.standing.push((page, content));
+                }
+                None => self.crashed.push(page.domid),
+            }
             return;
         }
         if let Some(frame) = self.p2m.get(&page).and_then(|frame| self.frames.get_mut(frame)) {
@@ -183,6 +201,8 @@ impl World {
 
     pub fn destroy(&mut self, domid: DomId) {
         self.guests.remove(&domid);
+        self.listening.remove(&domid);
+        self.standing.retain(|(page, _)| page.domid != domid);
         let pages: Vec<GuestPage> = self.p2m.keys().filter(|page| page.domid == domid).copied().collect();
         pages.into_iter().for_each(|page| self.give_up(page));
     }
@@ -228,6 +248,43 @@ impl MemShr for SimXen {
         Ok(())
     }
 
+    fn listen(&mut self, domid: DomId, _: bool) -> Result<(), SharingError> {
+        let mut world = self.0.lock();
+        if world.paged.contains(&domid) {
+            return Err(SharingError::HasPager);
+        }
+        world.listening.insert(domid, Vec::new());
+        // Whoever waited for an answer tries again.
+        let (again, still) = std::mem::take(&mut world.standing)
+            .into_iter()
+            .partition(|(page, _)| page.domid == domid);
+        world.standing = still;
+        let again: Vec<(GuestPage, u64)> = again;
+        again.into_iter().for_each(|(page, content)| world.write(page, content));
+        Ok(())
+    }
+
+    fn failures(&mut self, domid: DomId) -> Vec<UnshareFailure> {
+        let mut world = self.0.lock();
+        world.meanwhile();
+        world.listening.get_mut(&domid).map(std::mem::take).unwrap_or_default()
+    }
+
+    fn answer(&mut self, domid: DomId, failure: &UnshareFailure) -> Result<(), SharingError> {
+        let mut world = self.0.lock();
+        let stands =
+            |(page, _): &(GuestPage, u64)| failure.paused && page.domid == domid && page.pfn().get() == failure.gfn;
+        if let Some(at) = world.standing.iter().position(stands) {
+            let (page, content) = world.standing.remove(at);
+            world.write(page, content);
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, domid: DomId) {
+        self.0.lock().listening.remove(&domid);
+    }
+
     fn nominate(&mut self, page: GuestPage) -> Result<ShareHandle, SharingError> {
         let mut world = self.0.lock();
         world.meanwhile();
@@ -247,7 +304,7 @@ impl MemShr for SimXen {
         Ok(ShareHandle::new(handle))
     }
 
-    fn share(&mut self, source: Nominated, client: Nominated) -> Result<(), SharingError> {
+    fn share(&mut self, source: Nominated, client: Nominated, _alone: bool) -> Result<(), SharingError> {
         let mut world = self.0.lock();
         world.meanwhile();
         if world.p2m.get(&source.0) == world.p2m.get(&client.0) {
@@ -300,7 +357,16 @@ impl MemShr for SimXen {
         let mut world = self.0.lock();
         let own = |pfn: &Pfn| {
             world.meanwhile();
-            world.own(GuestPage::new(domid, *pfn).unwrap())
+            let own = world.own(GuestPage::new(domid, *pfn).unwrap());
+            if let Some(ring) = world.listening.get_mut(&domid).filter(|_| !own) {
+                // Who maps a page is told, and the ring as well.
+                ring.push(UnshareFailure {
+                    gfn: pfn.get(),
+                    vcpu: 0,
+                    paused: false,
+                });
+            }
+            own
         };
         Ok(pfns.iter().map(own).collect())
     }

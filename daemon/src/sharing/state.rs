@@ -3,7 +3,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use xen_sys::{DomId, HostMemory};
+use xen_sys::{DomId, HostMemory, ShareHandle, SharingError, UnshareFailure};
 use xenfold::control::{DedupGuest, DedupSample};
 use xenfold::engine::chain;
 
@@ -19,6 +19,9 @@ use crate::index::{Host, Identity, LeftOut};
 /// Pages that are made their guests' own at a time.
 const UNSHARE_AT_ONCE: usize = 256;
 
+/// With so many free frames no processor of a guest finds none when it tries again.
+const ENOUGH_FRAMES: u64 = 1024;
+
 /// What is counted since the daemon started.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
@@ -32,6 +35,8 @@ pub struct Counts {
     pub refused: u64,
     /// Pages that were made their guests' own on purpose.
     pub unshared: u64,
+    /// Processors that stood still for want of a frame.
+    pub stood: u64,
 }
 
 pub struct Guest {
@@ -44,6 +49,8 @@ pub struct Guest {
     held: bool,
     /// Its pages go back to it: it is in this group no more.
     pub leaving: bool,
+    /// Processors that stand still for want of a frame.
+    pub waiting: Vec<UnshareFailure>,
 }
 
 impl Guest {
@@ -75,6 +82,8 @@ pub struct State {
     /// Nothing can be given back before the next look.
     waiting: bool,
     pub breaks_per_s: u64,
+    /// The last handle that Xen gave out, once it is known.
+    pub newest_handle: Option<ShareHandle>,
     looked: Option<(Duration, u64)>,
 }
 
@@ -99,6 +108,7 @@ impl State {
             sweeps: Sweeps::default(),
             waiting: false,
             breaks_per_s: 0,
+            newest_handle: None,
             looked: None,
         }
     }
@@ -128,7 +138,7 @@ impl State {
     /// Takes what there is of guests and memory, once a second.
     pub fn look(&mut self, host: &HostLock, now: Duration, judged: &[Judged]) {
         self.departing = host.lock().departing().into_iter().collect();
-        self.part_from_others(judged);
+        self.part_from_others(host, judged);
         for (seen, verdict) in judged {
             match verdict {
                 Ok((identity, membership)) => self.welcome(host, identity, &membership.group),
@@ -138,6 +148,7 @@ impl State {
         for (domid, guest) in &mut self.guests {
             guest.held = self.departing.contains(domid) || self.held.contains_key(&guest.identity.uuid);
         }
+        self.serve_waiting(host);
         self.plan_sweeps(judged);
         self.waiting = false;
         self.look_at_memory(host, now);
@@ -158,7 +169,7 @@ impl State {
     }
 
     /// Guests that ended, or whose number is another one's by now: Xen has let their frames go.
-    fn part_from_others(&mut self, judged: &[Judged]) {
+    fn part_from_others(&mut self, host: &HostLock, judged: &[Judged]) {
         let there = |domid: DomId, uuid: &str| {
             let mut seen = judged.iter().map(|(seen, _)| seen);
             seen.any(|seen| seen.info.domid == domid && seen.uuid() == uuid && !seen.info.dying)
@@ -170,6 +181,7 @@ impl State {
         let gone: Vec<DomId> = gone.map(|(domid, _)| *domid).collect();
         for domid in gone {
             self.guests.remove(&domid);
+            host.lock().forget(domid);
             let pages = self.table.forget(domid);
             log::debug!("{domid} is gone, and {pages} shared pages with it");
         }
@@ -190,10 +202,16 @@ impl State {
             }
             return;
         }
-        if !enabled {
+        // Nothing of one that arrives or leaves is touched.
+        if !enabled || self.is_held(identity.domid, &identity.uuid) {
             return;
         }
-        let refused = host.lock().enable(identity.domid).err().map(|error| chain(&error));
+        let refused = match self.begin(host, identity.domid) {
+            Ok(()) => None,
+            // It may still be arriving.
+            Err(SharingError::HasPager) => return,
+            Err(error) => Some(chain(&error)),
+        };
         if let Some(reason) = &refused {
             log::info!("nothing of guest {} is shared: {reason}", identity.name);
         }
@@ -204,8 +222,18 @@ impl State {
             refused,
             held: false,
             leaving: false,
+            waiting: Vec::new(),
         };
         self.guests.insert(identity.domid, guest);
+    }
+
+    /// Frames of the guest may be shared, and it is heard when there is none for a write.
+    fn begin(&self, host: &HostLock, domid: DomId) -> Result<(), SharingError> {
+        let mut host = host.lock();
+        host.enable(domid)?;
+        // Unless there is memory for all that processors may be waiting for.
+        let hold = !host.memory().is_ok_and(|memory| memory.free > ENOUGH_FRAMES);
+        host.listen(domid, hold)
     }
 
     fn left_out(&mut self, domid: DomId, reason: &LeftOut) {

@@ -265,7 +265,7 @@ fn a_frame_of_several_pages_is_never_given_up() {
     let mut before = xen.clone();
     for pfn in 0..40 {
         let [first, second] = [page(1, pfn), page(2, pfn)].map(|page| (page, before.nominate(page).unwrap()));
-        before.share(first, second).unwrap();
+        before.share(first, second, false).unwrap();
     }
     let host: Mutex<Box<dyn Host>> = Mutex::new(Box::new(xen.clone()));
     // Which one would stay is drawn: in 40 pairs the one of two pages would have to go sometime.
@@ -276,7 +276,7 @@ fn a_frame_of_several_pages_is_never_given_up() {
         pages: vec![page(3, pfn), page(1, pfn)],
     };
     let tasks: Vec<Task> = (0..40).map(pair).collect();
-    let run = Engine::new(&host, &identities).run(&tasks);
+    let run = Engine::new(&host, &identities, None).run(&tasks);
     assert!(run.outcomes.iter().all(|outcome| outcome.joined.len() == 2));
     // Nor does it leave for another frame of several pages.
     let row = (0, (page(1, 0), before.nominate(page(1, 0)).unwrap()));
@@ -285,7 +285,7 @@ fn a_frame_of_several_pages_is_never_given_up() {
         pages: vec![page(2, 1)],
         ..pair(0)
     };
-    let run = Engine::new(&host, &identities).run(&[other]);
+    let run = Engine::new(&host, &identities, None).run(&[other]);
     assert_eq!(run.outcomes[0].elsewhere, [page(2, 1)]);
     let world = xen.0.lock();
     world.check();
@@ -339,7 +339,7 @@ fn an_old_table_hides_no_shared_page() {
         lab.xen.0.lock().write(page(number, 50), 9);
         (page(number, 50), lab.xen.nominate(page(number, 50)).unwrap())
     });
-    lab.xen.share(first, second).unwrap();
+    lab.xen.share(first, second, false).unwrap();
     lab.index.sharing().enable(false).unwrap();
     lab.run(4 * SECOND);
     let stats = lab.stats();
@@ -383,6 +383,61 @@ fn memory_for_writes_is_kept() {
     assert_eq!((stats.returning, stats.pages, stats.xen_frames), (false, 0, 0));
     assert!(lab.xen.0.lock().crashed.is_empty());
     lab.xen.0.lock().check();
+}
+
+/// A guest takes all memory at once, and others write to all that they share.
+#[test]
+fn a_guest_that_writes_without_memory_stands_still_and_goes_on() {
+    let mut lab = Lab::new(1, 0, 100, |world| {
+        world.add_guest(1, "web-1", &[5; 400]);
+        world.add_guest(2, "web-2", &[5; 400]);
+    });
+    lab.rounds(2);
+    lab.xen.0.lock().free = 3;
+    for pfn in 0..400 {
+        lab.xen.0.lock().write(page(1, pfn), 1000 + pfn);
+    }
+    lab.run(2 * SECOND);
+    let stats = lab.stats();
+    assert!(
+        stats.standing > 300 && stats.stood >= stats.standing && stats.short,
+        "{stats:?}"
+    );
+    // Also when the daemon is killed meanwhile: the next one hears of them again.
+    lab.restart();
+    lab.run(2 * SECOND);
+    assert_eq!(lab.stats().standing, stats.standing);
+    // Some of the memory, then all that is needed.
+    lab.xen.0.lock().free += 100;
+    lab.run(2 * SECOND);
+    assert_eq!(lab.stats().standing, stats.standing - 100);
+    lab.xen.0.lock().free += 1000;
+    lab.run(2 * SECOND);
+    assert_eq!(lab.stats().standing, 0);
+    {
+        let world = lab.xen.0.lock();
+        world.check();
+        assert!(world.crashed.is_empty() && world.standing.is_empty());
+        assert_eq!(world.expected[&page(1, 399)], 1399);
+    }
+    lab.rounds(3);
+    lab.check_table();
+}
+
+/// A ring beside a pager's would stop the host.
+#[test]
+fn a_guest_that_is_being_paged_is_taken_up_when_its_pager_has_ended() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[5; 40]);
+        world.add_guest(2, "web-2", &[5; 40]);
+        world.paged = vec![domid(2)];
+    });
+    lab.rounds(3);
+    assert_eq!(lab.stats().saved_pages, 39);
+    lab.xen.0.lock().paged.clear();
+    lab.rounds(3);
+    assert_eq!(lab.stats().saved_pages, 79);
+    lab.check_table();
 }
 
 #[test]

@@ -115,8 +115,9 @@ impl State {
             }
             let tasks = self.tasks(group, some, partner);
             if !tasks.is_empty() {
-                let run = Engine::new(host, &identities).run(&tasks);
+                let run = Engine::new(host, &identities, self.newest_handle).run(&tasks);
                 nominated += run.nominated;
+                self.newest_handle = run.newest;
                 self.apply(&tasks, run);
             }
         }
@@ -178,7 +179,7 @@ impl State {
     }
 
     /// The page has another content or frame than it had.
-    fn broke(&mut self, page: GuestPage) {
+    pub fn broke(&mut self, page: GuestPage) {
         if self.table.remove(page) {
             self.counts.broken = self.counts.broken.saturating_add(1);
             self.unstable(page);
@@ -206,6 +207,10 @@ impl State {
             0 | 1 => None,
             _ => host.lock().nominate(page).ok(),
         };
+        // A guest that wrote to it just now made this a new one.
+        self.newest_handle = self
+            .newest_handle
+            .map(|newest| handle.map_or(newest, |handle| newest.max(handle)));
         let row = handle.and_then(|handle| self.table.by_handle(handle));
         let row_group = row.and_then(|row| self.table.row(row)).map(|row| row.group);
         match (handle, row) {

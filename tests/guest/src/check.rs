@@ -30,11 +30,11 @@ pub struct Check {
     passes: u64,
 }
 
-const WORDS: usize = 512;
+pub const WORDS: usize = 512;
 
 #[derive(Clone)]
 #[repr(align(4096))]
-struct Page([u64; WORDS]);
+pub struct Page(pub [u64; WORDS]);
 
 /// SplitMix64: a cheap bijection whose outputs look random.
 pub fn mix(value: u64) -> u64 {

@@ -1,8 +1,9 @@
-//! One static program for both sides of the lab. In guests: `check`, `tick`, `write-loop`, whose
+//! One static program for both sides of the lab. In guests: `check`, `tick`, `write-loop`, `race`, whose
 //! datagrams are broadcast on the guests' bridge. In dom0: `ticks` and `listen`, which receive them.
 
 mod check;
 mod net;
+mod race;
 mod tick;
 mod write_loop;
 
@@ -23,6 +24,8 @@ enum Command {
     Tick(tick::Tick),
     /// Guest: dirty pages at a steady pace
     WriteLoop(write_loop::WriteLoop),
+    /// Guest: rewrite pages of few contents at random, looking at what was there
+    Race(race::Race),
     /// dom0: receive a guest's ticks until stdin ends, then print what was lost as JSON
     Ticks(tick::Ticks),
     /// dom0: print the checkers' reports; 1 if one is bad, 3 if none came in time
@@ -34,6 +37,7 @@ fn main() -> anyhow::Result<std::process::ExitCode> {
         Command::Check(check) => check.run(),
         Command::Tick(tick) => tick.run(),
         Command::WriteLoop(write_loop) => write_loop.run(),
+        Command::Race(race) => race.run(),
         Command::Ticks(ticks) => ticks.run(),
         Command::Listen(listen) => listen.run(),
     }

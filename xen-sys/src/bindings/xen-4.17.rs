@@ -192,6 +192,7 @@ pub const XC_PAGE_SIZE: u32 = 4096;
 pub const VM_EVENT_INTERFACE_VERSION: u32 = 7;
 pub const VM_EVENT_FLAG_VCPU_PAUSED: u32 = 1;
 pub const VM_EVENT_FLAG_FOREIGN: u32 = 2;
+pub const VM_EVENT_REASON_MEM_SHARING: u32 = 2;
 pub const VM_EVENT_REASON_MEM_PAGING: u32 = 3;
 pub const MEM_PAGING_DROP_PAGE: u32 = 1;
 pub const MEM_PAGING_EVICT_FAIL: u32 = 2;
@@ -1166,6 +1167,21 @@ pub struct CtrlLib {
         ) -> ::std::os::raw::c_int,
         ::libloading::Error,
     >,
+    pub xc_memshr_ring_enable: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+            port: *mut u32,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xc_memshr_ring_disable: Result<
+        unsafe extern "C" fn(
+            xch: *mut xc_interface,
+            domid: u32,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
     pub xc_memshr_nominate_gfn: Result<
         unsafe extern "C" fn(
             xch: *mut xc_interface,
@@ -1283,6 +1299,12 @@ impl CtrlLib {
             .map(|sym| *sym);
         let xc_memshr_control = unsafe { __library.get(b"xc_memshr_control\0") }
             .map(|sym| *sym);
+        let xc_memshr_ring_enable = unsafe { __library.get(b"xc_memshr_ring_enable\0") }
+            .map(|sym| *sym);
+        let xc_memshr_ring_disable = unsafe {
+            __library.get(b"xc_memshr_ring_disable\0")
+        }
+            .map(|sym| *sym);
         let xc_memshr_nominate_gfn = unsafe {
             __library.get(b"xc_memshr_nominate_gfn\0")
         }
@@ -1328,6 +1350,8 @@ impl CtrlLib {
             xc_mem_paging_evict,
             xc_mem_paging_load,
             xc_memshr_control,
+            xc_memshr_ring_enable,
+            xc_memshr_ring_disable,
             xc_memshr_nominate_gfn,
             xc_memshr_share_gfns,
             xc_memshr_debug_gfn,
@@ -1676,6 +1700,31 @@ impl CtrlLib {
                 .xc_memshr_control
                 .as_ref()
                 .expect("Expected function, got error."))(xch, domid, enable)
+        }
+    }
+    pub unsafe fn xc_memshr_ring_enable(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+        port: *mut u32,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_memshr_ring_enable
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domid, port)
+        }
+    }
+    pub unsafe fn xc_memshr_ring_disable(
+        &self,
+        xch: *mut xc_interface,
+        domid: u32,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xc_memshr_ring_disable
+                .as_ref()
+                .expect("Expected function, got error."))(xch, domid)
         }
     }
     pub unsafe fn xc_memshr_nominate_gfn(
