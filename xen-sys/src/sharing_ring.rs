@@ -239,7 +239,7 @@ mod tests {
         let answer = response(&stands);
         assert_eq!(
             (answer.version, answer.reason, answer.flags, answer.vcpu_id),
-            (7, 4, 1, 3)
+            (7, 2, 1, 3)
         );
         // Of a dom0 process that was told: its processor is not the guest's.
         raw.flags = ctrl::VM_EVENT_FLAG_FOREIGN;
