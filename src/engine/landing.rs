@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::link::{Link, Watch};
-use super::rejoin::{Incoming, Joined};
+use super::rejoin::{Incoming, Joined, silence_after};
 use super::said::Said;
 use super::threads::spawn;
 use super::{EngineError, FrameError, Frames};
@@ -464,6 +464,7 @@ impl Landing {
             heard,
         } = joined;
         let mut state = self.state.lock();
+        watch.shorten(silence_after(state.figures.outages));
         state.pager.connected_again();
         let wire = |error| EngineError::Wire(WireError::Io(error));
         for body in missing_bodies(state.pager.missing_pages()) {

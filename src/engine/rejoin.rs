@@ -26,6 +26,11 @@ use crate::wire::{FrameReader, FrameWriter, Hello, Kind, WireError, missing, u64
 /// Silence after which a connection is given up while pages follow the guest: there is another one to be had.
 pub(super) const SILENCE: Duration = Duration::from_secs(5);
 
+/// The same when so many were lost before: a host that is busy for that long would lose each of them.
+pub(super) fn silence_after(outages: u64) -> Duration {
+    SILENCE * (1 << outages.min(3))
+}
+
 /// How long the two may take to greet each other: hosts may be slow.
 const GREETING: Duration = Duration::from_secs(30);
 
@@ -67,6 +72,8 @@ pub(super) struct Saying<'a> {
     pub heard: u64,
     /// One more than the highest page that may be missing.
     pub bound: u64,
+    /// Silence after which the new connection is given up.
+    pub silence: Duration,
 }
 
 /// Connections that are being tried. Dropped, they end.
@@ -194,7 +201,7 @@ fn greet(ends: LinkEnds, saying: &Saying<'_>) -> Result<Rejoined, EngineError> {
             _ => return Err(EngineError::Protocol("a new connection began with another frame")),
         }
     }
-    watch.shorten(SILENCE);
+    watch.shorten(saying.silence);
     Ok(Rejoined {
         reader,
         watch,
@@ -243,7 +250,6 @@ pub(super) fn admit(ends: LinkEnds, hello: &Hello, token: &str) -> Result<Joined
         return Err(EngineError::Protocol("a new connection began with another frame"));
     }
     let heard = u64_body(frame.kind, &frame.body)?;
-    watch.shorten(SILENCE);
     Ok(Joined {
         reader,
         watch,
@@ -277,6 +283,12 @@ pub fn refuse(mut ends: LinkEnds, why: &str) -> Result<(), WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn patience_grows_with_outages() {
+        let seconds = [0, 1, 2, 3, 4, u64::MAX].map(|outages| silence_after(outages).as_secs());
+        assert_eq!(seconds, [5, 10, 20, 40, 40, 40]);
+    }
 
     #[test]
     fn tokens_are_compared_whole() {

@@ -858,13 +858,19 @@ impl Source {
         let (Some(connect), Some(serving)) = (&mut self.connect, &self.serving) else {
             return Err(EngineError::WorkerLost);
         };
+        let (begin, figures, events) = (Instant::now(), self.figures.clone(), &self.events);
+        let outages = {
+            let mut known = figures.lock();
+            let late = known.late.get_or_insert_default();
+            late.outages += 1;
+            late.outages
+        };
         let saying = Saying {
             hello: &self.hello,
             heard: self.heard,
             bound: serving.bound(),
+            silence: rejoin::silence_after(outages),
         };
-        let (begin, figures, events) = (Instant::now(), self.figures.clone(), &self.events);
-        figures.lock().late.get_or_insert_default().outages += 1;
         let connected = rejoin::connect_again(connect, &saying, || {
             figures.lock().late.get_or_insert_default().lost_for_ms = begin.elapsed().as_millis().max(1) as u64;
             // Nothing else that could come matters any more.
