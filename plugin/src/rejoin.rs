@@ -1,7 +1,7 @@
 //! A source that lost its connection while pages followed the guest comes back through here: `xenfold receive --rejoin NAME`,
 //! started by its new ssh, finds the agent that still runs by a socket that only root can reach, and passes the bytes on.
 use std::fs::{self, File, Permissions};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -21,6 +21,9 @@ use xenfold::migrations::FOLDER;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 const RETRY: Duration = Duration::from_millis(100);
+
+/// Bytes that are passed on at once.
+const PASSED_AT_ONCE: usize = 64 << 10;
 
 /// How long a connection may take no bytes until it counts as lost.
 const STUCK: Duration = Duration::from_secs(10);
@@ -122,13 +125,27 @@ pub fn pass_on(migration: &str) -> Result<i32> {
     let to_agent = agent.try_clone()?;
     thread::Builder::new().name("xenfold-forth".into()).spawn(move || {
         // However it ends, the agent sees an end.
-        let _ = io::copy(&mut &input, &mut &to_agent);
+        let _ = pass(&input, &to_agent);
         let _ = to_agent.shutdown(Shutdown::Both);
     })?;
     // That nobody reads any more is an end like another.
-    let _ = io::copy(&mut &agent, &mut &output);
+    let _ = pass(&agent, &output);
     let _ = agent.shutdown(Shutdown::Both);
     Ok(0)
+}
+
+/// Passes bytes on as they come. Not `io::copy`: it splices, and Linux (6.1) keeps a pipe locked while it waits for what comes
+/// from a socket, so that whoever reads the pipe waits for the next bytes before it gets these.
+fn pass(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
+    let mut buffer = [0; PASSED_AT_ONCE];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => to.write_all(buffer.get(..n).unwrap_or_default())?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// The agent of a migration, if it is there or comes soon.
@@ -149,8 +166,6 @@ fn find(folder: &Path, migration: &str) -> Option<UnixStream> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
-
     use crossbeam_channel::unbounded;
 
     use super::*;
