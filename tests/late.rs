@@ -169,19 +169,23 @@ fn a_guest_finds_its_memory_while_it_follows() {
 #[test]
 fn nearly_all_follows_where_that_is_wanted() {
     let case = Case::default();
-    let (plan, memory, guest) = plan(&case);
-    let outcome = migrate(plan);
-    let late = completed(&outcome);
-    compare(&memory, &guest, case.pages);
-    assert!(late.pages > case.pages * 8 / 10, "{late:?}");
-    assert!(
-        late.started && late.faults > 0 && late.latency_longest_us > 0,
-        "{late:?}"
-    );
-    assert!(
-        outcome.figures.wire_bytes < 4096 * case.pages,
-        "pages that repeat cost little"
-    );
+    // Where the guest gets no processor all may be there before it touches anything.
+    for _ in 0..20 {
+        let (plan, memory, guest) = plan(&case);
+        let outcome = migrate(plan);
+        let late = completed(&outcome);
+        compare(&memory, &guest, case.pages);
+        assert!(late.started && late.pages > case.pages * 8 / 10, "{late:?}");
+        assert!(
+            outcome.figures.wire_bytes < 4096 * case.pages,
+            "pages that repeat cost little"
+        );
+        if late.faults > 0 {
+            assert!(late.latency_longest_us > 0, "{late:?}");
+            return;
+        }
+    }
+    panic!("nobody ever waited for a page");
 }
 
 #[test]
