@@ -70,6 +70,11 @@ impl SharingRing {
         ring
     }
 
+    /// The guest.
+    pub fn domid(&self) -> DomId {
+        self.domid
+    }
+
     /// All that have come. Each has to be answered: until then Xen has one place less for others.
     pub fn failures(&mut self) -> Vec<UnshareFailure> {
         std::iter::from_fn(|| self.ring.take()).map(failure).collect()
@@ -210,12 +215,6 @@ fn failed(what: &'static str, domid: DomId, source: io::Error) -> SharingError {
         Some(libc::ENOMEM) => SharingError::NoMemory,
         Some(libc::ESRCH) => SharingError::NoSuchDomain(domid),
         _ => SharingError::Xen(XenError::call(what, Some(domid), source)),
-    }
-}
-
-impl SharingRing {
-    pub fn domid(&self) -> DomId {
-        self.domid
     }
 }
 
