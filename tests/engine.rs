@@ -575,7 +575,7 @@ fn a_link_that_breaks_leaves_one_guest() {
                     |outcome: &Outcome| assert!(matches!(outcome.ending, Ending::SourceOwns(_)), "{:?}", outcome.ending)
                 }
                 // The same, or the link is gone before it has.
-                (Moment::Go, Fate::StallBefore) => |outcome: &Outcome| {
+                (Moment::Go, Fate::CutBefore | Fate::StallBefore) => |outcome: &Outcome| {
                     let given_back = matches!(outcome.ending, Ending::SourceOwns(EngineError::Refused(_)));
                     assert!(
                         given_back || matches!(outcome.ending, Ending::Unknown(_)),
