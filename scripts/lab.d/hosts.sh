@@ -11,13 +11,14 @@ address_of() { case $1 in a) echo 10.9.0.1 ;; b) echo 10.9.0.2 ;; *) die "no hos
 running() {
   local pid
   pid=$(cat "$STATE/$1.pid" 2>/dev/null) || return 1
-  tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF "$STATE/$1.qcow2"
+  tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF "$STATE/$1.qcow2"
 }
 
-free_port() {
+# Each of the pair's three ports (N: 0 to 2) from a range of its own.
+free_port() { # N
   local port
   while :; do
-    port=$((20000 + RANDOM % 12000))
+    port=$((20000 + $1 * 4000 + RANDOM % 4000))
     (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
   done
   echo "$port"
@@ -114,8 +115,9 @@ lab_up() {
   done
   echo "$hypervisor" >"$STATE/hypervisor"
   accelerator >"$STATE/accelerator"
-  port=$(free_port)
-  for host in a b; do free_port >"$STATE/$host.port"; done
+  port=$(free_port 0)
+  free_port 1 >"$STATE/a.port"
+  free_port 2 >"$STATE/b.port"
   say "starting hosts a and b ($(cat "$STATE/accelerator"), $hypervisor Xen)"
   start_host a "listen=127.0.0.1:$port" "$xen"
   sleep 1

@@ -203,6 +203,10 @@ impl LevelPolicy {
     /// The level for the next block.
     pub fn choose(&mut self) -> Level {
         self.blocks = self.blocks.wrapping_add(1);
+        if self.ratio_measured == 0.0 {
+            // The link waits for the first blocks.
+            return Level::Lz4;
+        }
         let best = (0..self.usable)
             .min_by(|a, b| self.cost(*a).total_cmp(&self.cost(*b)))
             .unwrap_or(0);
@@ -236,7 +240,9 @@ impl LevelPolicy {
         let measured = (output as f64 / input as f64).clamp(0.001, 1.0);
         // A probe stands for all the blocks that went without being looked at.
         let blocks = if self.is_raw() { PROBE_EVERY } else { 1 };
-        let weight = first_count_more(RATIO_WEIGHT, &mut self.ratio_measured);
+        // Nothing is known of a guest before its first block.
+        self.ratio_measured += 1.0;
+        let weight = RATIO_WEIGHT.max(1.0 / self.ratio_measured);
         let weight = 1.0 - (1.0 - weight).powf(f64::from(blocks));
         self.ratio += weight * (measured.powf(1.0 / reference.strength()) - self.ratio);
     }
