@@ -71,9 +71,9 @@ const ORDINARY_RATIO: f64 = 0.315;
 const POOR_RATIO: f64 = 0.97;
 
 /// Where sending raw is as slow as the link, a level must be clearly faster: what it leaves to the processors is not known
-/// exactly. Where it is as slow as ssh, a level may cost a little time: bytes count more.
+/// exactly. Where it is as slow as the processors, a level may cost some time: bytes count more.
 const WORTHWHILE_FOR_LINK: f64 = 0.9;
-const WORTHWHILE_FOR_CARRIER: f64 = 1.2;
+const WORTHWHILE_FOR_PROCESSORS: f64 = 1.5;
 
 /// What other work is taken for until it has been measured, ns a byte on the reference machine.
 const FIRST_FIXED_NS: f64 = 1.2;
@@ -360,7 +360,7 @@ impl LevelPolicy {
         let most = if link_ns > raw {
             link_ns * WORTHWHILE_FOR_LINK
         } else {
-            raw * WORTHWHILE_FOR_CARRIER
+            raw * WORTHWHILE_FOR_PROCESSORS
         };
         if ratio > POOR_RATIO || time > most {
             return f64::INFINITY;
@@ -483,6 +483,10 @@ mod tests {
         assert_eq!(world.settled(|ratio| ratio), Level::Zstd(3));
         let light = World { share: 0.1, ..world }.settled(|ratio| ratio);
         assert!([Level::Raw, Level::Lz4, Level::Zstd(1)].contains(&light), "{light:?}");
+        // Nor costs it much, beside what has to be done for all of the guest.
+        let fast = World { link_ns: 0.8, ..WORLD };
+        assert_eq!(fast.settled(|ratio| ratio), Level::Raw);
+        assert_eq!(World { share: 0.2, ..fast }.settled(|ratio| ratio), Level::Zstd(1));
     }
 
     #[test]

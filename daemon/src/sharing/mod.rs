@@ -97,12 +97,19 @@ impl Sharing {
             (_, false) => {}
         }
         let enabled = settings.enabled && missing.is_none();
+        let mut state = State::new(enabled, settings.reserve_bytes);
+        // Of a daemon before this one, which may have been killed.
+        let left = host.memory().map_or(0, |memory| memory.shared);
+        if missing.is_none() && !enabled && left > 0 {
+            log::warn!("sharing is off, and {left} frames are shared by guests: their pages go back to them");
+            state.unshare_all = true;
+        }
         Sharing {
             settings,
             key: key.unwrap_or_else(|| ContentKey::new([0; 32])),
             missing,
             enabled: AtomicBool::new(enabled),
-            state: Arc::new(Mutex::new(State::new(enabled, settings.reserve_bytes))),
+            state: Arc::new(Mutex::new(state)),
         }
     }
 

@@ -41,7 +41,7 @@ impl Lab {
         let members = Arc::new(Members::new(config.group, keys));
         let xen = SimXen::new(seed, free);
         world(&mut xen.0.lock());
-        let (index, scanner) = start(&xen, &members, reserve_pages);
+        let (index, scanner) = start(&xen, &members, reserve_pages, true);
         let mut lab = Lab {
             _folder: folder,
             members,
@@ -56,7 +56,12 @@ impl Lab {
     }
 
     fn restart(&mut self) {
-        (self.index, self.scanner) = start(&self.xen, &self.members, self.reserve_pages);
+        self.restart_with(true);
+    }
+
+    /// With sharing on or off in the configuration.
+    fn restart_with(&mut self, enabled: bool) {
+        (self.index, self.scanner) = start(&self.xen, &self.members, self.reserve_pages, enabled);
     }
 
     fn run(&mut self, time: Duration) {
@@ -103,13 +108,13 @@ impl Lab {
     }
 }
 
-fn start(xen: &SimXen, members: &Arc<Members>, reserve_pages: u64) -> (Arc<Index>, Scanner) {
+fn start(xen: &SimXen, members: &Arc<Members>, reserve_pages: u64, enabled: bool) -> (Arc<Index>, Scanner) {
     let settings = IndexSettings {
         limit_bytes: 16 << 20,
         rate_pages_per_s: 1_000_000,
         off: Default::default(),
         sharing: Settings {
-            enabled: true,
+            enabled,
             reserve_bytes: reserve_pages * PAGE_SIZE as u64,
         },
     };
@@ -315,6 +320,22 @@ fn what_the_table_does_not_know_is_given_back_too() {
     lab.index.sharing().enable(false).unwrap();
     lab.run(3 * SECOND);
     let stats = lab.stats();
+    assert_eq!((stats.xen_saved_pages, stats.xen_frames), (0, 0));
+    lab.xen.0.lock().check();
+}
+
+#[test]
+fn a_daemon_that_is_started_with_sharing_off_gives_back_what_is_shared() {
+    let mut lab = Lab::new(1, 200, 10, |world| {
+        world.add_guest(1, "web-1", &[1; 50]);
+        world.add_guest(2, "web-2", &[1; 50]);
+    });
+    lab.rounds(2);
+    assert_eq!(lab.xen.0.lock().saved(), 99);
+    lab.restart_with(false);
+    lab.run(3 * SECOND);
+    let stats = lab.stats();
+    assert_eq!((stats.enabled, stats.returning), (false, false));
     assert_eq!((stats.xen_saved_pages, stats.xen_frames), (0, 0));
     lab.xen.0.lock().check();
 }
