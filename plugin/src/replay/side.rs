@@ -27,6 +27,9 @@ use crate::usage;
 /// Silence that ends a replay; nothing is silent in one unless it is stuck.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
+/// A side that has hung up and not ended by itself waits for the other one.
+const HANGUP: Duration = Duration::from_secs(2);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Role {
     Send,
@@ -154,8 +157,12 @@ fn link(wire: Box<dyn Write + Send>) -> Result<LinkEnds> {
         to_peer: wire,
         from_peer: Box::new(stdin()?),
         hangup: Arc::new(|| {
-            eprintln!("replay: the other side does not answer");
-            std::process::exit(70);
+            // Whoever hangs up because of an error still has to say which.
+            std::thread::spawn(|| {
+                std::thread::sleep(HANGUP);
+                eprintln!("replay: the other side does not answer");
+                std::process::exit(70);
+            });
         }),
         carrier: Arc::new(|| None),
     })
