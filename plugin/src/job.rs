@@ -114,7 +114,8 @@ fn arriving_info(arguments: &InfoArguments) -> Result<bool> {
     if age > STALE && late.missing > 0 {
         bail!(
             "xenfold, which fetches its pages, was ended {} s ago: guest {} stands still as soon as it needs one of the {} pages \
-             that are missing, and they cannot be had any more",
+             that are missing. It goes on when its source connects again, which xenfold-ssh does there by itself; where that was \
+             ended, too, type `xenfold follow {1}` there",
             age.as_secs(),
             found.name,
             late.missing
