@@ -33,12 +33,25 @@ pub fn path(migration: &str) -> Option<PathBuf> {
 
 /// The journal of a guest that pages still follow from here.
 pub fn find(guest: &Guest) -> Option<(PathBuf, Facts)> {
-    let paths = fs::read_dir(FOLDER).into_iter().flatten().flatten().map(|entry| entry.path());
+    let paths = fs::read_dir(FOLDER)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
     let ours = paths.filter(|path| path.extension().is_some_and(|extension| extension == SERVER));
     let mut found = ours.filter_map(|path| Some((look(&path).ok()?.facts, path)));
     let is_it = |facts: &Facts| facts.uuid == guest.uuid && facts.domid == guest.domid.get();
     let (facts, path) = found.find(|(facts, _)| is_it(facts))?;
     Some((path, facts))
+}
+
+/// Forgets what an earlier migration of a guest has left that is about to be migrated.
+pub fn forget(guest: &Guest) {
+    while let Some((path, _)) = find(guest) {
+        if fs::remove_file(path).is_err() {
+            return;
+        }
+    }
 }
 
 /// Sends what is missing, and does at the end what xl would have done. Returns the exit status.

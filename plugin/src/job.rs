@@ -105,6 +105,13 @@ fn arriving_info(arguments: &InfoArguments) -> Result<bool> {
     let Some((figures, age)) = arrival::arriving(&found.uuid) else {
         return Ok(false);
     };
+    if let (Some(why), false) = (&figures.error, arguments.json) {
+        bail!(
+            "guest {} stands still here, and is this host's; xenfold could not go on with it: {why}. It is tried again when its \
+             source connects",
+            found.name
+        );
+    }
     let late = figures.late.clone().unwrap_or_default();
     if arguments.json {
         println!("{}", serde_json::to_string(&figures)?);

@@ -129,7 +129,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
 /// Where it is written down how another process can go on, should this one be killed while pages follow the guest.
 fn journal(agreement: &Agreement, key: &ContentKey, xl: u32, domain: KnownDomain) -> Option<Box<dyn LateJournal>> {
     let (source, token) = (&agreement.peer, agreement.rejoin.clone()?);
-    let path = takeover::path(&source.migration)?;
+    let path = takeover::path(&source.migration).filter(|_| !source.guest_uuid.is_empty())?;
     let facts = Facts {
         guest: source.guest_name.clone(),
         uuid: source.guest_uuid.clone(),

@@ -115,7 +115,9 @@ pub fn run(migration: &str) -> Result<i32> {
         match takeover::take(migration) {
             Ok(Some((journal, found))) => return takeover::run(journal, found, receive::link()?),
             Ok(None) if Instant::now() < until => thread::sleep(RETRY),
-            Ok(None) => return nobody("no xenfold receives that guest here any more: it was not started, or is here whole"),
+            Ok(None) => {
+                return nobody("no xenfold receives that guest here any more: it was not started, or is here whole");
+            }
             Err(error) => return nobody(&format!("no xenfold receives that guest here any more: {error:#}")),
         }
     }

@@ -1,5 +1,5 @@
 //! `xenfold-ssh`: stands where xl expects ssh.
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::num::NonZeroU64;
 use std::os::unix::process::{CommandExt, parent_id};
@@ -85,6 +85,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone(), &migration)?),
         None => None,
     };
+    guest.iter().for_each(following::forget);
     let remote: Vec<String> = RECEIVE
         .map(str::to_owned)
         .into_iter()
@@ -515,6 +516,10 @@ impl Agent<'_> {
                 exit_status(&error)
             }
             Ending::Unknown(error) => {
+                if let (EngineError::PeerAborted(_), Some(path)) = (&error, following::path(&self.migration)) {
+                    // Nobody there waits for pages. Absent is as good.
+                    let _ = fs::remove_file(path);
+                }
                 figures.error = Some(chain(&error));
                 say!(
                     "xenfold: the connection failed after {host} was told to start guest {guest}: {}\n\

@@ -35,8 +35,14 @@ pub fn take(migration: &str) -> Result<Option<(Journal, Found)>> {
     }
 }
 
-/// Goes on, with the source at the other end of `ends`. When that is lost others may come, as with the former agent.
+/// Goes on, with the source at the other end of `ends`. When that is lost others may come, as with the former agent. Errors:
+/// the guest is held still, and the next connection tries again.
 pub fn run(journal: Journal, found: Found, ends: LinkEnds) -> Result<i32> {
+    let facts = found.facts.clone();
+    go_on(journal, found, ends).inspect_err(|error| arrival::trouble(&facts.uuid, &facts.guest, format!("{error:#}")))
+}
+
+fn go_on(journal: Journal, found: Found, ends: LinkEnds) -> Result<i32> {
     // As for the former one: the guest depends on this process.
     signals::handle(|| log::warn!("not now: pages of the guest are still to come"))?;
     let facts = found.facts.clone();

@@ -243,7 +243,11 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         unheard = heard.recv_timeout(UNHEARD) == Err(RecvTimeoutError::Timeout);
     }
     // What was not heard can still be had from the journal.
-    landing.lock().iter().filter(|_| !unheard).for_each(|landing| landing.forget());
+    landing
+        .lock()
+        .iter()
+        .filter(|_| !unheard)
+        .for_each(|landing| landing.forget());
     drop(listening.lock().take());
     // The guest does not wait any more, and a later migration of it will find what it brought.
     if let Some(contents) = &contents

@@ -507,6 +507,9 @@ impl Landing {
                 }
             }
         }
+        if state.gone {
+            state.stands = false;
+        }
         state.unpause();
         state.note(|noted| noted.landed = true);
         state.figures.time_ms = state.started.map_or(0, |time| time.elapsed().as_millis() as u64);

@@ -138,7 +138,12 @@ impl Journal {
         }
         // Of a process that was killed in here.
         let _ = fs::remove_file(&new);
-        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&new)?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new)?;
         let written = file.try_lock().map_err(io::Error::from).and_then(|()| {
             let body = body(facts, late)?;
             (&file).write_all(&head(noted, std::process::id()))?;
@@ -206,6 +211,15 @@ impl Journal {
     }
 }
 
+/// The process number of a journal's newest owner, and the file's inode: whether it lives /proc/locks tells.
+pub fn owner(path: &Path) -> io::Result<(u32, u64)> {
+    let mut file = File::open(path)?;
+    let mut head = [0; HEAD_BYTES];
+    file.read_exact(&mut head)?;
+    let [.., a, b, c, d, _, _, _, _, _, _, _, _] = head;
+    Ok((u32::from_le_bytes([a, b, c, d]), file.metadata()?.ino()))
+}
+
 /// What a journal says, whoever owns it.
 pub fn look(path: &Path) -> Result<Found, JournalError> {
     let file = open(path, false)?;
@@ -253,7 +267,10 @@ fn read(path: &Path, mut file: &File) -> Result<(Found, u64, Vec<u8>), JournalEr
     let mut fixed = [0; FIXED_BYTES];
     file.read_exact(&mut fixed).map_err(|_| short())?;
     let (head, rest) = fixed.split_at(HEAD_BYTES);
-    let word = |at: usize| head.get(at..at + 4).and_then(|word| Some(u32::from_le_bytes(word.try_into().ok()?)));
+    let word = |at: usize| {
+        head.get(at..at + 4)
+            .and_then(|word| Some(u32::from_le_bytes(word.try_into().ok()?)))
+    };
     let (noted, owner, crc) = (word(8).ok_or_else(short)?, word(12).ok_or_else(short)?, word(16));
     if !head.starts_with(&MAGIC) {
         return Err(damaged("it is of another version"));
@@ -282,7 +299,14 @@ fn read(path: &Path, mut file: &File) -> Result<(Found, u64, Vec<u8>), JournalEr
         .and_then(|body| body.split_at_checked(usize::try_from(length).ok()?))
         .ok_or_else(short)?;
     let facts = serde_json::from_slice(facts).map_err(|_| damaged("its facts are not the JSON expected"))?;
-    let words = |bytes: &[u8]| -> Vec<u64> { bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect() };
+    let words = |bytes: &[u8]| -> Vec<u64> {
+        bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|word| u64::from_le_bytes(*word))
+            .collect()
+    };
     let late = PageSet::from_words(&words(late), bound);
     let mut come = Vec::new();
     file.take(late_bytes).read_to_end(&mut come)?;
@@ -390,10 +414,16 @@ mod tests {
         let json = serde_json::to_vec(&Facts::default()).unwrap();
         let (head, rest) = bytes.split_at(HEAD_BYTES);
         assert_eq!(&head[..12], b"XFLATE1\n\0\0\0\0");
-        assert_eq!(rest[..16], [&(json.len() as u64).to_le_bytes()[..], &70u64.to_le_bytes()].concat());
+        assert_eq!(
+            rest[..16],
+            [&(json.len() as u64).to_le_bytes()[..], &70u64.to_le_bytes()].concat()
+        );
         let (body, come) = rest[16..].split_at(json.len() + 16 + 4);
         assert_eq!(body[..json.len()], json);
-        assert_eq!(body[json.len()..][..16], [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(
+            body[json.len()..][..16],
+            [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]
+        );
         assert_eq!(come, [0, 0, 0, 0, 0, 0, 0, 0, 2]);
     }
 

@@ -850,7 +850,10 @@ pub fn migrate(plan: Plan) -> Outcome {
             all.pipes.lock().drain(..).for_each(|pipe| pipe.close());
         });
     }
-    let (connect, source_journal) = (connect.map(|connect| while_alive(connect, source_life.clone())), plan.source_journal);
+    let (connect, source_journal) = (
+        connect.map(|connect| while_alive(connect, source_life.clone())),
+        plan.source_journal,
+    );
     let agent = spawn(move || {
         let ending = match source::negotiate(source_link, &hello, timeout) {
             Ok(negotiated) => {
@@ -979,6 +982,8 @@ pub fn migrate(plan: Plan) -> Outcome {
             _ => {}
         }
     };
+    // Nobody connects any more.
+    *listening.sender.lock() = None;
     let source_xl = wait(&source_xl, deadline, "the sending xl");
     let destination = match &agent_life {
         Some(agent) if agent.is_dead() => Err(EngineError::Stopped("killed".into())),

@@ -198,6 +198,10 @@ impl Paged {
         (state.evicted.len(), state.off || !state.enabled, state.paused > 0)
     }
 
+    pub fn is_gone(&self) -> bool {
+        self.0.state.lock().gone
+    }
+
     /// Somebody destroys the guest once it is held still.
     pub fn destroy_when_held_still(&self) {
         let guest = self.clone();

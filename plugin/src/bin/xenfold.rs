@@ -7,7 +7,9 @@ use std::process::exit;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xenfold::config::{self, Config};
-use xenfold_plugin::{daemon_commands, dedup, doctor, following, job, receive, replay, resume, say, simulate, top, trace};
+use xenfold_plugin::{
+    daemon_commands, dedup, doctor, following, job, receive, replay, resume, say, simulate, top, trace,
+};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
