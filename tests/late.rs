@@ -843,7 +843,7 @@ fn with_dying_source(plan: Plan, memory: &Arc<Mutex<Memory>>, folder: &Path, cut
 #[test]
 fn a_source_that_is_killed_has_an_heir() {
     let mut killed = 0;
-    for seed in 0..20 {
+    for seed in 0..12 {
         let mut dice = Dice(seed ^ 0xfeed);
         let (to_destination, kind, most) = [
             (true, kind::LATE, 10),
@@ -891,5 +891,5 @@ fn a_source_that_is_killed_has_an_heir() {
         };
         assert_eq!(outcome.source_xl, left, "{cut:?}");
     }
-    assert!(killed > 10, "{killed} were killed");
+    assert!(killed > 6, "{killed} were killed");
 }
