@@ -1,5 +1,6 @@
 //! Migrations under way from this host, as their agents leave them in a folder for others to see: for each guest a record,
-//! `UUID.json`, locked as long as its agent lives, and beside it the agent's newest figures, `UUID.figures`.
+//! `UUID.json`, locked as long as its agent lives, and beside it the agent's newest figures, `UUID.figures`. While pages follow
+//! a guest both hosts have the journal of that there, too ([`journal`]).
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -7,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::late::journal::{self, PAGER, SERVER};
 use crate::report::Figures;
 
 /// Where the agents of a host leave them.
@@ -85,6 +87,66 @@ pub fn under_way(folder: &Path) -> Vec<UnderWay> {
         })
         .collect();
     found.sort_by(|a, b| (&a.guest, a.domid).cmp(&(&b.guest, b.domid)));
+    found
+}
+
+/// A guest whose late pages nobody looks after, since the process that did was killed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Forsaken {
+    pub guest: String,
+    pub uuid: String,
+    pub domid: u32,
+    /// It came to this host, and lacks the pages here; else it went from here to `host`, and lacks them there.
+    pub here: bool,
+    pub host: String,
+    /// Pages that it lacked when that was written down last.
+    pub missing: u64,
+    /// It is held still.
+    pub held: bool,
+}
+
+/// Those of this folder, and where it is written down. What cannot be read is left out.
+pub fn forsaken(folder: &Path) -> Vec<(PathBuf, Forsaken)> {
+    let paths = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
+    let side = |path: &Path| {
+        path.extension()?
+            .to_str()
+            .filter(|side| [PAGER, SERVER].contains(side))
+            .map(|side| side == PAGER)
+    };
+    let journals: Vec<(PathBuf, bool)> = paths
+        .filter_map(|path| Some((side(&path)?, path)))
+        .map(|(here, path)| (path, here))
+        .take(MOST)
+        .collect();
+    if journals.is_empty() {
+        return Vec::new();
+    }
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let dead = journals
+        .into_iter()
+        .filter(|(path, _)| journal::owner(path).is_ok_and(|(owner, inode)| !holds(&locks, owner, inode)));
+    let mut found: Vec<(PathBuf, Forsaken)> = dead
+        .filter_map(|(path, here)| {
+            let found = journal::look(&path).ok().filter(|found| !found.noted.landed)?;
+            let one = Forsaken {
+                guest: found.facts.guest,
+                uuid: found.facts.uuid,
+                domid: found.facts.domid,
+                here,
+                host: found.facts.host,
+                missing: found.missing.len(),
+                held: found.noted.held,
+            };
+            Some((path, one))
+        })
+        .collect();
+    found.sort_by(|(_, a), (_, b)| (&a.guest, a.domid).cmp(&(&b.guest, b.domid)));
     found
 }
 

@@ -88,6 +88,11 @@ impl PageSet {
         self.clear_tail();
     }
 
+    /// Removes the pages of a bitmap.
+    pub fn subtract(&mut self, words: &[u64]) {
+        self.words.iter_mut().zip(words).for_each(|(own, less)| *own &= !less);
+    }
+
     fn clear_tail(&mut self) {
         let used = self.pages % 64;
         if let (Some(last), true) = (self.words.last_mut(), used != 0) {

@@ -153,6 +153,10 @@ pub struct LateFigures {
     pub outages: u64,
     pub outage_ms: u64,
     pub lost_for_ms: u64,
+    /// How often another process went on at the destination because the one before was killed, and the pages that had come
+    /// by then: the other figures do not count them.
+    pub takeovers: u64,
+    pub before_takeover: u64,
     /// With `--verify`, for a guest that was paused all the time: frames that hold what came for them, and others.
     pub verified_pages: u64,
     pub different_pages: u64,

@@ -991,6 +991,7 @@ fn memory_side() {
             bandwidth: None,
             contents: None,
             connect: None,
+            journal: None,
             figures: Arc::default(),
             events: source::events(),
         };
@@ -1025,6 +1026,7 @@ fn memory_side() {
             events: destination::events(),
             paging: None,
             listen: None,
+            journal: None,
             hello: Hello::default(),
             watching: None,
             before_go: Box::new(|| Ok(())),

@@ -3,11 +3,13 @@
 //!
 //! [`daemon::Daemon`] is what the service knows, [`server::serve`] its loop; `connection` follows one caller,
 //! `membership` decides which group and key a guest has, `keys` keeps the keys, `store` the contents; `index` knows those
-//! of running guests, and `sharing` gives equal ones of a group one frame. [`metrics`] tells the figures of all that. The protocol is the library's ([`xenfold::control`]).
+//! of running guests, and `sharing` gives equal ones of a group one frame. [`metrics`] tells the figures of all that, [`forsaken`] looks after guests whose pager
+//! was killed. The protocol is the library's ([`xenfold::control`]).
 #![forbid(unsafe_code)]
 
 mod connection;
 pub mod daemon;
+pub mod forsaken;
 mod index;
 mod keys;
 mod membership;

@@ -15,7 +15,7 @@ use signal_hook::low_level::pipe;
 use xenfold::{config, control};
 use xenfoldd::daemon::Daemon;
 use xenfoldd::socket::Socket;
-use xenfoldd::{metrics, server};
+use xenfoldd::{forsaken, metrics, server};
 
 #[derive(Parser)]
 #[command(name = "xenfoldd", version = xenfold::VERSION, about = "Keeps contents of guests across migrations")]
@@ -69,11 +69,13 @@ fn run(arguments: &Arguments) -> Result<()> {
         Some(path) => metrics::start(&daemon, path, records, stopped.try_clone()?.into()),
         None => None,
     };
+    let watching = forsaken::start(records, stopped.try_clone()?.into());
     sd_notify::notify(&[sd_notify::NotifyState::Ready]).context("systemd cannot be told")?;
 
     server::serve(&daemon, &socket, &stopped).context("callers cannot be waited for")?;
     // It has been told to end as well, and removes its socket.
     drop(telling.map(JoinHandle::join));
+    drop(watching.map(JoinHandle::join));
     log::info!("stopped");
     Ok(())
 }

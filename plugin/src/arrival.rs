@@ -86,6 +86,18 @@ impl Arriving {
     }
 }
 
+/// Writes down why a guest stands still here.
+pub fn trouble(uuid: &str, guest: &str, why: String) {
+    if path(uuid).is_some() {
+        let figures = Figures {
+            guest: guest.to_owned(),
+            error: Some(why),
+            ..Figures::default()
+        };
+        publish(&figures_path(uuid), &figures);
+    }
+}
+
 /// Forgets what was written down.
 pub fn remove(path: Option<&Path>) {
     // Absent is as good.

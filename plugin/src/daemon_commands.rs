@@ -1,6 +1,6 @@
 //! What an administrator asks the daemon: `xenfold status`, `xenfold index`, `xenfold store`, `xenfold template`.
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -8,6 +8,9 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use xenfold::config::Size;
 use xenfold::control::{self, Client, ErrorCode, IndexStats, IndexStatus, StoreStatus, TemplateInfo};
+
+use xen_sys::{DomId, Xenctrl, uuid_text};
+use xenfold::migrations::{self, Forsaken};
 
 use crate::guest;
 
@@ -109,7 +112,13 @@ impl Asking {
 
 pub fn status(arguments: &StatusArguments) -> Result<()> {
     let asking = &arguments.asking;
-    asking.print(&asking.connect(Some(PATIENCE))?.status()?, status_text)
+    let forsaken = forsaken();
+    // Whatever is with the daemon.
+    if !asking.json {
+        forsaken.iter().for_each(|one| println!("{}", forsaken_line(one)));
+    }
+    let status = asking.connect(Some(PATIENCE))?.status()?;
+    asking.print(&control::Status { forsaken, ..status }, status_text)
 }
 
 pub fn index(arguments: &IndexArguments) -> Result<()> {
@@ -223,6 +232,36 @@ fn status_text(status: &control::Status) -> String {
         status.connections_max,
         index_line(&status.index),
     )
+}
+
+/// Guests whose late pages nobody looks after, as far as they are still where that was written down.
+fn forsaken() -> Vec<Forsaken> {
+    let xen = Xenctrl::open().ok();
+    let is_so = |one: &Forsaken| {
+        let (Some(xen), Some(domid)) = (&xen, DomId::new(one.domid)) else {
+            return true;
+        };
+        let info = xen.domain(domid).ok().flatten();
+        let info = info.filter(|info| !info.dying && uuid_text(&info.uuid) == one.uuid);
+        info.is_some_and(|info| one.here || guest::is_suspended(&info))
+    };
+    let found = migrations::forsaken(Path::new(migrations::FOLDER));
+    found.into_iter().map(|(_, one)| one).filter(is_so).collect()
+}
+
+fn forsaken_line(one: &Forsaken) -> String {
+    let Forsaken {
+        guest, host, missing, ..
+    } = one;
+    if one.here {
+        format!(
+            "GUEST {guest} STANDS STILL here, and is this host's: the xenfold that received it was killed, and {missing} of its              pages are still where it came from. It goes on when xenfold-ssh connects again from there, which it does by itself;              where that was ended, too, type `xenfold follow {guest}` there"
+        )
+    } else {
+        format!(
+            "GUEST {guest} STANDS STILL on {host}, whose it is: xenfold-ssh was ended here while pages followed it, which are              kept in its suspended copy here. Type `xenfold follow {guest}`"
+        )
+    }
 }
 
 fn index_line(index: &IndexStatus) -> String {
@@ -400,6 +439,25 @@ mod tests {
         let widths: Vec<usize> = text.lines().skip(1).map(str::len).collect();
         assert!(widths.len() == 2 && widths[0] == widths[1], "{text}");
         assert_eq!(templates_text(&[]), "no templates");
+    }
+
+    #[test]
+    fn forsaken_guests_come_with_what_to_type() {
+        let mut one = Forsaken {
+            guest: "web".into(),
+            here: true,
+            host: "b".into(),
+            missing: 7,
+            ..Forsaken::default()
+        };
+        let line = forsaken_line(&one);
+        assert!(
+            line.contains("web STANDS STILL here") && line.contains("7 of its pages"),
+            "{line}"
+        );
+        one.here = false;
+        let line = forsaken_line(&one);
+        assert!(line.contains("on b") && line.contains("`xenfold follow web`"), "{line}");
     }
 
     #[test]

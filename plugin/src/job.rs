@@ -105,6 +105,13 @@ fn arriving_info(arguments: &InfoArguments) -> Result<bool> {
     let Some((figures, age)) = arrival::arriving(&found.uuid) else {
         return Ok(false);
     };
+    if let (Some(why), false) = (&figures.error, arguments.json) {
+        bail!(
+            "guest {} stands still here, and is this host's; xenfold could not go on with it: {why}. It is tried again when its \
+             source connects",
+            found.name
+        );
+    }
     let late = figures.late.clone().unwrap_or_default();
     if arguments.json {
         println!("{}", serde_json::to_string(&figures)?);
@@ -114,7 +121,8 @@ fn arriving_info(arguments: &InfoArguments) -> Result<bool> {
     if age > STALE && late.missing > 0 {
         bail!(
             "xenfold, which fetches its pages, was ended {} s ago: guest {} stands still as soon as it needs one of the {} pages \
-             that are missing, and they cannot be had any more",
+             that are missing. It goes on when its source connects again, which xenfold-ssh does there by itself; where that was \
+             ended, too, type `xenfold follow {1}` there",
             age.as_secs(),
             found.name,
             late.missing

@@ -1,5 +1,6 @@
 //! What `xl migrate` meets: `xenfold-ssh` at the source ([`source`]), `xenfold receive` at the destination
-//! ([`receive`], [`arrival`], [`rejoin`]), and on the administrator's terminal `xenfold resume`, `xenfold abort` and `xenfold
+//! ([`receive`], [`arrival`], [`rejoin`], [`takeover`]), and on the administrator's terminal `xenfold resume`, `xenfold follow`
+//! ([`following`]), `xenfold abort` and `xenfold
 //! jobinfo` ([`job`]), `xenfold replay`, `xenfold trace` and `xenfold simulate`, and what is asked of the daemon
 //! ([`daemon_commands`], [`dedup`], [`top`]).
 #![forbid(unsafe_code)]
@@ -21,6 +22,7 @@ pub mod dedup;
 mod dedup_page;
 pub mod doctor;
 mod follow;
+pub mod following;
 pub mod guest;
 pub mod job;
 pub mod paging;
@@ -36,6 +38,7 @@ pub mod signals;
 pub mod simulate;
 pub mod source;
 pub mod ssh;
+mod takeover;
 pub mod top;
 pub mod trace;
 pub mod usage;

@@ -5,12 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use xen_sys::{Access, ForeignMemory, Paging, PagingError, PagingRequest, Xenctrl, hvm_param};
+use xen_sys::{Access, DomainInfo, ForeignMemory, Paging, PagingError, PagingRequest, Xenctrl, hvm_param};
 use xenfold::engine::{FrameError, GuestPaging, Notices, PageRequest};
 use xenfold::late::Asking;
 use xenfold::page::{PAGE_SIZE, Pfn};
 
-use crate::guest::KnownDomain;
+use crate::guest::{KnownDomain, uuid_text};
 
 type Page = [u8; PAGE_SIZE];
 
@@ -35,6 +35,10 @@ pub struct GuestPager {
     /// Requests that were handed out, by their tokens.
     requests: HashMap<u64, PagingRequest>,
     next_token: u64,
+    /// The guest, where another domain may have its number by now.
+    uuid: Option<String>,
+    /// Its pager was another process, which was killed.
+    taken_over: bool,
 }
 
 impl GuestPager {
@@ -50,7 +54,17 @@ impl GuestPager {
             claimed: false,
             requests: HashMap::new(),
             next_token: 0,
+            uuid: None,
+            taken_over: false,
         })
+    }
+
+    /// Only as long as it is this guest.
+    pub fn only(self, uuid: &str) -> GuestPager {
+        GuestPager {
+            uuid: Some(uuid.to_owned()),
+            ..self
+        }
     }
 
     fn domid(&self) -> Result<xen_sys::DomId, FrameError> {
@@ -192,7 +206,8 @@ impl GuestPaging for GuestPager {
 
     fn guest_exists(&mut self) -> Result<bool, FrameError> {
         let info = self.xen.domain(self.domid()?).map_err(xen_refused)?;
-        Ok(info.is_some_and(|info| !info.dying))
+        let is_it = |info: &DomainInfo| self.uuid.as_ref().is_none_or(|uuid| uuid_text(&info.uuid) == *uuid);
+        Ok(info.is_some_and(|info| !info.dying && is_it(&info)))
     }
 
     fn hold_still(&mut self, still: bool) -> Result<(), FrameError> {
@@ -211,6 +226,13 @@ impl GuestPaging for GuestPager {
     }
 
     fn disable(&mut self) -> Result<(), FrameError> {
+        if self.taken_over {
+            let info = self.xen.domain(self.domid()?).map_err(xen_refused)?;
+            // Never so, unless the journal was damaged; without paging the guest would be crashed at its next touch.
+            if let Some(out @ 1..) = info.map(|info| info.paged_pages) {
+                return Err(FrameError::Xen(format!("{out} pages are out that nobody knows of")));
+            }
+        }
         let claimed = self.claimed;
         if let Some(paging) = &mut self.paging {
             if claimed {
@@ -224,6 +246,19 @@ impl GuestPaging for GuestPager {
             Some((pfn, page)) => self.write_frame(pfn, &page),
             None => Ok(()),
         }
+    }
+
+    fn is_held(&mut self) -> Result<bool, FrameError> {
+        let info = self.xen.domain(self.domid()?).map_err(xen_refused)?;
+        Ok(info.is_some_and(|info| info.paused))
+    }
+
+    /// What the ring's page held before is not known any more; Xen's toolstack leaves it empty.
+    fn take_over(&mut self) -> Result<(), FrameError> {
+        self.paging = Some(Paging::take_over(self.domid()?).map_err(refused)?);
+        // Its claim outlives a pager.
+        (self.claimed, self.taken_over) = (true, true);
+        Ok(())
     }
 }
 

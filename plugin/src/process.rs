@@ -37,6 +37,15 @@ pub fn cpu_time(pid: u32) -> Option<Duration> {
     Some(Duration::from_millis(ticks * 10))
 }
 
+/// When it started, in a unit of the kernel's: with its number, this names a process for good. `None` when it is gone.
+pub fn since(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    // One that has ended, and that its parent has not looked after, is gone, too.
+    let state = fields.next().filter(|state| *state != "Z" && *state != "X");
+    state.and(fields.nth(18)?.parse().ok())
+}
+
 /// Waits until a process has ended, at most for `patience`. Whether it has; one that is not there has, too.
 pub fn wait_for_end(pid: u32, patience: Option<Duration>) -> bool {
     let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
@@ -149,5 +158,11 @@ mod tests {
         let me = std::process::id();
         assert!(is_descendant(me, parent(me).unwrap()));
         assert!(!arguments(me).is_empty());
+        let since = since(me);
+        assert!(since.is_some_and(|since| since > 0) && since == super::since(me));
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        assert!(wait_for_end(ended.id(), None));
+        assert_eq!(super::since(ended.id()), None);
+        ended.wait().unwrap();
     }
 }

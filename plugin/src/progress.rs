@@ -207,6 +207,13 @@ fn late_lines(late: &LateFigures) -> String {
             late.outages, late.outage_ms
         ));
     }
+    if late.takeovers > 0 {
+        text.push_str(&format!(
+            "\nthe xenfold that received the guest was killed, and another one went on for it: {} pages had come by then, which \
+             are not counted as pushed or fetched",
+            late.before_takeover
+        ));
+    }
     if late.verified_pages + late.different_pages > 0 {
         text.push_str(&format!(
             "\nverified {} late pages read back equal, {} different",

@@ -18,14 +18,15 @@ use xen_sys::{DomId, Libxl, Xenctrl, Xenstore};
 use xenfold::config::Config;
 use xenfold::control::{ControlError, Offer, SOCKET};
 use xenfold::engine::destination::{self, DestinationSetup, Event, XlInput, XlProcess};
-use xenfold::engine::{Contents, FrameSource, GuestPaging, LinkEnds, WINDOW_ROWS, chain};
+use xenfold::engine::{Contents, FrameSource, GuestPaging, JournalFile, LateJournal, LinkEnds, WINDOW_ROWS, chain};
+use xenfold::late::journal::Facts;
 use xenfold::page::ContentKey;
-use xenfold::wire::Hello;
+use xenfold::wire::{Agreement, Hello};
 
 use crate::contents::DaemonContents;
 use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
 use crate::paging::GuestPager;
-use crate::{arrival, process, rejoin, signals, ssh, usage};
+use crate::{arrival, process, rejoin, signals, ssh, takeover, usage};
 
 /// Room in the pipe to xl.
 const PIPE_BYTES: usize = 256 << 10;
@@ -41,7 +42,8 @@ const HELPER_EVERY: Duration = Duration::from_millis(100);
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// The source of this migration comes back, after its connection was lost.
+    /// The source of this migration comes back, after its connection was lost. Where the process that received the guest was
+    /// killed, this one goes on for it.
     #[arg(long, value_name = "MIGRATION")]
     rejoin: Option<String>,
     /// The command that receives the guest: `xl migrate-receive` with its options.
@@ -52,7 +54,7 @@ pub struct Arguments {
 /// Receives one guest. Returns the exit status of xl, or 1 when the guest was not taken over.
 pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     if let Some(migration) = &arguments.rejoin {
-        return rejoin::pass_on(migration);
+        return rejoin::run(migration);
     }
     let domain = KnownDomain::default();
     let frames: Option<Box<dyn FrameSource>> = match GuestFrames::open(domain.clone()) {
@@ -84,8 +86,9 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let events = destination::events();
     let stop = events.0.clone();
     signals::handle(move || drop(stop.send(Event::Stop("terminated by a signal".into()))))?;
-    let xl = start_xl(&arguments.command, domain)?;
+    let (xl, xl_pid) = start_xl(&arguments.command, domain.clone())?;
     let source = negotiated.agreement.peer.clone();
+    let journal = journal(&negotiated.agreement, &negotiated.key, xl_pid, domain);
     let arrived = source.clone();
     let arriving = arrival::Arriving::new(&source);
     let figures = arriving.path();
@@ -96,6 +99,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         events,
         paging,
         listen: Some(rejoin::listen(source.migration.clone())),
+        journal,
         hello,
         watching: Some(arriving.watching()),
         before_go: Box::new(move || arrival::note(&arrived.guest_uuid, &arrived.migration)),
@@ -120,6 +124,29 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
             Ok(1)
         }
     }
+}
+
+/// Where it is written down how another process can go on, should this one be killed while pages follow the guest.
+fn journal(agreement: &Agreement, key: &ContentKey, xl: u32, domain: KnownDomain) -> Option<Box<dyn LateJournal>> {
+    let (source, token) = (&agreement.peer, agreement.rejoin.clone()?);
+    let path = takeover::path(&source.migration).filter(|_| !source.guest_uuid.is_empty())?;
+    let facts = Facts {
+        guest: source.guest_name.clone(),
+        uuid: source.guest_uuid.clone(),
+        migration: source.migration.clone(),
+        token,
+        content_key: key.hex(),
+        xl,
+        xl_since: process::since(xl).unwrap_or_default(),
+        ..Facts::default()
+    };
+    Some(Box::new(JournalFile::new(path, move || {
+        let domid = domain.get().ok_or(io::ErrorKind::NotFound)?;
+        Ok(Facts {
+            domid: domid.get(),
+            ..facts
+        })
+    })))
 }
 
 /// What this host holds for the guest that comes.
@@ -148,7 +175,7 @@ fn contents(source: &Hello, key: &ContentKey) -> Option<Arc<dyn Contents>> {
 }
 
 /// Standard input and output, with an input that can be made to end.
-fn link() -> Result<LinkEnds> {
+pub(crate) fn link() -> Result<LinkEnds> {
     let input = fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
     let output = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?;
     // Else sshd would never see that the connection has been closed here.
@@ -228,7 +255,7 @@ impl Write for Unblocked {
 const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// Starts xl with pipes on both sides, and a thread that finds the guest it builds.
-fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
+fn start_xl(command: &[String], domain: KnownDomain) -> Result<(XlProcess, u32)> {
     let (stdin, to_xl) = pipe_with(PipeFlags::CLOEXEC)?;
     let (from_xl, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     fcntl_setpipe_size(&to_xl, PIPE_BYTES)?;
@@ -264,7 +291,7 @@ fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
         }
     })?;
     let watched = to_xl.try_clone()?;
-    Ok(XlProcess {
+    let xl = XlProcess {
         input: XlInput {
             writer: Box::new(File::from(to_xl)),
             unread: Arc::new(move || unread(&watched)),
@@ -276,7 +303,8 @@ fn start_xl(command: &[String], domain: KnownDomain) -> Result<XlProcess> {
             let _ = said.recv_timeout(LAST_WORD);
             status
         }),
-    })
+    };
+    Ok((xl, pid))
 }
 
 /// What xl says goes to our own standard error. When nobody hears that any more it is still taken from xl.

@@ -1,5 +1,6 @@
 //! A source that lost its connection while pages followed the guest comes back through here: `xenfold receive --rejoin NAME`,
-//! started by its new ssh, finds the agent that still runs by a socket that only root can reach, and passes the bytes on.
+//! started by its new ssh, finds the agent that still runs by a socket that only root can reach, and passes the bytes on. Where
+//! the agent was killed it goes on for it ([`takeover`]).
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -10,12 +11,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use crossbeam_channel::Sender;
 use rustix::io::fcntl_dupfd_cloexec;
 use xenfold::engine::destination::Listen;
 use xenfold::engine::{LinkEnds, refuse};
 use xenfold::migrations::FOLDER;
+
+use crate::{receive, takeover};
 
 /// How long the agent may take to write down that it waits: it may just have been told to start the guest.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -102,26 +105,35 @@ fn ends(stream: UnixStream) -> io::Result<LinkEnds> {
     })
 }
 
+/// Brings a source together with whoever has its guest here.
+pub fn run(migration: &str) -> Result<i32> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(agent) = find(Path::new(FOLDER), migration) {
+            return pass_on(agent);
+        }
+        match takeover::take(migration) {
+            Ok(Some((journal, found))) => return takeover::run(journal, found, receive::link()?),
+            Ok(None) if Instant::now() < until => thread::sleep(RETRY),
+            Ok(None) => {
+                return nobody("no xenfold receives that guest here any more: it was not started, or is here whole");
+            }
+            Err(error) => return nobody(&format!("no xenfold receives that guest here any more: {error:#}")),
+        }
+    }
+}
+
+fn nobody(why: &str) -> Result<i32> {
+    refuse(receive::link()?, why)?;
+    Ok(1)
+}
+
 /// Passes a connection on to the agent of a migration, until either end goes.
-pub fn pass_on(migration: &str) -> Result<i32> {
+fn pass_on(agent: UnixStream) -> Result<i32> {
     let (input, output) = (
         File::from(fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?),
         File::from(fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?),
     );
-    let Some(agent) = find(Path::new(FOLDER), migration) else {
-        const NOBODY: &str =
-            "no xenfold receives that guest here any more: it was not started, or its agent was killed";
-        refuse(
-            LinkEnds {
-                to_peer: Box::new(output),
-                from_peer: Box::new(input),
-                hangup: Arc::new(|| {}),
-                carrier: Arc::new(|| None),
-            },
-            NOBODY,
-        )?;
-        return Ok(1);
-    };
     let to_agent = agent.try_clone()?;
     thread::Builder::new().name("xenfold-forth".into()).spawn(move || {
         // However it ends, the agent sees an end.
@@ -148,20 +160,9 @@ fn pass(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
     }
 }
 
-/// The agent of a migration, if it is there or comes soon.
+/// The agent of a migration, if it is there.
 fn find(folder: &Path, migration: &str) -> Option<UnixStream> {
-    let path = path(folder, migration)?;
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match UnixStream::connect(&path).context("connecting") {
-            Ok(stream) => return Some(stream),
-            Err(error) if Instant::now() > until => {
-                log::debug!("{}: {error:#}", path.display());
-                return None;
-            }
-            Err(_) => thread::sleep(RETRY),
-        }
-    }
+    UnixStream::connect(path(folder, migration)?).ok()
 }
 
 #[cfg(test)]

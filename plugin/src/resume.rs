@@ -1,11 +1,13 @@
 //! `xenfold resume GUEST`: a source that was left suspended goes on, after the destination was asked.
+use std::fs;
+
 use anyhow::{Context, Result, bail};
 use xen_sys::{Xenctrl, Xenstore};
 use xenfold::config::Config;
 
 use crate::guest::{self, Guest, INCOMING};
 use crate::record::{self, Migration};
-use crate::{arrival, repair, ssh};
+use crate::{arrival, following, repair, ssh};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -87,9 +89,20 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
         bail!("guest {} is not suspended: there is nothing to resume", found.name);
     }
     let migration = record::left_behind(&found.uuid)?;
+    let following = following::find(&found);
+    if let (Some((_, facts)), false) = (&following, arguments.force) {
+        bail!(
+            "guest {} was let go to {}, and pages that it lacks there are here only: it is that host's, or nobody's yet. Type \
+             `xenfold follow {0}`: it sends them, or says what to do",
+            facts.guest,
+            facts.host
+        );
+    }
     ask_destination(arguments, config, &found, migration)?;
     let done = repair::resume(found.domid)?;
     record::forget(&found.uuid);
+    // Of no use any more: the guest has gone on here.
+    following.map(|(path, _)| fs::remove_file(path));
     println!("xenfold: {done}");
     Ok(())
 }

@@ -1,5 +1,5 @@
 //! `xenfold-ssh`: stands where xl expects ssh.
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::num::NonZeroU64;
 use std::os::unix::process::{CommandExt, parent_id};
@@ -19,10 +19,11 @@ use xenfold::config::NoConvergence;
 use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
 use xenfold::engine::{
-    Connect, Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, LeaveBehind, NOW_PAGES, SAMPLE,
-    chain,
+    Connect, Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, JournalFile, LateJournal,
+    LeaveBehind, NOW_PAGES, SAMPLE, chain,
 };
 use xenfold::late::Mode;
+use xenfold::late::journal::Facts;
 use xenfold::page::{ContentKey, PAGE_SIZE};
 use xenfold::policy::Forecast;
 use xenfold::report::Figures;
@@ -36,7 +37,7 @@ use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
 use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
 use crate::writes::GuestWrites;
-use crate::{follow, guest, repair, signals, usage};
+use crate::{follow, following, guest, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
 const HELPER_EVERY: Duration = Duration::from_millis(100);
@@ -84,6 +85,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone(), &migration)?),
         None => None,
     };
+    guest.iter().for_each(following::forget);
     let remote: Vec<String> = RECEIVE
         .map(str::to_owned)
         .into_iter()
@@ -103,7 +105,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
             if !arguments.config.dedup {
                 negotiated.agreement.without_references();
             }
-            let agent = Agent {
+            let mut agent = Agent {
                 arguments,
                 guest,
                 cannot_follow,
@@ -111,9 +113,13 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
                 record,
                 ssh,
                 migration,
-                process: Arc::new(Mutex::new(process)),
+                process: Arc::new(Mutex::new(Some(process))),
+                journal: None,
                 xl,
             };
+            let key = hello.key()?;
+            let token = negotiated.agreement.rejoin.as_deref();
+            agent.journal = token.and_then(|token| agent.journal(&key, token));
             agent.migrate(negotiated)
         }
         Err(error) => without_xenfold(arguments, &ssh, &process, record, error),
@@ -254,7 +260,9 @@ struct Agent<'a> {
     /// This migration's name.
     migration: String,
     /// The ssh of the newest connection.
-    process: Arc<Mutex<Ssh>>,
+    process: Arc<Mutex<Option<Ssh>>>,
+    /// Where it is written down how pages that follow the guest can be sent by another process.
+    journal: Option<Box<dyn LateJournal>>,
     /// Process number of the xl that called us.
     xl: u32,
 }
@@ -297,7 +305,13 @@ impl Agent<'_> {
             holding,
             bandwidth: NonZeroU64::new(self.arguments.config.bandwidth.bytes()),
             contents: self.contents.take(),
-            connect: Some(self.connect()),
+            connect: Some(connecting(
+                self.ssh.clone(),
+                self.arguments.host.clone(),
+                self.migration.clone(),
+                self.process.clone(),
+            )),
+            journal: self.journal.take(),
             figures: figures.clone(),
             events,
         };
@@ -314,21 +328,22 @@ impl Agent<'_> {
         Ok(status)
     }
 
-    /// Runs ssh again, where the destination's agent still holds the guest.
-    fn connect(&self) -> Connect {
-        let remote: Vec<String> = REJOIN
-            .into_iter()
-            .map(str::to_owned)
-            .chain([self.migration.clone()])
-            .collect();
-        let (ssh, host, newest) = (self.ssh.clone(), self.arguments.host.clone(), self.process.clone());
-        let mut older: Vec<Ssh> = Vec::new();
-        Box::new(move || {
-            older.retain(|ssh| !ssh.has_ended());
-            let (process, ends) = ssh::start_again(&ssh, &host, &remote)?;
-            older.push(std::mem::replace(&mut newest.lock(), process));
-            Ok(ends)
-        })
+    /// Where it is written down how another process can go on, should this one be killed while pages follow the guest.
+    fn journal(&self, key: &ContentKey, token: &str) -> Option<Box<dyn LateJournal>> {
+        let (guest, path) = (self.guest.as_ref()?, following::path(&self.migration)?);
+        let facts = Facts {
+            guest: guest.name.clone(),
+            uuid: guest.uuid.clone(),
+            domid: guest.domid.get(),
+            migration: self.migration.clone(),
+            token: token.to_owned(),
+            content_key: key.hex(),
+            host: self.arguments.host.clone(),
+            ssh: self.ssh.clone(),
+            bandwidth: self.arguments.config.bandwidth.bytes(),
+            ..Facts::default()
+        };
+        Some(Box::new(JournalFile::new(path, || Ok(facts))))
     }
 
     fn first_figures(&self) -> Figures {
@@ -463,8 +478,7 @@ impl Agent<'_> {
                 }
                 // Of several connections only the last word counts, which has been heard.
                 if status == 0 && figures.late.as_ref().is_none_or(|late| late.outages == 0) {
-                    let first = self.process.lock();
-                    first.wait()
+                    self.process.lock().as_ref().map_or(status, Ssh::wait)
                 } else {
                     status
                 }
@@ -493,15 +507,19 @@ impl Agent<'_> {
                 figures.error = Some(chain(&error));
                 say!(
                     "xenfold: the connection failed while pages followed guest {guest} to {host}: {}\n\
-                     xenfold: it was started on {host} and stands still there; the pages that it lacks are here only, in the \
-                     suspended {guest}{AWAY}, and nobody sends them any more. To take the guest back as it was when it was \
-                     suspended, if it has not written to its disks since: `ssh {host} xl destroy {guest}`, then `xenfold resume \
-                     {guest} --force`.",
+                     xenfold: it was started on {host}, whose it is, and stands still there; the pages that it lacks are here \
+                     only, in the suspended {guest}{AWAY}. To send them type `xenfold follow {guest}`. To take the guest back \
+                     as it was when it was suspended instead, if it has not written to its disks since: `ssh {host} xl destroy \
+                     {guest}`, then `xenfold resume {guest} --force`.",
                     chain(&error)
                 );
                 exit_status(&error)
             }
             Ending::Unknown(error) => {
+                if let (EngineError::PeerAborted(_), Some(path)) = (&error, following::path(&self.migration)) {
+                    // Nobody there waits for pages. Absent is as good.
+                    let _ = fs::remove_file(path);
+                }
                 figures.error = Some(chain(&error));
                 say!(
                     "xenfold: the connection failed after {host} was told to start guest {guest}: {}\n\
@@ -555,6 +573,18 @@ impl Agent<'_> {
             say!("xenfold: the figures cannot be written to {}: {error}", path.display());
         }
     }
+}
+
+/// Runs ssh again, where the destination's agent still holds the guest. `newest`: the ssh of the newest connection.
+pub fn connecting(ssh: Vec<String>, host: String, migration: String, newest: Arc<Mutex<Option<Ssh>>>) -> Connect {
+    let remote: Vec<String> = REJOIN.into_iter().map(str::to_owned).chain([migration]).collect();
+    let mut older: Vec<Ssh> = Vec::new();
+    Box::new(move || {
+        older.retain(|ssh| !ssh.has_ended());
+        let (process, ends) = ssh::start_again(&ssh, &host, &remote)?;
+        older.extend(newest.lock().replace(process));
+        Ok(ends)
+    })
 }
 
 /// Whether the guest's copy is still here, when xl should have destroyed it.

@@ -3,7 +3,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::migrations::UnderWay;
+use crate::migrations::{Forsaken, UnderWay};
 use crate::page::ContentKey;
 
 /// A group's key in 64 hexadecimal digits, as far as the sender keeps to the protocol.
@@ -200,6 +200,8 @@ pub struct Status {
     pub groups: Vec<String>,
     pub store: StoreStatus,
     pub index: IndexStatus,
+    /// Guests whose late pages nobody looks after. Left empty by the daemon: whoever asks looks, with Xen.
+    pub forsaken: Vec<Forsaken>,
 }
 
 /// All figures of a host together.

@@ -129,6 +129,11 @@ impl Arriving {
         }
     }
 
+    /// Goes on for a process that was killed: there is no connection, and others may come.
+    pub fn go_on_reading(self) {
+        self.go_on(EngineError::Wire(WireError::Closed), true);
+    }
+
     /// Takes late pages. Errors: they are not what they are said to be. Then the source has been told, and the guest stands.
     fn late(&self, body: &[u8]) -> Result<(), ()> {
         let late = self.landing.lock().clone();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
 use super::arriving::Arriving;
@@ -17,7 +17,7 @@ use super::rejoin::{Joined, SILENCE, admit};
 use super::said::Said;
 use super::threads::spawn;
 use super::verify::read_back;
-use super::{Contents, EngineError, Frames, GuestPaging, chain};
+use super::{Contents, EngineError, Frames, GuestPaging, LateJournal, chain};
 use crate::page::{ContentKey, Pfn};
 use crate::report::{DestinationFigures, LateFigures};
 use crate::stream::xl;
@@ -37,7 +37,7 @@ const PATIENCE: u32 = 4;
 const CAUSE: Duration = Duration::from_secs(2);
 
 /// How long the agent stays when all is said, until the source has heard it: it may have to connect again for that.
-const UNHEARD: Duration = Duration::from_secs(3600);
+pub(super) const UNHEARD: Duration = Duration::from_secs(3600);
 
 /// What the destination's phases wait for.
 pub enum Event {
@@ -105,6 +105,8 @@ pub struct DestinationSetup {
     pub paging: Option<Box<dyn GuestPaging>>,
     /// Waits for the source to connect again.
     pub listen: Option<Listen>,
+    /// Where it is written down, while pages are late, how another process can go on.
+    pub journal: Option<Box<dyn LateJournal>>,
     /// The caller's own, as told to the source.
     pub hello: Hello,
     /// Called once a second while pages follow the guest, with the newest figures.
@@ -146,6 +148,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         events: (event_sender, events),
         paging,
         listen,
+        journal,
         hello,
         watching,
         before_go,
@@ -204,6 +207,8 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         key,
         verify: agreement.peer.verify,
         rejoins: waiting.is_some(),
+        // Whoever goes on needs the source to connect again.
+        journal: Mutex::new(journal.filter(|_| waiting.is_some())),
         waiting: Mutex::new(waiting),
         watching: Mutex::new(watching),
         paging: Mutex::new(paging),
@@ -232,10 +237,17 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         said.last(&link, Kind::Figures, figures);
     }
     said.last(&link, Kind::Exit, (status as u32).to_le_bytes().to_vec());
+    let mut unheard = false;
     if result.is_ok() && listening.lock().is_some() {
         // The source's xl has to hear it: only then it removes its copy of the guest.
-        let _ = heard.recv_timeout(UNHEARD);
+        unheard = heard.recv_timeout(UNHEARD) == Err(RecvTimeoutError::Timeout);
     }
+    // What was not heard can still be had from the journal.
+    landing
+        .lock()
+        .iter()
+        .filter(|_| !unheard)
+        .for_each(|landing| landing.forget());
     drop(listening.lock().take());
     // The guest does not wait any more, and a later migration of it will find what it brought.
     if let Some(contents) = &contents
@@ -306,6 +318,7 @@ pub fn rebuild(
         key,
         verify: agreement.peer.verify,
         rejoins: false,
+        journal: Mutex::default(),
         waiting: Mutex::default(),
         watching: Mutex::default(),
         paging: Mutex::default(),
@@ -320,11 +333,11 @@ pub fn rebuild(
 }
 
 /// What is needed to wait for a source that connects again.
-struct Waiting {
-    token: String,
-    hello: Hello,
-    listen: Listen,
-    joining: Sender<Joined>,
+pub(super) struct Waiting {
+    pub token: String,
+    pub hello: Hello,
+    pub listen: Listen,
+    pub joining: Sender<Joined>,
 }
 
 struct Destination {
@@ -335,6 +348,7 @@ struct Destination {
     verify: bool,
     rejoins: bool,
     /// Until the guest is let go.
+    journal: Mutex<Option<Box<dyn LateJournal>>>,
     waiting: Mutex<Option<Waiting>>,
     watching: Mutex<Option<Watching>>,
     listening: Arc<Mutex<Option<Box<dyn Send>>>>,
@@ -474,11 +488,14 @@ impl Destination {
         if let Some(watching) = self.watching.lock().take() {
             landing.tell(watching);
         }
+        if let Some(journal) = self.journal.lock().take() {
+            landing.keep(journal);
+        }
         let Some(waiting) = self.waiting.lock().take() else {
             return;
         };
         self.watch.shorten(SILENCE);
-        match waiting.start(self.link.clone()) {
+        match waiting.start(self.link.clone(), None) {
             Ok(listening) => *self.listening.lock() = Some(listening),
             Err(error) => log::warn!("the source cannot connect again should it have to: {}", chain(&error)),
         }
@@ -579,6 +596,7 @@ fn pass_report(report: &mut Vec<u8>, link: &Link, landing: &LateLanding, said: &
     let landing = landing.lock().clone();
     if let Some(landing) = &landing {
         if report.strip_prefix(xl::R2_REPORT) == Some(&[0]) {
+            landing.note_started();
             said.started(link);
             let landed = landing.wait();
             log::debug!("the late pages: {landed:?}");
@@ -591,8 +609,8 @@ fn pass_report(report: &mut Vec<u8>, link: &Link, landing: &LateLanding, said: &
 }
 
 impl Waiting {
-    /// Whoever connects and knows the token takes the place of the connection before.
-    fn start(self, link: Link) -> Result<Box<dyn Send>, EngineError> {
+    /// Whoever connects and knows the token takes the place of the connection before. `first`: somebody who has connected.
+    pub fn start(self, link: Link, first: Option<LinkEnds>) -> Result<Box<dyn Send>, EngineError> {
         let Waiting {
             token,
             hello,
@@ -600,6 +618,8 @@ impl Waiting {
             joining,
         } = self;
         let (connecting, connected) = unbounded::<LinkEnds>();
+        // It is received below.
+        first.into_iter().for_each(|first| drop(connecting.send(first)));
         let guard = listen(connecting).map_err(|error| EngineError::Wire(error.into()))?;
         spawn("xenfold-rejoin", move || {
             for ends in connected {

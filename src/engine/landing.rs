@@ -8,14 +8,17 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::journal::LateJournal;
 use super::link::{Link, Watch};
 use super::rejoin::{Incoming, Joined, silence_after};
 use super::said::Said;
 use super::threads::spawn;
 use super::{EngineError, FrameError, Frames};
 use crate::codec::Decompressor;
+use crate::late::journal::Noted;
 use crate::late::{Arrival, Asking, Pager};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, ZERO_PAGE};
+use crate::page_set::PageSet;
 use crate::report::LateFigures;
 use crate::table::PageIds;
 use crate::wire::{Kind, LatePages, LateRow, MAX_WANTS, WireError, missing_bodies, want_body};
@@ -72,6 +75,13 @@ pub trait GuestPaging: Send {
 
     /// Ends. All pages are back, or the guest is gone.
     fn disable(&mut self) -> Result<(), FrameError>;
+
+    /// Whether somebody holds the guest still.
+    fn is_held(&mut self) -> Result<bool, FrameError>;
+
+    /// In the place of [`GuestPaging::enable`]: goes on with a guest whose pager was killed. Pages that are out stay out, and
+    /// processors that wait for an answer of the former pager's ask again. The guest is held still.
+    fn take_over(&mut self) -> Result<(), FrameError>;
 }
 
 /// Waits for requests.
@@ -125,6 +135,11 @@ struct State {
     broken: bool,
     /// Since when there is no connection.
     lost: Option<Instant>,
+    /// For another process, should this one be killed.
+    journal: Option<Box<dyn LateJournal>>,
+    noted: Noted,
+    /// Late pages that had come when this process took over.
+    before: u64,
 }
 
 /// What a landing is made from.
@@ -136,6 +151,20 @@ pub(super) struct Late {
     pub verify: bool,
     pub link: Link,
     pub rejoins: bool,
+    pub key: ContentKey,
+}
+
+/// What a landing goes on with whose process was killed.
+pub(super) struct Taken {
+    /// Pages that may still be missing, ascending, and how many were late besides.
+    pub missing: Vec<Pfn>,
+    pub before: u64,
+    pub noted: Noted,
+    pub paging: Box<dyn GuestPaging>,
+    pub frames: Frames,
+    pub journal: Box<dyn LateJournal>,
+    /// Without a connection.
+    pub link: Link,
     pub key: ContentKey,
 }
 
@@ -197,6 +226,9 @@ impl Landing {
                 stands: false,
                 broken: false,
                 lost: None,
+                journal: None,
+                noted: Noted::default(),
+                before: 0,
             }),
             changed: Condvar::new(),
             link,
@@ -204,6 +236,87 @@ impl Landing {
             key,
             start,
         }))
+    }
+
+    /// Goes on where a process was killed. The guest stands still until there is a connection.
+    pub fn take_over(taken: Taken) -> Result<Arc<Landing>, EngineError> {
+        let now = Instant::now();
+        let mut state = State {
+            pager: Pager::new(taken.missing),
+            paging: taken.paging,
+            resident: Vec::new(),
+            decompressor: Decompressor::default(),
+            frames: taken.frames,
+            came: None,
+            started: Some(now),
+            figures: LateFigures {
+                takeovers: 1,
+                ..LateFigures::default()
+            },
+            gone: false,
+            ended: taken.noted.landed.then_some(Landed::All),
+            stands: false,
+            broken: false,
+            lost: Some(now),
+            journal: Some(taken.journal),
+            noted: taken.noted,
+            before: taken.before,
+        };
+        if state.ended.is_none() && !state.paging.guest_exists()? {
+            (state.gone, state.ended) = (true, Some(Landed::GuestGone));
+        }
+        if state.ended.is_some() {
+            state.pager.abandon();
+        } else {
+            // The former one may have been killed right before it did so, or right after it let go.
+            state.stands = state.noted.held && state.paging.is_held()?;
+            if !state.stands {
+                state.hold()?;
+            }
+            state.paging.take_over()?;
+        }
+        Ok(Arc::new(Landing {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            link: taken.link,
+            rejoins: true,
+            key: taken.key,
+            start: now,
+        }))
+    }
+
+    /// From here on another process can go on, should this one be killed.
+    pub fn keep(&self, mut journal: Box<dyn LateJournal>) {
+        let mut state = self.state.lock();
+        let missing: Vec<Pfn> = state.pager.missing_pages().collect();
+        let mut late = PageSet::new(missing.last().map_or(0, |last| last.get() + 1));
+        missing.into_iter().for_each(|pfn| {
+            late.insert(pfn);
+        });
+        state.noted = Noted {
+            held: state.stands,
+            started: false,
+            landed: state.ended.is_some(),
+        };
+        match journal.begin(&late, state.noted) {
+            Ok(()) => state.journal = Some(journal),
+            Err(error) => log::warn!(
+                "it cannot be written down which pages follow the guest ({error}): should xenfold be killed, they are lost"
+            ),
+        }
+    }
+
+    /// xl has said that the guest runs.
+    pub fn note_started(&self) {
+        let mut state = self.state.lock();
+        state.note(|noted| noted.started = true);
+    }
+
+    /// Nobody has to go on any more.
+    pub fn forget(&self) {
+        if let Some(mut journal) = self.state.lock().journal.take() {
+            journal.end();
+        }
     }
 
     fn now(&self) -> Duration {
@@ -365,6 +478,9 @@ impl Landing {
             state.paging.write(pfn, page)?;
         } else {
             state.paging.load(pfn, page)?;
+            if let Some(Err(error)) = state.journal.as_mut().map(|journal| journal.came(pfn)) {
+                log::debug!("that page {pfn} has come cannot be written down: {error}");
+            }
         }
         if let Some(came) = &mut state.came {
             came.set(pfn, id.unwrap_or_else(|| self.key.id(page)))?;
@@ -391,11 +507,19 @@ impl Landing {
                 }
             }
         }
+        if state.gone {
+            state.stands = false;
+        }
         state.unpause();
+        state.note(|noted| noted.landed = true);
         state.figures.time_ms = state.started.map_or(0, |time| time.elapsed().as_millis() as u64);
         state.ended = Some(if state.gone { Landed::GuestGone } else { Landed::All });
         drop(state);
         self.changed.notify_all();
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.state.lock().ended.is_some()
     }
 
     /// The guest is not to be run here: nobody waits for its pages any more.
@@ -504,6 +628,7 @@ impl Landing {
 
     pub fn figures(&self) -> LateFigures {
         let state = self.state.lock();
+        let pager = state.pager.figures();
         LateFigures {
             fetched_before: state.figures.fetched_before,
             evict_time_ms: state.figures.evict_time_ms,
@@ -513,7 +638,10 @@ impl Landing {
             lost_for_ms: state.lost.map_or(0, |lost| lost.elapsed().as_millis() as u64),
             verified_pages: state.figures.verified_pages,
             different_pages: state.figures.different_pages,
-            ..state.pager.figures()
+            pages: pager.pages + state.before,
+            takeovers: state.figures.takeovers,
+            before_takeover: state.before,
+            ..pager
         }
     }
 }
@@ -531,12 +659,27 @@ impl State {
         if self.stands {
             return String::new();
         }
-        match self.paging.hold_still(true) {
-            Ok(()) => {
-                self.stands = true;
-                String::new()
-            }
+        match self.hold() {
+            Ok(()) => String::new(),
             Err(error) => format!(" as soon as it needs one ({error})"),
+        }
+    }
+
+    /// Whoever takes over has to know of it, at whichever moment this process is killed.
+    fn hold(&mut self) -> Result<(), FrameError> {
+        self.note(|noted| noted.held = true);
+        self.paging.hold_still(true)?;
+        self.stands = true;
+        Ok(())
+    }
+
+    fn note(&mut self, change: impl FnOnce(&mut Noted)) {
+        let before = self.noted;
+        change(&mut self.noted);
+        if let Some(journal) = self.journal.as_mut().filter(|_| self.noted != before)
+            && let Err(error) = journal.note(self.noted)
+        {
+            log::warn!("how it is with the guest cannot be written down: {error}");
         }
     }
 
@@ -544,7 +687,10 @@ impl State {
     fn unpause(&mut self) {
         if self.stands {
             match self.paging.hold_still(false) {
-                Ok(()) => self.stands = false,
+                Ok(()) => {
+                    self.stands = false;
+                    self.note(|noted| noted.held = false);
+                }
                 Err(error) => log::error!("the guest cannot be unpaused ({error}); type `xl unpause` with its name"),
             }
         }
@@ -564,7 +710,10 @@ impl State {
     /// Turns paging off. A processor that asked for a page just before that came has asked by the time that it stands still.
     fn let_go(&mut self, key: &ContentKey) -> Result<(), FrameError> {
         let paused = self.paging.has_not_run()?;
-        self.paging.hold_still(true)?;
+        let stood = self.stands;
+        if !stood {
+            self.hold()?;
+        }
         let answered = self.paging.requests().and_then(|requests| {
             requests
                 .iter()
@@ -580,7 +729,9 @@ impl State {
                 Err(error) => log::warn!("the late pages cannot be verified: {error}"),
             }
         }
-        self.paging.hold_still(false)?;
+        if !stood {
+            self.unpause();
+        }
         off
     }
 }

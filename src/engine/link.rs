@@ -92,6 +92,13 @@ impl Link {
         })
     }
 
+    /// Without a connection: the first one is still to come.
+    pub fn without() -> Result<Link, EngineError> {
+        let link = Link::start(Box::new(io::sink()), Arc::new(|| {}), Arc::new(|| None))?;
+        link.lose();
+        Ok(link)
+    }
+
     pub fn send(&self, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
         self.shared.write(&mut self.shared.writer.lock(), kind, parts)
     }

@@ -22,6 +22,14 @@ struct State {
 }
 
 impl Said {
+    /// Said by a process that was killed, and that another one goes on for.
+    pub fn before(xl: Vec<u8>, started: bool) -> Said {
+        let last = Vec::new();
+        Said {
+            state: Mutex::new(State { xl, started, last }),
+        }
+    }
+
     /// Bytes of xl's for the source. `wait`: also for another thread that is stuck in sending.
     pub fn xl(&self, link: &Link, bytes: &[u8], wait: bool) {
         let mut state = self.state.lock();

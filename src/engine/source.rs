@@ -13,7 +13,7 @@
 //!      │                           ├─ Late ─ ─ ─ ─ ─ ─▶ ◀─ ─ Want, Started ─ ─┤  (pages that follow; rejoin.rs)
 //!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤  result
 //! ```
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::thread;
@@ -32,9 +32,10 @@ use super::sending::{Prepared, Sending, Sent};
 use super::serving::{Served, Serving};
 use super::threads::{join, spawn};
 use super::verify::read_back;
-use super::{Contents, EngineError, FrameSource, Holding, chain};
+use super::{Contents, EngineError, FrameSource, Holding, LateJournal, chain};
 use crate::codec::{Compressor, Level};
 use crate::late::PageServer;
+use crate::late::journal::{Found, Noted};
 use crate::page::ContentKey;
 use crate::report::{DestinationFigures, Figures, LateFigures, VerifyFigures};
 use crate::stream::{GuestType, Reader, xl};
@@ -146,6 +147,7 @@ pub struct Source {
     link_lost: bool,
     /// Sets up another connection while pages follow the guest; what we said of ourselves, with the token.
     connect: Option<Connect>,
+    journal: Option<Box<dyn LateJournal>>,
     hello: Hello,
     /// Bytes of the destination's xl that have come.
     heard: u64,
@@ -217,6 +219,8 @@ pub struct SourceSetup {
     pub contents: Option<Arc<dyn Contents>>,
     /// Sets up another connection when this one is lost while pages follow the guest.
     pub connect: Option<Connect>,
+    /// Where it is written down then how another process can go on.
+    pub journal: Option<Box<dyn LateJournal>>,
     pub figures: Arc<Mutex<Figures>>,
     /// Where the caller's own events ([`Event::Stop`]) come from; see [`events`].
     pub events: (Sender<Event>, Receiver<Event>),
@@ -271,6 +275,88 @@ pub fn run(negotiated: Negotiated, setup: SourceSetup, from_xl: Box<dyn Read + S
     (ending, left)
 }
 
+/// What is needed to go on for a source whose process was killed while pages followed the guest.
+pub struct Following {
+    pub found: Found,
+    pub journal: Box<dyn LateJournal>,
+    /// Reads the suspended guest's frames.
+    pub frames: Box<dyn FrameSource>,
+    pub connect: Connect,
+    pub hello: Hello,
+    pub figures: Arc<Mutex<Figures>>,
+    /// See [`events`].
+    pub events: (Sender<Event>, Receiver<Event>),
+}
+
+/// Connects to the destination, where the guest stands still, and sends what it lacks, to the end. Nobody has heard then what
+/// the ending means: the caller destroys the copy here, or lets it go on.
+pub fn follow(following: Following) -> Result<Ending, EngineError> {
+    let Following {
+        found,
+        journal,
+        frames,
+        connect,
+        hello,
+        figures,
+        events,
+    } = following;
+    let key = ContentKey::from_hex(&found.facts.content_key);
+    let key = key.ok_or(EngineError::Protocol("the journal has no content key"))?;
+    let hello = Hello {
+        late: true,
+        rejoin_token: Some(found.facts.token.clone()),
+        ..hello
+    };
+    let (link, nothing) = (Link::without()?, Box::new(io::empty()) as Box<dyn Read + Send>);
+    let (from_peer, watch) = Watched::new(nothing, SILENCE, Arc::new(|| {}))?;
+    let negotiated = Negotiated {
+        link: link.clone(),
+        // The first that is read of it is that it is lost.
+        reader: FrameReader::new(from_peer),
+        watch,
+        agreement: Agreement {
+            version: wire::VERSION_MAX,
+            contents: false,
+            late: true,
+            rejoin: hello.rejoin_token.clone(),
+            peer: Hello::default(),
+        },
+        key: key.clone(),
+        hello,
+    };
+    let bandwidth = NonZeroU64::new(found.facts.bandwidth);
+    let serving = Serving::start(Served {
+        pages: found.late.len(),
+        server: PageServer::new(found.late, Vec::new(), bandwidth),
+        frames,
+        link,
+        rejoins: true,
+        key,
+        table: Arc::default(),
+        figures: figures.clone(),
+    })?;
+    serving.push();
+    let setup = SourceSetup {
+        to_xl: Box::new(io::sink()),
+        failing: Box::new(|| {}),
+        frames: None,
+        verify: false,
+        holding: None,
+        bandwidth,
+        contents: None,
+        connect: Some(connect),
+        journal: Some(journal),
+        figures,
+        events,
+    };
+    let mut source = Source::new(negotiated, setup)?;
+    source.serving = Some(serving);
+    source.handed_over = true;
+    source.heard = (xl::R0_BANNER.len() + xl::R1_READY.len()) as u64;
+    let ending = source.result();
+    Ok(source.close(ending))
+}
+
 impl Source {
     pub fn new(negotiated: Negotiated, setup: SourceSetup) -> Result<Source, EngineError> {
         let Negotiated {
@@ -290,6 +376,7 @@ impl Source {
             bandwidth,
             contents,
             connect,
+            journal,
             figures,
             events: (event_sender, events),
         } = setup;
@@ -312,6 +399,7 @@ impl Source {
             verdict,
             link_lost,
             connect,
+            journal,
             hello,
             heard: 0,
             reported: false,
@@ -410,6 +498,13 @@ impl Source {
         let Some(behind) = end.sent.behind.take() else {
             return Ok(());
         };
+        if let Some(journal) = self.journal.as_mut().filter(|_| self.agreement.rejoin.is_some())
+            && let Err(error) = journal.begin(&behind.late, Noted::default())
+        {
+            log::warn!(
+                "it cannot be written down which pages follow the guest ({error}): should xenfold be killed, they are lost"
+            );
+        }
         self.serving = Some(Serving::start(Served {
             pages: behind.late.len(),
             server: PageServer::new(behind.late, behind.hot, self.bandwidth),
@@ -661,13 +756,16 @@ impl Source {
             // The other host waits for this, in case that we had to connect again.
             self.link.send_if_free(Kind::Done, &[]);
         }
+        if !matches!(ending, Ending::Unknown(_)) {
+            self.journal.iter_mut().for_each(|journal| journal.end());
+        }
         if let Ending::SourceOwns(error) = &ending {
             self.serving = None;
             self.failing();
             // The stream's threads let go of xl's pipe, too.
             self.pacing.close();
             // xl resumes the guest when its pipe ends, and need not wait for the other host's cleaning up.
-            self.to_xl = Box::new(std::io::sink());
+            self.to_xl = Box::new(io::sink());
             let reason = chain(error);
             let until = Instant::now() + CLEAN_UP;
             if self.link.send_if_free(Kind::Abort, &[reason.as_bytes()]) && !self.link_lost {

@@ -3,7 +3,10 @@
 //! - [`Pager`], at the destination: which pages are late, who waits for one, what to ask the source for.
 //! - [`PageServer`], at the source: which page to send next, what was asked for before what is pushed.
 //!
-//! Numbers in, decisions out: time is a value, Xen and the connection are the engine's.
+//! - [`journal`]: what another process needs to go on when one of the two is killed.
+//!
+//! But for the journal, numbers in, decisions out: time is a value, Xen and the connection are the engine's.
+pub mod journal;
 mod latency;
 mod mode;
 mod pager;

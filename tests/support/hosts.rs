@@ -2,9 +2,12 @@
 //! can be cut, silenced, stalled and lied on at any frame.
 #![allow(dead_code, reason = "each integration test uses its own part of this")]
 
+#[path = "mortal.rs"]
+pub mod mortal;
 #[path = "pipe.rs"]
 mod pipe;
 
+use mortal::Mortal;
 pub use pipe::{Pipe, PipeReader, PipeWriter, pipe};
 
 use crossbeam_channel::Sender;
@@ -19,7 +22,8 @@ use std::time::{Duration, Instant};
 use xenfold::engine::destination::{self, DestinationSetup, Listen, XlInput, XlProcess};
 use xenfold::engine::source::{self, Ending, SourceSetup};
 use xenfold::engine::{
-    Connect, Contents, EngineError, FrameError, FrameSource, GuestPaging, Holding, LinkEnds, WINDOW_ROWS, refuse,
+    Connect, Contents, EngineError, FrameError, FrameSource, GuestPaging, Holding, LateJournal, LinkEnds, WINDOW_ROWS,
+    refuse,
 };
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 use xenfold::report::Figures;
@@ -532,6 +536,64 @@ pub struct Plan {
     pub again: Option<Again>,
     /// Tokens of others that connect before the source does.
     pub strangers: Vec<String>,
+    /// The destination's agent, where it may be killed: then who goes on for it.
+    pub agent: Option<(Mortal, Heir)>,
+    pub journal: Option<Box<dyn LateJournal>>,
+    /// The source's agent, where it may be killed: then who goes on for it.
+    pub source_agent: Option<(Mortal, Follower)>,
+    pub source_journal: Option<Box<dyn LateJournal>>,
+    /// What has become of the receiving xl.
+    pub destination_xl: Arc<Mutex<Option<DestinationXl>>>,
+}
+
+/// What is started at the destination for a connection when the agent that waited is dead. It may wait for others.
+pub type Heir = Arc<dyn Fn(LinkEnds, &Listening) + Send + Sync>;
+
+/// What is started at the source when its agent is dead.
+pub type Follower = Box<dyn FnOnce(Connect) -> Ending + Send>;
+
+/// Who waits for connections, and every pipe that leads to the destination: they end with its agent.
+#[derive(Clone, Default)]
+pub struct Listening {
+    sender: Arc<Mutex<Option<Sender<LinkEnds>>>>,
+    pipes: Arc<Mutex<Vec<Pipe>>>,
+}
+
+impl Listening {
+    /// The process that waits ends.
+    pub fn end(&self) {
+        *self.sender.lock() = None;
+        self.pipes.lock().drain(..).for_each(|pipe| pipe.close());
+    }
+
+    /// How a process waits for connections, as long as it lives.
+    pub fn listen(&self, life: Option<Mortal>) -> Listen {
+        let all = self.clone();
+        Box::new(move |sender| {
+            *all.sender.lock() = Some(sender);
+            if life.is_some_and(|life| life.is_dead()) {
+                all.end();
+            }
+            Ok(Box::new(()))
+        })
+    }
+
+    /// How a process connects, over a link without hooks.
+    fn connect(&self, bytes: usize, agent: Option<(Mortal, Heir)>) -> Connect {
+        let all = self.clone();
+        Box::new(move || {
+            let (source, mut destination, pipes) = link(bytes, pass(), pass());
+            destination.hangup = source.hangup.clone();
+            all.pipes.lock().extend(pipes);
+            let listening = all.sender.lock().clone();
+            match (listening, agent.as_ref().filter(|(life, _)| life.is_dead())) {
+                (Some(listening), _) => drop(listening.send(destination)),
+                (None, Some((_, heir))) => heir(destination, &all),
+                (None, None) => drop(thread::spawn(|| refuse(destination, "nobody waits"))),
+            }
+            Ok(source)
+        })
+    }
 }
 
 /// Makes the hooks of new connections.
@@ -561,6 +623,11 @@ impl Plan {
             hooks: Box::new(|_| (pass(), pass())),
             again: None,
             strangers: Vec::new(),
+            agent: None,
+            journal: None,
+            source_agent: None,
+            source_journal: None,
+            destination_xl: Arc::default(),
         }
     }
 
@@ -654,17 +721,21 @@ fn connections(
     again: Option<Again>,
     mut strangers: Vec<String>,
     refused: Arc<AtomicUsize>,
+    all: Listening,
+    agent: Option<(Mortal, Heir)>,
 ) -> (Option<Connect>, Option<Listen>) {
     let Some(mut again) = again else { return (None, None) };
-    let listening: Arc<Mutex<Option<Sender<LinkEnds>>>> = Arc::default();
-    let (listened, mut number) = (listening.clone(), 0);
+    let life = agent.as_ref().map(|(life, _)| life.clone());
+    let (listening, listen, mut number) = (all.sender.clone(), all.listen(life), 0);
     let connect = move || {
         let hooks = again(number).ok_or(io::ErrorKind::HostUnreachable)?;
         number += 1;
-        let (source, mut destination, _) = link(bytes, hooks.0, hooks.1);
+        let (source, mut destination, pipes) = link(bytes, hooks.0, hooks.1);
+        all.pipes.lock().extend(pipes);
         destination.hangup = source.hangup.clone();
         let until = Instant::now() + Duration::from_secs(1);
-        while listening.lock().is_none() && Instant::now() < until {
+        let is_dead = || agent.as_ref().is_some_and(|(agent, _)| agent.is_dead());
+        while listening.lock().is_none() && Instant::now() < until && !is_dead() {
             thread::sleep(Duration::from_millis(5));
         }
         for token in strangers.drain(..) {
@@ -674,15 +745,24 @@ fn connections(
         }
         match listening.lock().clone() {
             Some(listening) => drop(listening.send(destination)),
+            None if is_dead() => {
+                if let Some((_, heir)) = &agent {
+                    heir(destination, &all);
+                }
+            }
             None => drop(thread::spawn(|| refuse(destination, "nobody waits"))),
         }
         Ok(source)
     };
-    let listen = move |sender: Sender<LinkEnds>| {
-        *listened.lock() = Some(sender);
-        Ok(Box::new(()) as Box<dyn Send>)
-    };
-    (Some(Box::new(connect)), Some(Box::new(listen)))
+    (Some(Box::new(connect)), Some(listen))
+}
+
+/// Connects as long as the process lives.
+fn while_alive(mut connect: Connect, life: Option<Mortal>) -> Connect {
+    Box::new(move || match &life {
+        Some(life) if life.is_dead() => Err(io::ErrorKind::HostUnreachable.into()),
+        _ => connect(),
+    })
 }
 
 /// Whether the destination tells a stranger to go away.
@@ -716,8 +796,19 @@ pub fn migrate(plan: Plan) -> Outcome {
     };
     let (forth, back) = (plan.hooks)(&controls);
     let refused = Arc::new(AtomicUsize::new(0));
-    let (connect, listen) = connections(plan.link_bytes, plan.again, plan.strangers, refused.clone());
+    let listening = Listening::default();
+    let destination_agent = plan.agent.clone();
+    let agent_life = plan.agent.as_ref().map(|(agent, _)| agent.clone());
+    let (connect, listen) = connections(
+        plan.link_bytes,
+        plan.again,
+        plan.strangers,
+        refused.clone(),
+        listening.clone(),
+        plan.agent,
+    );
     let (source_link, destination_link, link) = link(plan.link_bytes, forth, back);
+    listening.pipes.lock().extend(link.clone());
     let figures = Arc::new(Mutex::new(Figures::default()));
 
     // The source: xl and agent.
@@ -750,6 +841,19 @@ pub fn migrate(plan: Plan) -> Outcome {
     let [source_contents, destination_contents] = plan.contents;
     let holding = plan.holding;
     let (noted, timeout, ended) = (figures.clone(), plan.timeout, link.clone());
+    let (source_life, follower) = plan.source_agent.unzip();
+    if let Some(agent) = &source_life {
+        let pipes = [stream_pipe.clone(), answers_pipe.clone()];
+        let (all, link) = (listening.clone(), link.clone());
+        agent.on_death(move || {
+            pipes.iter().chain(&link).for_each(Pipe::close);
+            all.pipes.lock().drain(..).for_each(|pipe| pipe.close());
+        });
+    }
+    let (connect, source_journal) = (
+        connect.map(|connect| while_alive(connect, source_life.clone())),
+        plan.source_journal,
+    );
     let agent = spawn(move || {
         let ending = match source::negotiate(source_link, &hello, timeout) {
             Ok(negotiated) => {
@@ -763,6 +867,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                     bandwidth: None,
                     contents: source_contents,
                     connect,
+                    journal: source_journal,
                     figures: noted,
                     events: source_events,
                 };
@@ -795,7 +900,19 @@ pub fn migrate(plan: Plan) -> Outcome {
         taken: 0,
         verifying: false,
     };
-    let destination_xl = spawn(move || xl.run());
+    let state = plan.destination_xl.clone();
+    let destination_xl = spawn(move || {
+        let ended = xl.run();
+        *state.lock() = Some(ended);
+        ended
+    });
+    if let Some(agent) = &agent_life {
+        let (stdin, listening) = (stdin_pipe.clone(), listening.clone());
+        agent.on_death(move || {
+            stdin.close();
+            listening.end();
+        });
+    }
     let frames = plan.frames.then(|| ImageFrames {
         image: image.clone(),
         fault: plan.frame_fault,
@@ -811,13 +928,12 @@ pub fn migrate(plan: Plan) -> Outcome {
         ..Hello::default()
     };
     let paging = plan.paging;
-    let (noted, gave_up) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
-    let (note, giving_up, ended) = (noted.clone(), gave_up.clone(), link);
+    let (journal, gave_up) = (plan.journal, Arc::new(AtomicBool::new(false)));
+    let (giving_up, ended) = (gave_up.clone(), link);
     let watched = stdin_pipe.clone();
     let end = move |given_up| {
         giving_up.store(given_up, Ordering::SeqCst);
         let state = wait(&destination_xl, deadline, "the receiving xl");
-        *note.lock() = Some(state);
         match state {
             DestinationXl::Running => 0,
             DestinationXl::Died(_) => 137,
@@ -841,6 +957,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                 events: destination_events,
                 paging,
                 listen,
+                journal,
                 hello: hello.clone(),
                 watching: None,
                 before_go: Box::new(|| Ok(())),
@@ -854,10 +971,25 @@ pub fn migrate(plan: Plan) -> Outcome {
         result
     });
 
-    let ending = wait(&agent, deadline, "the source's agent");
+    let ending = loop {
+        match (agent.recv_timeout(Duration::from_millis(20)), &source_life) {
+            (Ok(ending), _) => break ending,
+            (Err(_), Some(life)) if life.is_dead() => {
+                let (follower, connect) = (follower.unwrap(), listening.connect(plan.link_bytes, destination_agent));
+                break wait(&spawn(move || follower(connect)), deadline, "the follower");
+            }
+            _ if Instant::now() > deadline => panic!("the source's agent hangs"),
+            _ => {}
+        }
+    };
+    // Nobody connects any more.
+    *listening.sender.lock() = None;
     let source_xl = wait(&source_xl, deadline, "the sending xl");
-    let destination = wait(&destination, deadline, "the destination's agent");
-    let destination_xl = noted.lock().take();
+    let destination = match &agent_life {
+        Some(agent) if agent.is_dead() => Err(EngineError::Stopped("killed".into())),
+        _ => wait(&destination, deadline, "the destination's agent"),
+    };
+    let destination_xl = plan.destination_xl.lock().take();
     let received = received.lock().clone();
     let (image, figures) = (image.lock().clone(), figures.lock().clone());
     Outcome {
@@ -946,6 +1078,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         events: destination::events(),
         paging: None,
         listen: None,
+        journal: None,
         hello: Hello::default(),
         watching: None,
         before_go: Box::new(|| Ok(())),

@@ -198,6 +198,10 @@ impl Paged {
         (state.evicted.len(), state.off || !state.enabled, state.paused > 0)
     }
 
+    pub fn is_gone(&self) -> bool {
+        self.0.state.lock().gone
+    }
+
     /// Somebody destroys the guest once it is held still.
     pub fn destroy_when_held_still(&self) {
         let guest = self.clone();
@@ -246,10 +250,11 @@ impl GuestPaging for Paged {
 
     fn load(&mut self, pfn: Pfn, page: &[u8; PAGE_SIZE]) -> Result<(), FrameError> {
         let mut state = self.0.state.lock();
+        // One that is there is left alone.
         if state.evicted.remove(&pfn.get()) {
             self.0.image.lock().insert(pfn.get(), page.to_vec());
+            *state.loads.entry(pfn.get()).or_default() += 1;
         }
-        *state.loads.entry(pfn.get()).or_default() += 1;
         self.0.changed.notify_all();
         Ok(())
     }
@@ -294,6 +299,26 @@ impl GuestPaging for Paged {
             state.wrong.push("paging was turned off with pages out".into());
         }
         state.off = true;
+        state.enabled = false;
+        Ok(())
+    }
+
+    fn is_held(&mut self) -> Result<bool, FrameError> {
+        Ok(self.0.state.lock().paused > 0)
+    }
+
+    fn take_over(&mut self) -> Result<(), FrameError> {
+        let mut state = self.0.state.lock();
+        if state.paused == 0 {
+            state.wrong.push("it was taken over while it ran".into());
+        }
+        (state.enabled, state.off) = (true, false);
+        // What was asked on the old ring is asked again.
+        state.requests.clear();
+        let tokens = state.tokens;
+        state.answered.extend(0..tokens);
+        drop(state);
+        self.0.changed.notify_all();
         Ok(())
     }
 }

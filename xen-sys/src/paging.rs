@@ -120,6 +120,11 @@ impl Paging {
     /// # Errors
     /// What is missing, each with what to do.
     pub fn enable(domid: DomId) -> Result<Paging, PagingError> {
+        Paging::start(domid, false)
+    }
+
+    /// `replaces`: there may be a ring whose pager has ended.
+    fn start(domid: DomId, replaces: bool) -> Result<Paging, PagingError> {
         let xen = Xenctrl::open()?;
         xen.check_version()?;
         let gfn = xen.hvm_param(domid, hvm_param::PAGING_RING_PFN)?;
@@ -128,19 +133,21 @@ impl Paging {
         }
         let mut port = EventPort::open()?;
         let memory = ForeignMemory::open()?;
-        let page = match memory.map_one(domid, gfn)? {
-            Some(page) => page,
-            // An earlier pager took it out.
-            None => {
-                populate(&xen, domid, gfn)?;
-                let missing = || XenError::Argument {
-                    what: "the ring's page",
-                    reason: "it cannot be mapped",
-                };
-                memory.map_one(domid, gfn)?.ok_or_else(missing)?
+        let page = match ring_page(&xen, &memory, domid, gfn) {
+            // The page of the old ring counts for the guest's as long as there is one, and may be one too many.
+            Err(error) if replaces => {
+                log::debug!("no page for the new ring beside the old one: {error}");
+                off_if_on(&xen, domid)?;
+                ring_page(&xen, &memory, domid, gfn)?
             }
+            page => page?,
         };
         let page = RingPage { memory, page };
+        if replaces {
+            // No longer without a ring than these two calls take: another domain that touches an evicted page meanwhile would
+            // have the guest crashed.
+            off_if_on(&xen, domid)?;
+        }
         let remote = control_on(&xen, domid)?;
         // SAFETY: a mapped page of 4096 bytes, writable, which `page` keeps mapped as long as the ring is used.
         let ring = unsafe { BackRing::init(page.page) };
@@ -168,8 +175,7 @@ impl Paging {
     /// As [`Paging::enable`].
     pub fn take_over(domid: DomId) -> Result<Paging, PagingError> {
         let xen = Xenctrl::open()?;
-        off_if_on(&xen, domid)?;
-        let mut paging = Paging::enable(domid)?;
+        let mut paging = Paging::start(domid, true)?;
         let info = xen.domain(domid)?.ok_or(PagingError::NoSuchDomain(domid))?;
         for vcpu in 0..=info.max_vcpu_id.unwrap_or(0) {
             // With this flag Xen leaves the page alone that the answer names.
@@ -187,8 +193,7 @@ impl Paging {
             paging.port.notify()?;
         }
         drop(paging);
-        off_if_on(&xen, domid)?;
-        Paging::enable(domid)
+        Paging::start(domid, true)
     }
 
     pub fn domid(&self) -> DomId {
@@ -383,6 +388,20 @@ fn off_if_on(xen: &Xenctrl, domid: DomId) -> Result<(), PagingError> {
         Err(PagingError::Xen(error)) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         result => result,
     }
+}
+
+/// The page for a ring, mapped.
+fn ring_page(xen: &Xenctrl, memory: &ForeignMemory, domid: DomId, gfn: u64) -> Result<NonNull<u8>, PagingError> {
+    if let Some(page) = memory.map_one(domid, gfn)? {
+        return Ok(page);
+    }
+    // An earlier pager took it out.
+    populate(xen, domid, gfn)?;
+    let missing = || XenError::Argument {
+        what: "the ring's page",
+        reason: "it cannot be mapped",
+    };
+    Ok(memory.map_one(domid, gfn)?.ok_or_else(missing)?)
 }
 
 fn populate(xen: &Xenctrl, domid: DomId, gfn: u64) -> Result<(), PagingError> {

@@ -7,7 +7,9 @@ use std::process::exit;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xenfold::config::{self, Config};
-use xenfold_plugin::{daemon_commands, dedup, doctor, job, receive, replay, resume, say, simulate, top, trace};
+use xenfold_plugin::{
+    daemon_commands, dedup, doctor, following, job, receive, replay, resume, say, simulate, top, trace,
+};
 
 #[derive(Parser)]
 #[command(name = "xenfold", version = xenfold::VERSION, about = "Live migration on Xen that sends each distinct page once")]
@@ -22,6 +24,8 @@ enum Command {
     Receive(receive::Arguments),
     /// Set a guest going again that a broken migration left suspended here.
     Resume(resume::Arguments),
+    /// Send the pages that a guest lacks on its new host, when xenfold-ssh was killed while they followed it.
+    Follow(following::Arguments),
     /// End a migration under way; the guest runs on here.
     Abort(job::AbortArguments),
     /// How far a migration under way is.
@@ -75,6 +79,7 @@ fn run(command: Command) -> Result<i32> {
     match command {
         Command::Receive(arguments) => receive::run(&arguments, &configuration()?),
         Command::Resume(arguments) => resume::run(&arguments, &configuration()?).map(|()| 0),
+        Command::Follow(arguments) => following::run(&arguments, &configuration()?),
         Command::Abort(arguments) => job::abort(&arguments).map(|()| 0),
         Command::Jobinfo(arguments) => job::info(&arguments).map(|()| 0),
         Command::GuestState(arguments) => resume::print_state(&arguments).map(|()| 0),

@@ -205,6 +205,7 @@ fn send(arguments: &SideArguments, wire: Box<dyn Write + Send>, gate: Gate) -> R
         bandwidth: None,
         contents,
         connect: None,
+        journal: None,
         figures: figures.clone(),
         events: source::events(),
     };
