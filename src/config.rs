@@ -47,6 +47,8 @@ pub struct Config {
     pub on_no_convergence: NoConvergence,
     /// Bytes a second that a migration may take of the link; 0 means all it can get.
     pub bandwidth: Size,
+    /// Before it is migrated a guest gives up what it does not use, but stays at least so large; 0: it keeps its size.
+    pub balloon: Size,
     /// Hold pages back that will be written again.
     #[serde(deserialize_with = "boolean")]
     pub hold: bool,
@@ -99,6 +101,7 @@ impl Default for Config {
             downtime_limit: 300,
             on_no_convergence: NoConvergence::GoOn,
             bandwidth: Size(0),
+            balloon: Size(0),
             hold: true,
             dedup: true,
             mode: Mode::Precopy,
@@ -435,6 +438,7 @@ mod tests {
             ("\non_no_convergence = \"stop\"", "go-on"),
             ("\nmode = \"live\"", "postcopy"),
             ("\nbandwidth = 10", "MiB"),
+            ("\nballoon = true", "MiB"),
             ("\nindex_rate = 0", "index = false"),
             ("\nindex_size = 8", "8GiB"),
             ("\nindex_off = \"web\"", "sequence"),

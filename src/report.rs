@@ -45,6 +45,8 @@ pub struct Figures {
     /// Whether that was within the limit after the last of five passes; `None`: xl made fewer, or it is not known.
     pub converged: Option<bool>,
     pub holding: HoldingFigures,
+    /// How the guest was made smaller for the migration.
+    pub balloon: Option<BalloonFigures>,
     /// Different pages of the guest that have been carried with data.
     pub distinct_pages: u64,
     pub verify: Option<VerifyFigures>,
@@ -87,6 +89,17 @@ impl Pages {
         };
         *count += 1;
     }
+}
+
+/// A guest that gave up memory before it was migrated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BalloonFigures {
+    /// The size that it had and has back afterwards, and the one that it migrated with: what the toolstack calls its target.
+    pub target_before_bytes: u64,
+    pub target_bytes: u64,
+    pub given_up_bytes: u64,
+    pub time_ms: u64,
 }
 
 /// Pages that were held back because they were expected to be written again.

@@ -18,6 +18,8 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --stats FILE     write all figures of the migration to FILE as JSON
   --timeout SECONDS  silence after which the other host is given up (15)
   --bandwidth MIB  MiB a second that the migration may take of the link (all it can get)
+  --balloon MIB    before it is migrated the guest gives up memory that it does not use, but stays at least so large; it has
+                   its size back afterwards (it keeps its size)
   --downtime-limit MS  how long the guest may stand still (300); what happens when it would be longer is on_no_convergence
                    in the configuration: go-on (and say so), or abort
   --mode MODE      when the guest starts on the other host: precopy (when all of its memory is there), hybrid (its memory is
@@ -28,7 +30,7 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --version, --help
 
 /etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout,
-downtime_limit, on_no_convergence, bandwidth, hold, model_seconds, mode, dedup, quiet, ssh.";
+downtime_limit, on_no_convergence, bandwidth, balloon, hold, model_seconds, mode, dedup, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -92,6 +94,10 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
                 let mib = number(&argument, value()?, MAX_BANDWIDTH_MIB)?;
                 parsed.config.bandwidth = Size::new(u64::from(mib) << 20);
             }
+            "--balloon" => {
+                let mib = number(&argument, value()?, MAX_BALLOON_MIB)?;
+                parsed.config.balloon = Size::new(u64::from(mib) << 20);
+            }
             "--" => {}
             long if long.starts_with("--") => return Err(ArgumentError::Unknown(argument)),
             short if short.starts_with('-') && short.len() > 1 => {
@@ -119,6 +125,9 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
 
 /// A terabyte a second: more is a mistake.
 const MAX_BANDWIDTH_MIB: u32 = 1 << 20;
+
+/// Sixteen terabytes are more than a guest of Xen's can have.
+const MAX_BALLOON_MIB: u32 = 16 << 20;
 
 /// A value from 1 to `most`.
 fn number(option: &str, value: String, most: u32) -> Result<u32, ArgumentError> {
@@ -193,6 +202,12 @@ mod tests {
         assert_eq!(error("-p"), ArgumentError::ValueMissing("-p".into()));
         assert_eq!(error("--mode live h xl"), ArgumentError::BadMode("live".into()));
         assert_eq!(migrate("--mode hybrid h xl").config.mode, Mode::Hybrid);
+        assert_eq!(migrate("--balloon 128 h xl").config.balloon, Size::new(128 << 20));
+        assert!(
+            error("--balloon 0 h xl")
+                .to_string()
+                .contains("--balloon takes a number from 1")
+        );
         assert!(error("--timeout 0 h xl").to_string().contains("1 to 3600"));
     }
 }

@@ -248,6 +248,16 @@ pub fn summary(figures: &Figures) -> String {
             blocks.join(", ")
         },
     );
+    if let Some(balloon) = &figures.balloon {
+        text.push_str(&format!(
+            "\nthe guest gave up {:.0} MiB before it was migrated (--balloon), in {} ms: {:.0} MiB instead of {:.0} MiB, to which \
+             it grows again afterwards",
+            mib(balloon.given_up_bytes),
+            balloon.time_ms,
+            mib(balloon.target_bytes),
+            mib(balloon.target_before_bytes)
+        ));
+    }
     if figures.converged == Some(false) {
         text.push_str(&format!(
             "\nthe guest writes faster than the link takes: after the last pass it was expected to stand still for {} ms",

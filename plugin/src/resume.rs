@@ -5,7 +5,7 @@ use xenfold::config::Config;
 
 use crate::guest::{self, Guest, INCOMING};
 use crate::record::{self, Migration};
-use crate::{arrival, repair, ssh};
+use crate::{arrival, balloon, repair, ssh};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -87,8 +87,12 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
         bail!("guest {} is not suspended: there is nothing to resume", found.name);
     }
     let migration = record::left_behind(&found.uuid)?;
+    let size = migration.as_ref().and_then(|migration| migration.memory_target_kib);
     ask_destination(arguments, config, &found, migration)?;
     let done = repair::resume(found.domid)?;
+    if let Some(kib) = size {
+        balloon::give_back_left(&found, kib);
+    }
     record::forget(&found.uuid);
     println!("xenfold: {done}");
     Ok(())
