@@ -42,6 +42,11 @@ pub struct Figures {
     /// How long the guest was expected to stand still had it been suspended when the pass before this one ended; `None`
     /// where nothing is known of it.
     pub expected_downtime_ms: Option<u64>,
+    /// What that was reckoned from: pages a second that the guest writes anew, those that the link takes, and bytes that
+    /// one of them costs on the wire.
+    pub dirty_pages_rate: u64,
+    pub sent_pages_rate: u64,
+    pub page_wire_bytes: u64,
     /// Whether that was within the limit after the last of five passes; `None`: xl made fewer, or it is not known.
     pub converged: Option<bool>,
     pub holding: HoldingFigures,
@@ -120,6 +125,10 @@ pub struct HoldingFigures {
     pub peek_time_us: u64,
     /// Pages that were dirty at the last reading.
     pub dirty_pages: u64,
+    /// Rounds for which xl was held at the end of its passes, for how long in all, and pages that went ahead of it.
+    pub rounds: u32,
+    pub round_time_ms: u64,
+    pub ahead_pages: u64,
 }
 
 impl HoldingFigures {

@@ -449,6 +449,8 @@ impl Agent<'_> {
                     limit: Duration::from_millis(config.downtime_limit.into()),
                     abort: config.on_no_convergence == NoConvergence::Abort,
                 },
+                max_rounds: config.max_iterations,
+                max_time: (config.max_time > 0).then(|| Duration::from_secs(config.max_time.into())),
                 model_time: Duration::from_secs(model_seconds.into()),
                 behind: leaves.then_some(LeaveBehind {
                     mode,
