@@ -185,6 +185,8 @@ mod tests {
         bytes.truncate(100);
         std::fs::write(file.path(), &bytes).unwrap();
         let arguments = Arguments {
+            max_iterations: 30,
+            downtime_limit: 300,
             traces: vec![file.path().to_owned()],
             generate: vec![],
             link: vec!["1gbit".parse().unwrap()],
@@ -207,6 +209,8 @@ mod tests {
         let trace = generate(Kind::Loop(40), 4096, Duration::from_secs(6), 1).unwrap();
         trace.write(File::create(&path).unwrap()).unwrap();
         let arguments = Arguments {
+            max_iterations: 30,
+            downtime_limit: 300,
             traces: vec![path],
             generate: vec![Kind::Idle],
             link: vec!["100mbit".parse().unwrap(), "10mbit".parse().unwrap()],

@@ -48,7 +48,7 @@ pub struct Holding {
     /// How long to watch the guest before xl begins.
     pub model_time: Duration,
     pub downtime: DowntimeLimit,
-    /// Rounds for which xl may be held at the end of its passes, and the time since they began after which it may not.
+    /// Rounds for which xl may be held at the end of its passes, and the time since its stream began after which it may not.
     pub max_rounds: u32,
     pub max_time: Option<Duration>,
     /// Pages that have not gone when the guest is suspended may follow it.
