@@ -45,8 +45,16 @@ pub struct Config {
     pub downtime_limit: u32,
     /// What becomes of a guest that would stand still longer.
     pub on_no_convergence: NoConvergence,
+    /// Rounds for which xl is held at the end of its passes while pages go ahead of it; 0: it is never held.
+    #[serde(deserialize_with = "max_iterations")]
+    pub max_iterations: u32,
+    /// Seconds after which xl is held no longer; 0: there is no limit.
+    #[serde(deserialize_with = "max_time")]
+    pub max_time: u32,
     /// Bytes a second that a migration may take of the link; 0 means all it can get.
     pub bandwidth: Size,
+    /// Before it is migrated a guest gives up what it does not use, but stays at least so large; 0: it keeps its size.
+    pub balloon: Size,
     /// Hold pages back that will be written again.
     #[serde(deserialize_with = "boolean")]
     pub hold: bool,
@@ -98,7 +106,10 @@ impl Default for Config {
             ssh: "ssh".into(),
             downtime_limit: 300,
             on_no_convergence: NoConvergence::GoOn,
+            max_iterations: 30,
+            max_time: 0,
             bandwidth: Size(0),
+            balloon: Size(0),
             hold: true,
             dedup: true,
             mode: Mode::Precopy,
@@ -162,19 +173,28 @@ fn downtime_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::
         .ok_or_else(|| D::Error::custom(format!("downtime_limit is {ms} ms, and must be 1 to {MAX_DOWNTIME_MS}")))
 }
 
+/// More rounds and more time than that are a mistake.
+pub const MAX_ITERATIONS: u32 = 10_000;
+pub const MAX_TIME_S: u32 = 86_400;
+
+fn max_iterations<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    up_to("max_iterations", MAX_ITERATIONS, i64::deserialize(deserializer)?)
+}
+
+fn max_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    up_to("max_time", MAX_TIME_S, i64::deserialize(deserializer)?)
+}
+
+fn up_to<E: serde::de::Error>(key: &str, most: u32, number: i64) -> Result<u32, E> {
+    let fits = u32::try_from(number).ok().filter(|number| *number <= most);
+    fits.ok_or_else(|| E::custom(format!("{key} is {number}, and must be 0 to {most}")))
+}
+
 /// Longer than the guest would be migrated in.
 const MAX_MODEL_SECONDS: u32 = 60;
 
 fn model_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
-    let seconds = i64::deserialize(deserializer)?;
-    u32::try_from(seconds)
-        .ok()
-        .filter(|seconds| *seconds <= MAX_MODEL_SECONDS)
-        .ok_or_else(|| {
-            D::Error::custom(format!(
-                "model_seconds is {seconds}, and must be 0 to {MAX_MODEL_SECONDS}"
-            ))
-        })
+    up_to("model_seconds", MAX_MODEL_SECONDS, i64::deserialize(deserializer)?)
 }
 
 /// A rate at which no host hashes; more is a mistake.
@@ -434,7 +454,10 @@ mod tests {
             ("\ndowntime_limit = 0", "1 to 86400000"),
             ("\non_no_convergence = \"stop\"", "go-on"),
             ("\nmode = \"live\"", "postcopy"),
+            ("\nmax_iterations = -1", "0 to 10000"),
+            ("\nmax_time = 86401", "0 to 86400"),
             ("\nbandwidth = 10", "MiB"),
+            ("\nballoon = true", "MiB"),
             ("\nindex_rate = 0", "index = false"),
             ("\nindex_size = 8", "8GiB"),
             ("\nindex_off = \"web\"", "sequence"),

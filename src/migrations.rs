@@ -33,6 +33,9 @@ pub struct Migration {
     /// Its agent's process number.
     #[serde(default)]
     pub agent: u32,
+    /// The guest's size (`memory/target`) before it was made smaller for the migration.
+    #[serde(default)]
+    pub memory_target_kib: Option<u64>,
 }
 
 /// A migration whose agent lives.

@@ -42,9 +42,16 @@ pub struct Figures {
     /// How long the guest was expected to stand still had it been suspended when the pass before this one ended; `None`
     /// where nothing is known of it.
     pub expected_downtime_ms: Option<u64>,
+    /// What that was reckoned from: pages a second that the guest writes anew, those that the link takes, and bytes that
+    /// one of them costs on the wire.
+    pub dirty_pages_rate: u64,
+    pub sent_pages_rate: u64,
+    pub page_wire_bytes: u64,
     /// Whether that was within the limit after the last of five passes; `None`: xl made fewer, or it is not known.
     pub converged: Option<bool>,
     pub holding: HoldingFigures,
+    /// How the guest was made smaller for the migration.
+    pub balloon: Option<BalloonFigures>,
     /// Different pages of the guest that have been carried with data.
     pub distinct_pages: u64,
     pub verify: Option<VerifyFigures>,
@@ -89,6 +96,17 @@ impl Pages {
     }
 }
 
+/// A guest that gave up memory before it was migrated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BalloonFigures {
+    /// The size that it had and has back afterwards, and the one that it migrated with: what the toolstack calls its target.
+    pub target_before_bytes: u64,
+    pub target_bytes: u64,
+    pub given_up_bytes: u64,
+    pub time_ms: u64,
+}
+
 /// Pages that were held back because they were expected to be written again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -107,6 +125,10 @@ pub struct HoldingFigures {
     pub peek_time_us: u64,
     /// Pages that were dirty at the last reading.
     pub dirty_pages: u64,
+    /// Rounds for which xl was held at the end of its passes, for how long in all, and pages that went ahead of it.
+    pub rounds: u32,
+    pub round_time_ms: u64,
+    pub ahead_pages: u64,
 }
 
 impl HoldingFigures {

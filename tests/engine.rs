@@ -985,6 +985,7 @@ fn memory_side() {
         let setup = SourceSetup {
             to_xl: Box::new(xl.try_clone().unwrap()),
             failing: Box::new(|| {}),
+            while_xl_waits: None,
             frames: None,
             verify: false,
             holding: None,

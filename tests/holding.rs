@@ -20,7 +20,7 @@ use xenfold::engine::source::Ending;
 use xenfold::engine::{DowntimeLimit, EngineError, Holding, SAMPLE};
 use xenfold::page::Pfn;
 use xenfold::page_set::PageSet;
-use xenfold::policy::{Forecast, HoldPolicy};
+use xenfold::policy::{Forecast, HoldPolicy, Outlook};
 
 /// What the pipe between xl and the agent holds in these tests (support/hosts.rs).
 const PIPE_BYTES: u64 = 64 << 10;
@@ -30,6 +30,7 @@ struct Anything {
     dice: Dice,
     hold_percent: u64,
     release_percent: u64,
+    stay_percent: u64,
     /// Pages it was asked about since the last release.
     asked: Vec<Pfn>,
 }
@@ -50,8 +51,19 @@ impl HoldPolicy for Anything {
         released.take(limit).collect()
     }
 
-    fn expected_downtime(&self, _: Duration) -> Option<Duration> {
-        Some(Duration::from_millis(700))
+    fn outlook(&self, _: Duration) -> Option<Outlook> {
+        Some(Outlook {
+            downtime: Duration::from_millis(700),
+            dirty_pages_rate: 10.0,
+            sent_pages_rate: 100_000.0,
+            page_wire_bytes: 4096.0,
+        })
+    }
+
+    fn looked(&mut self, _: Duration, _: &PageSet) {}
+
+    fn stays(&mut self, pfns: &[Pfn], _: Duration, _: u64) -> Vec<bool> {
+        pfns.iter().map(|_| self.dice.throw(100) < self.stay_percent).collect()
     }
 }
 
@@ -68,6 +80,9 @@ struct Case {
     /// What xl's helper takes for a record, beside its writes.
     record_time: Duration,
     downtime: DowntimeLimit,
+    stay_percent: u64,
+    rounds: u32,
+    max_time: Option<Duration>,
 }
 
 /// What any guest keeps.
@@ -81,7 +96,7 @@ fn case() -> impl Strategy<Value = Case> {
         any::<u64>(),
         1usize..200,
         1usize..80,
-        0usize..5,
+        0usize..7,
         prop::sample::select(vec![0u64, 5, 50, 95, 100]),
         prop::sample::select(vec![0u64, 10, 100]),
         any::<bool>(),
@@ -98,6 +113,9 @@ fn case() -> impl Strategy<Value = Case> {
                 busy_percent: 20,
                 record_time: Duration::ZERO,
                 downtime: NO_LIMIT,
+                stay_percent: 60,
+                rounds: 3,
+                max_time: None,
             },
         )
 }
@@ -131,6 +149,7 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
             dice: Dice(case.seed ^ 5),
             hold_percent: case.hold_percent,
             release_percent: case.release_percent,
+            stay_percent: case.stay_percent,
             asked: Vec::new(),
         })
     };
@@ -143,6 +162,8 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
             policy,
             pipe_bytes: PIPE_BYTES,
             model_time: Duration::from_millis(200),
+            max_rounds: case.rounds,
+            max_time: case.max_time,
             behind: None,
             downtime: case.downtime,
         }),
@@ -214,6 +235,9 @@ fn pages_written_again_are_not_sent_again() {
         // A pass is longer than the time between two readings of the bitmap, on a machine of any speed.
         record_time: Duration::from_millis(10),
         downtime: NO_LIMIT,
+        stay_percent: 0,
+        rounds: 0,
+        max_time: None,
     };
     let (outcome, _) = live(&case).unwrap();
     let figures = outcome.figures;
@@ -241,6 +265,9 @@ fn a_guest_that_does_not_converge_stays_where_that_is_wanted() {
             limit: Duration::from_millis(699),
             abort: true,
         },
+        stay_percent: 0,
+        rounds: 0,
+        max_time: None,
     };
     let (outcome, _) = live(&case).unwrap();
     assert!(
@@ -250,4 +277,87 @@ fn a_guest_that_does_not_converge_stays_where_that_is_wanted() {
     );
     assert_eq!(outcome.source_xl, SourceXl::Resumed);
     assert_ne!(outcome.destination_xl, DestinationXl::Running);
+}
+
+/// A guest that wrote 600 pages while xl sent its last pass, and is quiet since.
+fn quiet_at_the_end(rounds: u32, max_time: Option<Duration>) -> Outcome {
+    let memory = Arc::new(Mutex::new(Memory::new(1, 2000, 0)));
+    {
+        let mut memory = memory.lock();
+        memory.quiet = true;
+        (0..2000).for_each(|page| memory.pages[page as usize] = Some(1 << 20 | page));
+    }
+    let xls = memory.clone();
+    let live = move |out: &mut dyn Write| {
+        let (before, behind) = around_pages();
+        out.write_all(&before)?;
+        let all: Vec<u64> = (0..2000).collect();
+        send_pages(&xls, out, &all, 400, Duration::ZERO)?;
+        let few: Vec<u64> = (0..40).collect();
+        for pass in 2..=5 {
+            if pass == 5 {
+                let mut memory = xls.lock();
+                for page in 100..700 {
+                    memory.pages[page as usize] = Some(2 << 20 | page);
+                    memory.dirty.insert(Pfn::new(page).unwrap());
+                }
+            }
+            send_pages(&xls, out, &few, 400, Duration::ZERO)?;
+        }
+        let list: Vec<u64> = {
+            let mut memory = xls.lock();
+            memory.suspended = true;
+            memory.dirty.iter().map(Pfn::get).collect()
+        };
+        send_pages(&xls, out, &list, 400, Duration::ZERO)?;
+        out.write_all(&behind)
+    };
+    let outcome = migrate(Plan {
+        live: Some(Box::new(live)),
+        verify: true,
+        holding: Some(Holding {
+            log: Box::new(Log(memory.clone())),
+            frames: Box::new(SourceFrames(memory.clone())),
+            policy: Box::new(Anything {
+                dice: Dice(1),
+                hold_percent: 0,
+                release_percent: 0,
+                stay_percent: 100,
+                asked: Vec::new(),
+            }),
+            pipe_bytes: PIPE_BYTES,
+            max_rounds: rounds,
+            max_time,
+            model_time: Duration::ZERO,
+            behind: None,
+            downtime: NO_LIMIT,
+        }),
+        ..Plan::new(Vec::new())
+    });
+    assert!(
+        matches!(outcome.ending, Ending::Completed { status: 0 }),
+        "{:?}",
+        outcome.ending
+    );
+    let memory = memory.lock();
+    assert!((0..2000).all(|page| outcome.image.get(&page) == memory.page(page).as_ref()));
+    assert_eq!(memory.unsafe_peeks, 0);
+    outcome
+}
+
+#[test]
+fn pages_go_ahead_of_xl_and_cost_a_reference_when_it_repeats_them() {
+    let plain = quiet_at_the_end(0, None).figures;
+    assert_eq!((plain.holding.rounds, plain.holding.ahead_pages), (0, 0));
+    assert_eq!((plain.pages.full, plain.expected_downtime_ms), (2600, Some(700)));
+
+    let held = quiet_at_the_end(30, None).figures;
+    assert!(held.holding.rounds > 0, "{:?}", held.holding);
+    assert_eq!(held.holding.ahead_pages, 600);
+    assert_eq!(held.pages.full, 2600, "each content once");
+    assert_eq!(held.pages.reference, plain.pages.reference + 600);
+    assert!(held.expected_downtime_ms < Some(100), "{:?}", held.expected_downtime_ms);
+
+    let timed = quiet_at_the_end(30, Some(Duration::ZERO)).figures;
+    assert_eq!((timed.holding.rounds, timed.holding.ahead_pages), (0, 0));
 }

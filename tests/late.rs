@@ -93,6 +93,8 @@ fn plan(case: &Case) -> (Plan, Arc<Mutex<Memory>>, Paged) {
         paging: Some(Box::new(guest.clone())),
         started: Some(Box::new(start)),
         holding: Some(Holding {
+            max_rounds: 30,
+            max_time: None,
             log: Box::new(Log(memory.clone())),
             frames: Box::new(SourceFrames(memory.clone())),
             policy: Box::new(Forecast::new(case.pages, case.pages, SAMPLE)),

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
-use xenfold::config::{Config, MAX_DOWNTIME_MS, Size};
+use xenfold::config::{Config, MAX_DOWNTIME_MS, MAX_ITERATIONS, MAX_TIME_S, Size};
 use xenfold::late::Mode;
 
 /// ssh's options that take a value (ssh(1), OpenSSH 9).
@@ -18,8 +18,13 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --stats FILE     write all figures of the migration to FILE as JSON
   --timeout SECONDS  silence after which the other host is given up (15)
   --bandwidth MIB  MiB a second that the migration may take of the link (all it can get)
+  --balloon MIB    before it is migrated the guest gives up memory that it does not use, but stays at least so large; it has
+                   its size back afterwards (it keeps its size)
   --downtime-limit MS  how long the guest may stand still (300); what happens when it would be longer is on_no_convergence
                    in the configuration: go-on (and say so), or abort
+  --max-iterations N  rounds for which xl is held after its passes, while they lower the downtime: pages that stay go ahead (30;
+                   0: it is never held)
+  --max-time SECONDS  how long after its beginning the migration may still be held by that (no limit)
   --mode MODE      when the guest starts on the other host: precopy (when all of its memory is there), hybrid (its memory is
                    sent while it runs, what is missing when it is suspended follows), postcopy (nearly all follows)
   --no-hold        send every page of each pass, also those that will be written again
@@ -28,15 +33,20 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --version, --help
 
 /etc/xen/xenfold.conf sets the same for every migration: verify, fallback, stats, timeout,
-downtime_limit, on_no_convergence, bandwidth, hold, model_seconds, mode, dedup, quiet, ssh.";
+downtime_limit, on_no_convergence, max_iterations, max_time, bandwidth, balloon, hold, model_seconds, mode, dedup, quiet, ssh.";
 
 /// Why a command line cannot be followed.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ArgumentError {
     #[error("{0} needs a value")]
     ValueMissing(String),
-    #[error("{option} takes a number from 1 to {most}, not `{value}`")]
-    BadNumber { option: String, value: String, most: u32 },
+    #[error("{option} takes a number from {least} to {most}, not `{value}`")]
+    BadNumber {
+        option: String,
+        value: String,
+        least: u32,
+        most: u32,
+    },
     #[error("--mode takes precopy, hybrid or postcopy, not `{0}`")]
     BadMode(String),
     #[error("no host and command: xenfold-ssh is called by `xl migrate -s xenfold-ssh GUEST HOST`")]
@@ -84,6 +94,8 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--stats" => parsed.config.stats = Some(PathBuf::from(value()?)),
             "--timeout" => parsed.config.timeout = number(&argument, value()?, 3600)?,
             "--downtime-limit" => parsed.config.downtime_limit = number(&argument, value()?, MAX_DOWNTIME_MS)?,
+            "--max-iterations" => parsed.config.max_iterations = number_from(0, &argument, value()?, MAX_ITERATIONS)?,
+            "--max-time" => parsed.config.max_time = number(&argument, value()?, MAX_TIME_S)?,
             "--mode" => {
                 let name = value()?;
                 parsed.config.mode = Mode::named(&name).ok_or(ArgumentError::BadMode(name))?;
@@ -91,6 +103,10 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--bandwidth" => {
                 let mib = number(&argument, value()?, MAX_BANDWIDTH_MIB)?;
                 parsed.config.bandwidth = Size::new(u64::from(mib) << 20);
+            }
+            "--balloon" => {
+                let mib = number(&argument, value()?, MAX_BALLOON_MIB)?;
+                parsed.config.balloon = Size::new(u64::from(mib) << 20);
             }
             "--" => {}
             long if long.starts_with("--") => return Err(ArgumentError::Unknown(argument)),
@@ -120,12 +136,20 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
 /// A terabyte a second: more is a mistake.
 const MAX_BANDWIDTH_MIB: u32 = 1 << 20;
 
+/// Sixteen terabytes are more than a guest of Xen's can have.
+const MAX_BALLOON_MIB: u32 = 16 << 20;
+
 /// A value from 1 to `most`.
 fn number(option: &str, value: String, most: u32) -> Result<u32, ArgumentError> {
-    let number = value.parse().ok().filter(|number| (1..=most).contains(number));
+    number_from(1, option, value, most)
+}
+
+fn number_from(least: u32, option: &str, value: String, most: u32) -> Result<u32, ArgumentError> {
+    let number = value.parse().ok().filter(|number| (least..=most).contains(number));
     number.ok_or_else(|| ArgumentError::BadNumber {
         option: option.into(),
         value,
+        least,
         most,
     })
 }
@@ -193,6 +217,16 @@ mod tests {
         assert_eq!(error("-p"), ArgumentError::ValueMissing("-p".into()));
         assert_eq!(error("--mode live h xl"), ArgumentError::BadMode("live".into()));
         assert_eq!(migrate("--mode hybrid h xl").config.mode, Mode::Hybrid);
+        let held = migrate("--max-iterations 0 --max-time 60 h xl").config;
+        assert_eq!((held.max_iterations, held.max_time), (0, 60));
+        assert!(error("--max-iterations 10001 h xl").to_string().contains("0 to 10000"));
+        assert!(error("--max-time 0 h xl").to_string().contains("1 to 86400"));
+        assert_eq!(migrate("--balloon 128 h xl").config.balloon, Size::new(128 << 20));
+        assert!(
+            error("--balloon 0 h xl")
+                .to_string()
+                .contains("--balloon takes a number from 1")
+        );
         assert!(error("--timeout 0 h xl").to_string().contains("1 to 3600"));
     }
 }

@@ -16,6 +16,7 @@ macro_rules! say {
 
 pub mod arguments;
 pub mod arrival;
+pub mod balloon;
 pub mod contents;
 pub mod daemon_commands;
 pub mod dedup;

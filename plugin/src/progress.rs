@@ -50,6 +50,7 @@ impl Progress {
             let terminal = stderr().is_terminal();
             let start = Instant::now();
             let mut next_line = start + EVERY;
+            let mut pass = 0;
             while stopped.recv_timeout(WATCH_EVERY) == Err(RecvTimeoutError::Timeout) {
                 if seen.lock().suspended.is_none()
                     && let (Some(xen), Some(domid)) = (&xen, domain.get())
@@ -60,6 +61,14 @@ impl Progress {
                 }
                 if figures.lock().runs_there() {
                     seen.lock().over.get_or_insert_with(Instant::now);
+                }
+                let iteration = figures.lock().iteration;
+                if iteration != pass && !quiet {
+                    pass = iteration;
+                    let begin = if terminal { "\r\x1b[K" } else { "" };
+                    let said = pass_line(&figures.lock());
+                    said.into_iter()
+                        .for_each(|said| drop(writeln!(stderr(), "{begin}xenfold: {said}")));
                 }
                 if Instant::now() < next_line {
                     continue;
@@ -152,14 +161,36 @@ pub fn line(figures: &Figures) -> String {
         );
     }
     let percent = figures.pass_percent();
+    let held = match figures.holding.rounds {
+        0 => String::new(),
+        rounds => format!(" (xl is held: round {rounds})"),
+    };
+    let expected = match figures.expected_downtime_ms {
+        Some(expected) => format!(", expected downtime {expected} ms"),
+        None => String::new(),
+    };
     format!(
-        "{}: pass {}, {percent}%, {:.1} MiB/s, {:.1} MiB on the wire, {:.0}% saved",
+        "{}: pass {}{held}, {percent}%, {:.1} MiB/s, {:.1} MiB on the wire, {:.0}% saved{expected}",
         figures.guest,
         figures.iteration,
         figures.rate() / f64::from(1 << 20),
         mib(figures.wire_bytes),
         100.0 * figures.reduction()
     )
+}
+
+/// What is said where a pass begins, and nothing before the second one, when there is little to expect anything from.
+fn pass_line(figures: &Figures) -> Option<String> {
+    let expected = figures.expected_downtime_ms.filter(|_| figures.iteration > 1)?;
+    Some(format!(
+        "{}: pass {} begins: expected downtime {expected} ms; the guest writes {} pages a second anew, the link takes {} of \
+         {:.1} KiB each",
+        figures.guest,
+        figures.iteration,
+        figures.dirty_pages_rate,
+        figures.sent_pages_rate,
+        figures.page_wire_bytes as f64 / 1024.0
+    ))
 }
 
 /// The same of a guest that runs on this host, and that pages follow.
@@ -255,6 +286,16 @@ pub fn summary(figures: &Figures) -> String {
             blocks.join(", ")
         },
     );
+    if let Some(balloon) = &figures.balloon {
+        text.push_str(&format!(
+            "\nthe guest gave up {:.0} MiB before it was migrated (--balloon), in {} ms: {:.0} MiB instead of {:.0} MiB, to which \
+             it grows again afterwards",
+            mib(balloon.given_up_bytes),
+            balloon.time_ms,
+            mib(balloon.target_bytes),
+            mib(balloon.target_before_bytes)
+        ));
+    }
     if figures.converged == Some(false) {
         text.push_str(&format!(
             "\nthe guest writes faster than the link takes: after the last pass it was expected to stand still for {} ms",
@@ -279,6 +320,15 @@ pub fn summary(figures: &Figures) -> String {
             holding.flushed_pages,
             holding.peeks,
             holding.peek_time_us / 1000
+        ));
+    }
+    if holding.rounds > 0 {
+        text.push_str(&format!(
+            "\nxl was held for {} rounds, {} ms, and {} pages went ahead of it; expected downtime then {} ms",
+            holding.rounds,
+            holding.round_time_ms,
+            holding.ahead_pages,
+            figures.expected_downtime_ms.unwrap_or_default()
         ));
     }
     if let Some(late) = &figures.late {
@@ -324,5 +374,23 @@ mod tests {
             line(&figures),
             "g1: pass 2, 25%, 2.0 MiB/s, 5.0 MiB on the wire, 75% saved"
         );
+        assert_eq!(pass_line(&figures), None, "nothing is expected yet");
+        figures.expected_downtime_ms = Some(480);
+        figures.holding.rounds = 3;
+        (
+            figures.dirty_pages_rate,
+            figures.sent_pages_rate,
+            figures.page_wire_bytes,
+        ) = (300, 25_000, 1536);
+        assert_eq!(
+            line(&figures),
+            "g1: pass 2 (xl is held: round 3), 25%, 2.0 MiB/s, 5.0 MiB on the wire, 75% saved, expected downtime 480 ms"
+        );
+        assert_eq!(
+            pass_line(&figures).unwrap(),
+            "g1: pass 2 begins: expected downtime 480 ms; the guest writes 300 pages a second anew, the link takes 25000 of 1.5 \
+             KiB each"
+        );
+        assert!(summary(&figures).contains("held for 3 rounds"));
     }
 }

@@ -32,7 +32,7 @@ impl Record {
     pub fn take(guest: &Guest, host: &str, ssh: Vec<String>, migration: &str) -> Result<Record> {
         fs::create_dir_all(FOLDER).with_context(|| format!("{FOLDER} cannot be made"))?;
         let path = path(&guest.uuid);
-        let file = loop {
+        let mut file = loop {
             let file = File::options()
                 .read(true)
                 .write(true)
@@ -51,6 +51,9 @@ impl Record {
                 Err(TryLockError::Error(error)) => bail!("{} cannot be locked: {error}", path.display()),
             }
         };
+        // An agent that was killed while the guest was small.
+        let left = read(&mut file, &guest.uuid).ok();
+        let left = left.filter(|left| left.domid == guest.domid.get());
         let migration = Migration {
             guest: guest.name.clone(),
             uuid: guest.uuid.clone(),
@@ -59,12 +62,24 @@ impl Record {
             ssh,
             migration: migration.to_owned(),
             agent: std::process::id(),
+            memory_target_kib: left.and_then(|left| left.memory_target_kib),
         };
         let mut record = Record { file, migration };
         record.write()?;
         // Of a migration whose agent was killed.
         remove(&figures_path(&guest.uuid));
         Ok(record)
+    }
+
+    /// The size that the guest had before an agent that was killed made it smaller.
+    pub fn left_target(&self) -> Option<u64> {
+        self.migration.memory_target_kib
+    }
+
+    /// Notes the size that the guest had before it is made smaller: should this process be killed, the record says so.
+    pub fn note_target(&mut self, kib: u64) -> Result<()> {
+        self.migration.memory_target_kib = Some(kib);
+        self.write().context("the guest's size cannot be noted")
     }
 
     fn write(&mut self) -> Result<()> {

@@ -7,7 +7,7 @@ use xenfold::config::Config;
 
 use crate::guest::{self, Guest, INCOMING};
 use crate::record::{self, Migration};
-use crate::{arrival, following, repair, ssh};
+use crate::{arrival, balloon, following, repair, ssh};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -98,8 +98,12 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
             facts.host
         );
     }
+    let size = migration.as_ref().and_then(|migration| migration.memory_target_kib);
     ask_destination(arguments, config, &found, migration)?;
     let done = repair::resume(found.domid)?;
+    if let Some(kib) = size {
+        balloon::give_back_left(&found, kib);
+    }
     record::forget(&found.uuid);
     // Of no use any more: the guest has gone on here.
     following.map(|(path, _)| fs::remove_file(path));

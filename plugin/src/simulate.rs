@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use xenfold::page::PAGE_SIZE;
+use xenfold::policy::RoundLimits;
 use xenfold::policy::generate::{Kind, generate};
 use xenfold::policy::simulate::{self, Conditions, Outcome, Strategy};
 use xenfold::policy::trace::Trace;
@@ -43,6 +44,12 @@ pub struct Arguments {
     /// Milliseconds between two looks at the dirty pages; a second for each GiB if not given, as an emulated host needs.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=60_000))]
     peek: Option<u64>,
+    /// Rounds for which xenfold holds xl after its passes, while more than --downtime-limit is expected.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    max_iterations: u32,
+    /// Milliseconds for which the guest may stand still.
+    #[arg(long, value_name = "MS", default_value_t = 300)]
+    downtime_limit: u64,
     /// Write the figures to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -82,6 +89,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             let conditions = Conditions {
                 model_time: Duration::from_secs(arguments.model),
                 peek_every: arguments.peek.map_or(usual.peek_every, Duration::from_millis),
+                rounds: RoundLimits {
+                    rounds: arguments.max_iterations,
+                    downtime: Duration::from_millis(arguments.downtime_limit),
+                    ..usual.rounds
+                },
                 ..usual
             };
             for run in simulate(&name, link, &trace, &conditions) {
@@ -173,6 +185,8 @@ mod tests {
         bytes.truncate(100);
         std::fs::write(file.path(), &bytes).unwrap();
         let arguments = Arguments {
+            max_iterations: 30,
+            downtime_limit: 300,
             traces: vec![file.path().to_owned()],
             generate: vec![],
             link: vec!["1gbit".parse().unwrap()],
@@ -195,6 +209,8 @@ mod tests {
         let trace = generate(Kind::Loop(40), 4096, Duration::from_secs(6), 1).unwrap();
         trace.write(File::create(&path).unwrap()).unwrap();
         let arguments = Arguments {
+            max_iterations: 30,
+            downtime_limit: 300,
             traces: vec![path],
             generate: vec![Kind::Idle],
             link: vec!["100mbit".parse().unwrap(), "10mbit".parse().unwrap()],

@@ -6,6 +6,7 @@ use std::os::unix::process::{CommandExt, parent_id};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ use xenfold::report::Figures;
 use xenfold::wire::{Agreement, Hello, WireError};
 
 use crate::arguments::Arguments;
+use crate::balloon::Ballooning;
 use crate::contents::DaemonContents;
 use crate::guest::{AWAY, Guest, GuestFrames, KnownDomain};
 use crate::process::{self, Helper};
@@ -37,7 +39,7 @@ use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
 use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
 use crate::writes::GuestWrites;
-use crate::{follow, following, guest, repair, signals, usage};
+use crate::{balloon, follow, following, guest, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
 const HELPER_EVERY: Duration = Duration::from_millis(100);
@@ -85,6 +87,19 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone(), &migration)?),
         None => None,
     };
+    if let (Some(guest), Some(kib)) = (&guest, record.as_ref().and_then(Record::left_target))
+        && balloon::give_back_left(guest, kib)
+    {
+        // xl has read its configuration, with the small size, which it would have on the other host.
+        record.into_iter().for_each(Record::close);
+        say!(
+            "xenfold: guest {} is not migrated now, since it would stay small on {}. It runs on here; try again with the same \
+             command.",
+            guest.name,
+            arguments.host
+        );
+        return Ok(1);
+    }
     guest.iter().for_each(following::forget);
     let remote: Vec<String> = RECEIVE
         .map(str::to_owned)
@@ -110,7 +125,8 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
                 guest,
                 cannot_follow,
                 contents,
-                record,
+                record: Arc::new(Mutex::new(record)),
+                ballooning: Ballooning::default(),
                 ssh,
                 migration,
                 process: Arc::new(Mutex::new(Some(process))),
@@ -254,7 +270,9 @@ struct Agent<'a> {
     cannot_follow: Option<&'static str>,
     /// What this host holds beside the guest.
     contents: Option<Arc<dyn Contents>>,
-    record: Option<Record>,
+    record: Arc<Mutex<Option<Record>>>,
+    /// Whether the guest was made smaller.
+    ballooning: Ballooning,
     /// ssh and its options.
     ssh: Vec<String>,
     /// This migration's name.
@@ -273,6 +291,8 @@ struct Seen {
     domain: KnownDomain,
     helper: Arc<Mutex<Option<Helper>>>,
     xl_ended: Arc<Mutex<bool>>,
+    /// Somebody wants the migration to end.
+    stopped: Arc<AtomicBool>,
     /// xl was dead already when the migration failed: nobody but us sets the guest going.
     xl_was_dead: Arc<Mutex<bool>>,
 }
@@ -299,6 +319,7 @@ impl Agent<'_> {
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
+            while_xl_waits: self.shrinking(&seen, &figures, mode),
             failing: Box::new(move || *was_dead.lock() = process::wait_for_end(xl, Some(DYING))),
             frames: self.frames(&seen.domain),
             verify: self.arguments.config.verify,
@@ -394,6 +415,32 @@ impl Agent<'_> {
         Mode::Precopy
     }
 
+    /// Has the guest give up what it does not use, where that is wanted.
+    fn shrinking(&self, seen: &Seen, figures: &Arc<Mutex<Figures>>, mode: Mode) -> Option<Box<dyn FnOnce() + Send>> {
+        let floor_kib = self.arguments.config.balloon.bytes() >> 10;
+        let guest = self.guest.clone().filter(|_| floor_kib > 0)?;
+        if mode.leaves_pages() {
+            say!(
+                "xenfold: guest {} keeps its size: with --mode {mode} it would grow again on {} while its own pages still need \
+                 that memory",
+                guest.name,
+                self.arguments.host
+            );
+            return None;
+        }
+        let (ballooning, record) = (self.ballooning.clone(), self.record.clone());
+        let (stopped, figures) = (seen.stopped.clone(), figures.clone());
+        Some(Box::new(move || {
+            let mut note = |kib| record.lock().as_mut().map_or(Ok(()), |record| record.note_target(kib));
+            let stop = || stopped.load(Ordering::Relaxed);
+            if let Some((shrunk, pages)) = ballooning.shrink(&guest, floor_kib, &mut note, &stop) {
+                let mut figures = figures.lock();
+                figures.balloon = Some(shrunk.into());
+                figures.memory_total_bytes = pages * PAGE_SIZE as u64;
+            }
+        }))
+    }
+
     /// What is needed to hold pages back. Where something of it is missing, each pass is sent whole.
     fn holding(&self, domain: &KnownDomain, from_xl: &File, guest_pages: u64, mode: Mode) -> Option<Holding> {
         let config = &self.arguments.config;
@@ -417,6 +464,8 @@ impl Agent<'_> {
                     limit: Duration::from_millis(config.downtime_limit.into()),
                     abort: config.on_no_convergence == NoConvergence::Abort,
                 },
+                max_rounds: config.max_iterations,
+                max_time: (config.max_time > 0).then(|| Duration::from_secs(config.max_time.into())),
                 model_time: Duration::from_secs(model_seconds.into()),
                 behind: leaves.then_some(LeaveBehind {
                     mode,
@@ -432,13 +481,17 @@ impl Agent<'_> {
 
     /// Starts the threads that wait for signals, for the end of xl, and for its helper.
     fn watch(&self, seen: &Seen, events: &Sender<Event>) -> Result<()> {
-        let stop = events.clone();
+        let (stop, stopped) = (events.clone(), seen.stopped.clone());
         // The phases have ended when nobody receives these.
-        signals::handle(move || drop(stop.send(Event::Stop("aborted".into()))))?;
-        let (xl, stop, ended) = (self.xl, events.clone(), seen.xl_ended.clone());
+        signals::handle(move || {
+            stopped.store(true, Ordering::Relaxed);
+            drop(stop.send(Event::Stop("aborted".into())));
+        })?;
+        let (xl, stop, ended, stopped) = (self.xl, events.clone(), seen.xl_ended.clone(), seen.stopped.clone());
         thread::Builder::new().name("xenfold-xl".into()).spawn(move || {
             process::wait_for_end(xl, None);
             *ended.lock() = true;
+            stopped.store(true, Ordering::Relaxed);
             let _ = stop.send(Event::XlEnded);
         })?;
         let (seen, stop, expected) = (seen.clone(), events.clone(), self.guest.clone());
@@ -463,6 +516,10 @@ impl Agent<'_> {
     /// Says how it ended, who owns the guest, and what to type next; sets the source going where xl cannot any more.
     fn end(&mut self, ending: Ending, seen: &Seen, figures: &mut Figures) -> i32 {
         let (guest, host) = (figures.guest.clone(), figures.host.clone());
+        // A guest that is still suspended finds its size when it is resumed.
+        if !matches!(ending, Ending::Completed { .. }) {
+            self.ballooning.restore(&guest);
+        }
         match ending {
             Ending::Completed { status } => {
                 self.close_record();
@@ -554,7 +611,7 @@ impl Agent<'_> {
     }
 
     fn close_record(&mut self) {
-        if let Some(record) = self.record.take() {
+        if let Some(record) = self.record.lock().take() {
             record.close();
         }
     }

@@ -6,6 +6,7 @@
 //! time, and all that is left right before xl's first record behind the pages, when the guest is suspended. No correctness
 //! rests on when a pass begins, on the policy, or on how old the dirty bitmap is.
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -16,7 +17,7 @@ use super::{DirtyLog, EngineError, FrameSource, read_or_gone};
 use crate::codec::MAX_ROWS;
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
-use crate::policy::HoldPolicy;
+use crate::policy::{HoldPolicy, Look, RoundLimits, Rounds, is_hopeful};
 use crate::report::Figures;
 use crate::stream::{Entry, PageType};
 
@@ -32,6 +33,9 @@ pub const SAMPLE: Duration = Duration::from_millis(50);
 /// Held pages that go in one record. A record has room for more, but the guest writes on while they are read.
 const RELEASE_PAGES: usize = 256;
 
+/// The longest wait for the next reading of the bitmap for which xl is held.
+const ROUND_WAIT: Duration = Duration::from_secs(10);
+
 /// What is needed to hold pages back.
 pub struct Holding {
     /// Which pages the guest writes.
@@ -44,6 +48,9 @@ pub struct Holding {
     /// How long to watch the guest before xl begins.
     pub model_time: Duration,
     pub downtime: DowntimeLimit,
+    /// Rounds for which xl may be held at the end of its passes, and the time since its stream began after which it may not.
+    pub max_rounds: u32,
+    pub max_time: Option<Duration>,
     /// Pages that have not gone when the guest is suspended may follow it.
     pub behind: Option<LeaveBehind>,
 }
@@ -79,19 +86,71 @@ pub(super) struct Held {
     start: Instant,
     /// The guest has been seen suspended.
     suspended: bool,
+    rounds: Rounds,
+    round: Round,
+    /// Since when xl is held.
+    waits: Option<Instant>,
     figures: Arc<Mutex<Figures>>,
+}
+
+/// A round under way.
+#[derive(Default)]
+struct Round {
+    /// When its bitmap was read, and how long after that of the round before.
+    began: Option<Instant>,
+    unchanged: Duration,
+    dirty: PageSet,
+    /// Pages that xl sends all the same, those that were read among them, and the time that took.
+    full: u64,
+    read: u64,
+    read_time: Duration,
+    scratch: Vec<u8>,
+}
+
+/// Pages that go ahead of xl, and what was in them.
+#[derive(Default)]
+pub(super) struct Ahead {
+    pfns: Vec<Pfn>,
+    pages: Vec<u8>,
+}
+
+impl Ahead {
+    /// Whether they are enough for a record.
+    pub fn is_full(&self) -> bool {
+        self.pfns.len() >= RELEASE_PAGES
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.pfns.is_empty()
+    }
+
+    /// Makes a PAGE_DATA record of them. None of them is left.
+    pub fn record(&mut self, buffer: Vec<u8>) -> Result<PageRecord, EngineError> {
+        let record = record_of(&self.pfns, &self.pages, &vec![false; self.pfns.len()], buffer);
+        self.pfns.clear();
+        self.pages.clear();
+        record
+    }
 }
 
 impl Held {
     pub fn new(holding: Holding, figures: Arc<Mutex<Figures>>) -> Held {
         let start = Instant::now();
         let bound = holding.log.bound();
+        let limits = RoundLimits {
+            rounds: holding.max_rounds,
+            until: holding.max_time,
+            downtime: holding.downtime.limit,
+        };
         Held {
             held: PageSet::new(bound),
             behind: holding.behind.map(|plan| Behind::new(plan, bound)),
             next_peek: start,
             start,
             suspended: false,
+            rounds: Rounds::new(limits, bound),
+            round: Round::default(),
+            waits: None,
             figures,
             holding,
         }
@@ -102,19 +161,29 @@ impl Held {
         if let Some(behind) = &mut self.behind {
             behind.pass(number);
         }
-        let expected = self.holding.policy.expected_downtime(self.start.elapsed());
-        self.figures.lock().expected_downtime_ms = expected.map(|time| time.as_millis() as u64);
+        self.expect();
+    }
+
+    /// How long the guest would stand still if it was suspended now, as far as that is known.
+    fn expect(&self) -> Option<Duration> {
+        let outlook = self.holding.policy.outlook(self.start.elapsed());
+        let expected = self.rounds.expected().or(outlook.map(|outlook| outlook.downtime));
+        let outlook = outlook.unwrap_or_default();
+        let mut figures = self.figures.lock();
+        figures.expected_downtime_ms = expected.map(|time| time.as_millis() as u64);
+        figures.dirty_pages_rate = outlook.dirty_pages_rate as u64;
+        figures.sent_pages_rate = outlook.sent_pages_rate as u64;
+        figures.page_wire_bytes = outlook.page_wire_bytes as u64;
+        expected
     }
 
     /// xl's last pass over the running guest is done, but for the record that it waits with: it suspends the guest next.
     pub fn last_pass(&mut self) -> Result<(), EngineError> {
-        let Some(expected) = self.holding.policy.expected_downtime(self.start.elapsed()) else {
+        let Some(expected) = self.expect() else {
             return Ok(());
         };
         let DowntimeLimit { limit, abort } = self.holding.downtime;
-        let mut figures = self.figures.lock();
-        figures.expected_downtime_ms = Some(expected.as_millis() as u64);
-        figures.converged = Some(expected <= limit);
+        self.figures.lock().converged = Some(expected <= limit);
         if expected > limit && abort && self.behind.is_none() {
             return Err(EngineError::NoConvergence {
                 expected_ms: expected.as_millis() as u64,
@@ -251,26 +320,144 @@ impl Held {
 
     /// A PAGE_DATA record of these pages as they are now, which are then held no longer. One that is not there any more
     /// goes without data, as xl sends it.
-    pub fn read(&mut self, pfns: &[Pfn], mut buffer: Vec<u8>) -> Result<PageRecord, EngineError> {
+    pub fn read(&mut self, pfns: &[Pfn], buffer: Vec<u8>) -> Result<PageRecord, EngineError> {
         let mut pages = vec![0; pfns.len() * PAGE_SIZE];
         let gone = read_or_gone(self.holding.frames.as_mut(), pfns, &mut pages)?;
-        // The buffer's old bytes are written over, as where xl's records are read.
-        let with_data = gone.iter().filter(|gone| !**gone).count();
-        let length = 8 + pfns.len() * 8 + with_data * PAGE_SIZE;
-        buffer.resize(buffer.len().max(length), 0);
-        let (head, rest) = buffer.split_at_mut(8);
-        head.copy_from_slice(&(pfns.len() as u64).to_le_bytes());
-        let (list, data) = rest.split_at_mut(pfns.len() * 8);
-        for ((pfn, gone), entry) in pfns.iter().zip(&gone).zip(list.chunks_exact_mut(8)) {
-            let page_type = if *gone { PageType::XTab } else { PageType::NoTab };
-            entry.copy_from_slice(&(pfn.get() | page_type.bits()).to_le_bytes());
-        }
-        let there = pages.chunks_exact(PAGE_SIZE).zip(&gone).filter(|(_, gone)| !**gone);
-        for ((page, _), place) in there.zip(data.chunks_exact_mut(PAGE_SIZE)) {
-            place.copy_from_slice(page);
-        }
         pfns.iter().for_each(|pfn| self.held.remove(*pfn));
-        Ok(PageRecord::parse(buffer, length, 0)?)
+        record_of(pfns, &pages, &gone, buffer)
+    }
+
+    /// xl waits with the last record of its last pass over the running guest, `unread` bytes of it still to come. Begins
+    /// another round while that helps: reads which pages xl will send in the suspended guest's pass, and waits for it first,
+    /// since reading pauses the guest.
+    ///
+    /// Whatever is sent of those pages is right: xl sends each of them once more, as it is in the end.
+    pub fn begin_round(&mut self, unread: u64) -> Option<PageSet> {
+        let outlook = self.holding.policy.outlook(self.start.elapsed())?;
+        let wait = self.next_peek.saturating_duration_since(Instant::now());
+        let now = self.start.elapsed() + wait;
+        if self.behind.is_some()
+            || unread <= self.holding.pipe_bytes
+            || wait > ROUND_WAIT
+            || !self.rounds.goes_on(now, outlook.downtime)
+        {
+            return None;
+        }
+        thread::sleep(wait);
+        let began = Instant::now();
+        let dirty = self.look(unread)?;
+        let policy = &mut self.holding.policy;
+        policy.looked(self.start.elapsed(), &dirty);
+        // Where nearly all is likely written again there is no need to look at it.
+        if self.round.began.is_none() {
+            let (mut stay, mut pages) = (0, dirty.iter().peekable());
+            while pages.peek().is_some() {
+                let pfns: Vec<Pfn> = pages.by_ref().take(RELEASE_PAGES).collect();
+                let stays = policy.stays(&pfns, Duration::ZERO, dirty.len());
+                stay += stays.iter().filter(|stays| **stays).count() as u64;
+            }
+            if !is_hopeful(stay, dirty.len()) {
+                log::debug!(
+                    "xl is not held: {stay} of {} dirty pages are expected to stay as they are",
+                    dirty.len()
+                );
+                return None;
+            }
+        }
+        if !self.guest_runs() {
+            return None;
+        }
+        self.waits.get_or_insert(began);
+        self.rounds.begin();
+        self.round = Round {
+            began: Some(began),
+            unchanged: self.round.began.map_or(Duration::ZERO, |before| began - before),
+            dirty: dirty.clone(),
+            scratch: std::mem::take(&mut self.round.scratch),
+            ..Round::default()
+        };
+        Some(dirty)
+    }
+
+    /// Looks at pages that xl will send, and adds those that go before to `ahead`. `carried`: pages that xl is just
+    /// sending, in their order; what was written to them earlier would come after.
+    pub fn look_at(&mut self, pfns: &[Pfn], carried: &[Pfn], ahead: &mut Ahead) -> Result<(), EngineError> {
+        if self.rounds.is_over(self.start.elapsed()) {
+            self.round.full += pfns.iter().filter(|pfn| !self.rounds.is_there(**pfn)).count() as u64;
+            return Ok(());
+        }
+        let begin = Instant::now();
+        let free: Vec<Pfn> = pfns
+            .iter()
+            .copied()
+            .filter(|pfn| carried.binary_search(pfn).is_err())
+            .collect();
+        self.round.full += (pfns.len() - free.len()) as u64;
+        let mut pages = std::mem::take(&mut self.round.scratch);
+        pages.resize(free.len() * PAGE_SIZE, 0);
+        let gone = read_or_gone(self.holding.frames.as_mut(), &free, &mut pages)?;
+        let (mut new, mut same) = (Vec::new(), Vec::new());
+        for ((pfn, page), gone) in free.iter().zip(pages.chunks_exact(PAGE_SIZE)).zip(gone) {
+            match self.rounds.look(*pfn, crc32fast::hash(page)) {
+                // xl says so, without data.
+                _ if gone => {}
+                Look::New => new.push((*pfn, page)),
+                Look::Changed => self.round.full += 1,
+                Look::Same => same.push((*pfn, page)),
+                Look::There => {}
+            }
+        }
+        self.round.read += free.len() as u64;
+        self.round.read_time += begin.elapsed();
+        let mut goes = Vec::new();
+        for (list, unchanged) in [(new, Duration::ZERO), (same, self.round.unchanged)] {
+            let pfns: Vec<Pfn> = list.iter().map(|(pfn, _)| *pfn).collect();
+            let stays = self.holding.policy.stays(&pfns, unchanged, self.round.dirty.len());
+            for (page, stays) in list.into_iter().zip(stays) {
+                match stays {
+                    true => goes.push(page),
+                    false => self.round.full += 1,
+                }
+            }
+        }
+        self.figures.lock().holding.ahead_pages += goes.len() as u64;
+        // As xl's records ascend.
+        goes.sort_unstable_by_key(|(pfn, _)| *pfn);
+        for (pfn, page) in goes {
+            self.rounds.goes(pfn);
+            ahead.pfns.push(pfn);
+            ahead.pages.extend_from_slice(page);
+        }
+        self.round.scratch = pages;
+        Ok(())
+    }
+
+    /// All pages of a round have been looked at, and those that go ahead are on their way.
+    pub fn end_round(&mut self) {
+        let Some(outlook) = self.holding.policy.outlook(self.start.elapsed()) else {
+            return;
+        };
+        let round = &self.round;
+        let took = round.began.map_or(Duration::ZERO, |began| began.elapsed());
+        let both = self.held.words().iter().zip(round.dirty.words());
+        let held: u64 = both.map(|(held, dirty)| u64::from((held & !dirty).count_ones())).sum();
+        let newly = outlook.dirty_pages_rate * took.as_secs_f64();
+        let full = (round.full + held) as f64 + newly;
+        let full_time = Duration::try_from_secs_f64(1.0 / outlook.sent_pages_rate).unwrap_or(Duration::MAX);
+        // What comes again has to be read, hashed and sent as a reference: about what it takes to read it here.
+        let again_time = round.read_time.div_f64(round.read.max(1) as f64);
+        let again = (round.dirty.len() as f64 - round.full as f64).max(0.0);
+        self.rounds.end(full, full_time, again, again_time);
+        let expected = self.expect();
+        let mut figures = self.figures.lock();
+        figures.holding.rounds = self.rounds.made();
+        figures.holding.round_time_ms = self.waits.map_or(0, |since| since.elapsed().as_millis() as u64);
+        log::debug!(
+            "round {}: {} pages dirty, {} of them not as sent; expected downtime {expected:?}",
+            self.rounds.made(),
+            round.dirty.len(),
+            round.full
+        );
     }
 
     /// A record that says of pages that they stay behind; `None`: there are no more.
@@ -294,4 +481,23 @@ impl Held {
     pub fn end(self) -> Option<LeftBehind> {
         self.behind?.end(self.holding.frames)
     }
+}
+
+/// A PAGE_DATA record of pages, in a buffer whose old bytes are written over. Those that are `gone` go without data.
+fn record_of(pfns: &[Pfn], pages: &[u8], gone: &[bool], mut buffer: Vec<u8>) -> Result<PageRecord, EngineError> {
+    let with_data = gone.iter().filter(|gone| !**gone).count();
+    let length = 8 + pfns.len() * 8 + with_data * PAGE_SIZE;
+    buffer.resize(buffer.len().max(length), 0);
+    let (head, rest) = buffer.split_at_mut(8);
+    head.copy_from_slice(&(pfns.len() as u64).to_le_bytes());
+    let (list, data) = rest.split_at_mut(pfns.len() * 8);
+    for ((pfn, gone), entry) in pfns.iter().zip(gone).zip(list.chunks_exact_mut(8)) {
+        let page_type = if *gone { PageType::XTab } else { PageType::NoTab };
+        entry.copy_from_slice(&(pfn.get() | page_type.bits()).to_le_bytes());
+    }
+    let there = pages.chunks_exact(PAGE_SIZE).zip(gone).filter(|(_, gone)| !**gone);
+    for ((page, _), place) in there.zip(data.chunks_exact_mut(PAGE_SIZE)) {
+        place.copy_from_slice(page);
+    }
+    Ok(PageRecord::parse(buffer, length, 0)?)
 }

@@ -17,7 +17,7 @@ use super::classify::{BlockData, Classifier, Classifying, FromXl, Ready, ReadyBl
 use super::contents::Holdings;
 use super::cpu::{Blocking, idle, process_cpu};
 use super::hashing::ids_of;
-use super::holding::{Held, Holding};
+use super::holding::{Ahead, Held, Holding};
 use super::link::Link;
 use super::pacing::{Pacing, Throttle};
 use super::page_record::PageRecord;
@@ -41,6 +41,9 @@ const MAX_HEAD: usize = 8 + MAX_ROWS * 8;
 
 /// Bytes of other records that travel in one frame.
 const BYTES_PER_FRAME: usize = 1 << 20;
+
+/// Pages that are looked at together while xl is held.
+const LOOK_PAGES: usize = 256;
 
 /// Records that may wait between two stages.
 const STAGE_DEPTH: usize = 1;
@@ -332,13 +335,43 @@ impl<R: Read> Front<R> {
             }
             self.held_pages(&due)?;
         }
-        if let Some(held) = self.held.as_mut().filter(|_| runs)
-            && self.pass >= LIVE_PASSES
-            && list.len() < MAX_ROWS
-        {
-            held.last_pass()?;
+        if runs && self.held.is_some() && self.pass >= LIVE_PASSES && list.len() < MAX_ROWS {
+            self.rounds(&list, keep.as_deref())?;
+            if let Some(held) = &mut self.held {
+                held.last_pass()?;
+            }
         }
         Ok(keep)
+    }
+
+    /// Holds xl, which waits with the last record of its passes over the running guest, while pages go ahead of it.
+    fn rounds(&mut self, list: &[Entry], keep: Option<&[Fate]>) -> Result<(), EngineError> {
+        let carries = |at: usize| {
+            keep.and_then(|keep| keep.get(at))
+                .is_none_or(|fate| *fate == Fate::Carry)
+        };
+        let carried = list.iter().enumerate().filter(|(at, _)| carries(*at));
+        let mut carried: Vec<Pfn> = carried.map(|(_, entry)| entry.pfn).collect();
+        carried.sort_unstable();
+        let (unread, mut ahead) = (self.stream.body_left(), Ahead::default());
+        while let Some(dirty) = self.held.as_mut().and_then(|held| held.begin_round(unread)) {
+            let mut pages = dirty.iter();
+            loop {
+                let pfns: Vec<Pfn> = pages.by_ref().take(LOOK_PAGES).collect();
+                if let Some(held) = &mut self.held {
+                    held.look_at(&pfns, &carried, &mut ahead)?;
+                }
+                if ahead.is_full() || pfns.is_empty() && !ahead.is_empty() {
+                    let buffer = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
+                    self.pages(ahead.record(buffer)?)?;
+                }
+                if pfns.is_empty() {
+                    break;
+                }
+            }
+            self.held.iter_mut().for_each(Held::end_round);
+        }
+        Ok(())
     }
 
     /// A pass begins where the page numbers fall (a hint: two short passes can ascend).

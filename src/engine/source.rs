@@ -157,6 +157,7 @@ pub struct Source {
     handed_over: bool,
     to_xl: Box<dyn Write + Send>,
     failing: Option<Box<dyn FnOnce() + Send>>,
+    while_xl_waits: Option<Box<dyn FnOnce() + Send>>,
     key: ContentKey,
     agreement: Agreement,
     /// Reads the suspended source's frames.
@@ -207,6 +208,8 @@ pub struct SourceSetup {
     pub to_xl: Box<dyn Write + Send>,
     /// Called when the migration has failed, before xl hears of it: from then on xl resumes the guest, and ends.
     pub failing: Box<dyn FnOnce() + Send>,
+    /// Called when both xl are ready and ours waits: it has read the guest's configuration, and has done nothing to the guest.
+    pub while_xl_waits: Option<Box<dyn FnOnce() + Send>>,
     /// Reads the guest's frames while it is suspended.
     pub frames: Option<Box<dyn FrameSource>>,
     /// Count frames that are not what was carried any more.
@@ -370,6 +373,7 @@ impl Source {
         let SourceSetup {
             to_xl,
             failing,
+            while_xl_waits,
             frames,
             verify,
             holding,
@@ -406,6 +410,7 @@ impl Source {
             handed_over: false,
             to_xl,
             failing: Some(failing),
+            while_xl_waits,
             key,
             agreement,
             frames,
@@ -441,10 +446,13 @@ impl Source {
     /// Phase 1: the receiving xl is there (R0). xl waits for it before it does anything to the guest.
     fn wait_ready(&mut self) -> Result<(), EngineError> {
         let banner = self.message(xl::R0_BANNER.len())?;
-        if banner == xl::R0_BANNER
-            && let Some(holding) = &mut self.holding
-        {
-            holding.watch_guest();
+        if banner == xl::R0_BANNER {
+            if let Some(work) = self.while_xl_waits.take() {
+                work();
+            }
+            if let Some(holding) = &mut self.holding {
+                holding.watch_guest();
+            }
         }
         self.tell_xl(&banner)?;
         if banner != xl::R0_BANNER {

@@ -19,6 +19,7 @@
 use std::time::Duration;
 
 use super::gaps::{self, BINS, Curve, Gaps, NEVER, REGIONS, Regions, Seen};
+use super::hold::Outlook;
 use super::model::Model;
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
@@ -422,6 +423,40 @@ impl Filter {
         rate.looked_pages = pages;
         rate.looked_bytes = wire_bytes;
         rate.held = 0;
+    }
+
+    /// Takes in what was written since the pass began, with xl waiting at its end.
+    pub fn looked(&mut self, now: Duration, peek: &PageSet) {
+        self.learn(self.time(now), peek);
+    }
+
+    /// Whether each of these pages is likely to stay as it is for as long as half of `waiting` pages take the link. They have
+    /// been written since the pass began, maybe more than once, but not in the time `unchanged` before the last peek.
+    pub fn stays(&mut self, pfns: &[Pfn], unchanged: Duration, waiting: u64) -> Vec<bool> {
+        let ahead = (waiting as f64 / 2.0 / self.rate.pages).max(SOON);
+        let unchanged = unchanged.as_secs_f64();
+        let one = |pfn: &Pfn| {
+            let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
+            let curve = self.gaps.curve(self.regions.of(pfn.get()));
+            let first = last.and_then(|last| last.time()).unwrap_or(self.pass_began);
+            let span = self.peeked - first - unchanged;
+            let expected = match span > 0.0 {
+                true => curve.expected_sometime(unchanged, span, ahead),
+                false => curve.expected((self.peeked - first).max(0.0), ahead),
+            };
+            1.0 - (-expected).exp() <= HOLD
+        };
+        pfns.iter().map(one).collect()
+    }
+
+    /// How the migration stands: the downtime if xl suspended the guest now, and the rates that make it.
+    pub fn outlook(&self, now: Duration) -> Outlook {
+        Outlook {
+            downtime: self.expected_downtime(now),
+            dirty_pages_rate: self.dirtying,
+            sent_pages_rate: self.rate.pages,
+            page_wire_bytes: self.rate.bytes_each,
+        }
     }
 
     /// Downtime if xl suspended the guest now: what is held or dirty has to be sent at the measured rate. What suspending

@@ -24,8 +24,28 @@ pub trait HoldPolicy: Send {
     /// What has gone to the link by now: pages of the guest, and bytes.
     fn sent(&mut self, now: Duration, pages: u64, wire_bytes: u64);
 
-    /// How long the guest would stand still if xl suspended it now; `None`: nothing is known of it yet.
-    fn expected_downtime(&self, now: Duration) -> Option<Duration>;
+    /// How the migration stands; `None`: nothing is known of it yet.
+    fn outlook(&self, now: Duration) -> Option<Outlook>;
+
+    /// The dirty bitmap was read while xl waits at the end of its passes.
+    fn looked(&mut self, now: Duration, peek: &PageSet);
+
+    /// Whether each of `pfns`, which are dirty and have not changed for `unchanged`, is expected to stay as it is until the
+    /// guest is suspended, `waiting` pages having to go before.
+    fn stays(&mut self, pfns: &[Pfn], unchanged: Duration, waiting: u64) -> Vec<bool>;
+}
+
+/// What is to be expected of a migration, from how the guest writes and what the link takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Outlook {
+    /// How long the guest would stand still if xl suspended it now. What suspending and resuming take by themselves is not
+    /// in it.
+    pub downtime: Duration,
+    /// Pages a second that the guest writes and has not written before in xl's pass.
+    pub dirty_pages_rate: f64,
+    /// Pages a second that go over the link, and bytes that one of them costs there on average.
+    pub sent_pages_rate: f64,
+    pub page_wire_bytes: f64,
 }
 
 /// Holds back what a [`Filter`] forecasts, with a model of the guest's writes if they were watched before.
@@ -76,7 +96,15 @@ impl HoldPolicy for Forecast {
         self.filter().sent(now, pages, wire_bytes);
     }
 
-    fn expected_downtime(&self, now: Duration) -> Option<Duration> {
-        self.filter.as_ref().map(|filter| filter.expected_downtime(now))
+    fn outlook(&self, now: Duration) -> Option<Outlook> {
+        self.filter.as_ref().map(|filter| filter.outlook(now))
+    }
+
+    fn looked(&mut self, now: Duration, peek: &PageSet) {
+        self.filter().looked(now, peek);
+    }
+
+    fn stays(&mut self, pfns: &[Pfn], unchanged: Duration, waiting: u64) -> Vec<bool> {
+        self.filter().stays(pfns, unchanged, waiting)
     }
 }

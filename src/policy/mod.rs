@@ -4,6 +4,7 @@
 //! - [`HoldPolicy`]: what the engine asks about pages while the guest runs. [`Forecast`] answers with a
 //!   [`Filter`](filter::Filter), which knows what a [`model`] learnt before the migration and goes on learning from the
 //!   passes ([`gaps`]).
+//! - [`Rounds`]: how long xl is held at the end of its passes, and which pages go ahead of it meanwhile.
 //! - [`simulate`]: the filter and others over [`trace`]s, recorded or [`generate`]d.
 pub mod filter;
 pub mod gaps;
@@ -12,8 +13,10 @@ mod hold;
 mod level;
 pub mod model;
 pub mod packed;
+mod rounds;
 pub mod simulate;
 pub mod trace;
 
-pub use hold::{Forecast, HoldPolicy};
+pub use hold::{Forecast, HoldPolicy, Outlook};
 pub use level::{LevelPolicy, Spent};
+pub use rounds::{Look, RoundLimits, Rounds, is_hopeful};

@@ -861,6 +861,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                 let setup = SourceSetup {
                     to_xl,
                     failing: Box::new(|| {}),
+                    while_xl_waits: None,
                     frames: None,
                     verify: false,
                     holding,

@@ -40,6 +40,8 @@ pub struct Memory {
     pub peeks: u64,
     /// So many of a hundred readings find the bitmap in use.
     pub busy_percent: u64,
+    /// It runs, but writes nothing.
+    pub quiet: bool,
 }
 
 impl Memory {
@@ -58,12 +60,13 @@ impl Memory {
             unsafe_peeks: 0,
             peeks: 0,
             busy_percent,
+            quiet: false,
         }
     }
 
     /// The guest goes on for a while: it writes, mostly to the same pages, gives some up and takes some back.
     pub fn runs(&mut self) {
-        if self.suspended {
+        if self.suspended || self.quiet {
             return;
         }
         for _ in 0..self.dice.throw(6) {

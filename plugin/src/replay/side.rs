@@ -199,6 +199,7 @@ fn send(arguments: &SideArguments, wire: Box<dyn Write + Send>, gate: Gate) -> R
     let setup = SourceSetup {
         to_xl: Box::new(io::sink()),
         failing: Box::new(|| {}),
+        while_xl_waits: None,
         frames: None,
         verify: false,
         holding: None,
