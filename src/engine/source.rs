@@ -342,6 +342,7 @@ pub fn follow(following: Following) -> Result<Ending, EngineError> {
     let setup = SourceSetup {
         to_xl: Box::new(io::sink()),
         failing: Box::new(|| {}),
+        while_xl_waits: None,
         frames: None,
         verify: false,
         holding: None,
