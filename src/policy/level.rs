@@ -157,7 +157,7 @@ pub struct LevelPolicy {
     /// destination holds.
     block_bytes: u64,
     /// The part of the guest that comes into blocks: what a level costs and saves, it does for so many bytes only.
-    share: f64,
+    share: Option<f64>,
     /// Processor time spent on compressing so far.
     compressing: Duration,
     /// At the last measurement of other work, and `compressing` and `block_bytes` then.
@@ -193,7 +193,7 @@ impl LevelPolicy {
             current: 2,
             blocks: 0,
             block_bytes: 0,
-            share: 1.0,
+            share: None,
             compressing: Duration::ZERO,
             measured: (Spent::default(), Duration::ZERO, 0),
             usable,
@@ -300,14 +300,16 @@ impl LevelPolicy {
         }
         // Blocks are compressed ahead of what has been sent.
         let sample = (self.block_bytes - block_bytes) as f64 / guest_bytes as f64;
-        self.share += WEIGHT * (sample.clamp(LEAST_SHARE, 1.0) - self.share);
+        let sample = sample.clamp(LEAST_SHARE, 1.0);
+        let share = self.share.get_or_insert(sample);
+        *share += WEIGHT * (sample - *share);
         self.measured = (now, self.compressing, self.block_bytes);
         self.look(now);
         log::debug!(
             "level {:?} for {:.2} of the guest: a byte takes {:.1} ns beside compressing, {:.1} on the wire, {:.1} in ssh; \
              compressing takes {:.1} times the reference's and leaves {:.2}; {:.2} processors are free",
             REFERENCES.get(self.current).map(|reference| reference.level),
-            self.share,
+            self.share(),
             self.fixed_ns.unwrap_or_default(),
             self.link_ns,
             self.carrier_ns,
@@ -336,10 +338,15 @@ impl LevelPolicy {
         guest_bytes.saturating_sub(self.measured.0.guest_bytes) >= MEASURE_EVERY
     }
 
+    /// Until it is known, all of the guest.
+    fn share(&self) -> f64 {
+        self.share.unwrap_or(1.0)
+    }
+
     /// Nanoseconds that a byte of the guest keeps the processors busy when it is compressed at `cpu_ns` to `ratio`.
     fn work(&self, cpu_ns: f64, ratio: f64) -> f64 {
-        let compressing = self.share * cpu_ns * self.slowness;
-        let carrying = self.share * ratio * self.carrier_ns;
+        let compressing = self.share() * cpu_ns * self.slowness;
+        let carrying = self.share() * ratio * self.carrier_ns;
         let fixed = self.fixed_ns.unwrap_or(FIRST_FIXED_NS * self.slowness);
         let all = (fixed + compressing + carrying) / self.free;
         [carrying, compressing / self.workers].into_iter().fold(all, f64::max)
@@ -354,7 +361,7 @@ impl LevelPolicy {
             return f64::MAX;
         }
         let ratio = self.ratio.powf(reference.strength());
-        let link_ns = self.share * self.link_ns;
+        let link_ns = self.share() * self.link_ns;
         let time = self.work(reference.cpu_ns, ratio).max(ratio * link_ns);
         let raw = self.work(0.0, 1.0);
         let most = if link_ns > raw {
