@@ -2,9 +2,10 @@
 //!
 //! A byte of guest memory costs the processors and the link time, side by side: the slowest decides. The processors
 //! compress it, do what has to be done whatever the level (reading, hashing), and carry what is left of it through ssh,
-//! which on a slow machine costs more than compressing. A level may not be much slower than sending raw; among those the
-//! least time × √ratio wins: where times are close, fewer bytes. A link that is the slowest gets the strongest level
-//! that keeps up with it, since there time and bytes are the same.
+//! which on a slow machine costs more than compressing. A level may take half as much time again as sending raw where the
+//! processors are the slowest, and must be faster where the link is; among those the least time × √ratio wins: where times
+//! are close, fewer bytes. A link that is the slowest gets the strongest level that keeps up with it, since there time and
+//! bytes are the same.
 //!
 //! All of that is measured: how fast this machine is and how well this guest compresses while blocks are compressed,
 //! both against the reference figures below; what the other work costs, by the processor time of this process and of
@@ -156,7 +157,7 @@ pub struct LevelPolicy {
     /// Bytes of the guest that came into blocks so far; the others went as references, or as contents that the
     /// destination holds.
     block_bytes: u64,
-    /// The part of the guest that comes into blocks: what a level costs and saves, it does for so many bytes only.
+    /// The part of the guest that comes into blocks, once it has been measured: what a level costs and saves, it does for so many bytes only.
     share: Option<f64>,
     /// Processor time spent on compressing so far.
     compressing: Duration,
@@ -291,8 +292,7 @@ impl LevelPolicy {
         let own = now.own.saturating_sub(before.own);
         let own = own.saturating_sub(self.compressing.saturating_sub(compressing));
         let sample = own.as_nanos() as f64 / guest_bytes as f64;
-        let fixed = self.fixed_ns.get_or_insert(sample);
-        *fixed += WEIGHT * (sample - *fixed);
+        learn(&mut self.fixed_ns, sample);
         // What is on its way costs later; a part with hardly any bytes tells nothing.
         if wire_bytes >= guest_bytes / 16 {
             let sample = now.carrier.saturating_sub(before.carrier).as_nanos() as f64 / wire_bytes as f64;
@@ -300,9 +300,7 @@ impl LevelPolicy {
         }
         // Blocks are compressed ahead of what has been sent.
         let sample = (self.block_bytes - block_bytes) as f64 / guest_bytes as f64;
-        let sample = sample.clamp(LEAST_SHARE, 1.0);
-        let share = self.share.get_or_insert(sample);
-        *share += WEIGHT * (sample - *share);
+        learn(&mut self.share, sample.clamp(LEAST_SHARE, 1.0));
         self.measured = (now, self.compressing, self.block_bytes);
         self.look(now);
         log::debug!(
@@ -374,6 +372,12 @@ impl LevelPolicy {
         }
         time * ratio.sqrt()
     }
+}
+
+/// The first measurement counts fully.
+fn learn(known: &mut Option<f64>, sample: f64) {
+    let known = known.get_or_insert(sample);
+    *known += WEIGHT * (sample - *known);
 }
 
 /// The weight of a measurement that is not the first: `weight`, but more for the first ones, so that a wrong guess is soon
