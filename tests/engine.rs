@@ -576,9 +576,8 @@ fn a_link_that_breaks_leaves_one_guest() {
                 }
                 // The same, or the link is gone before it has.
                 (Moment::Go, Fate::CutBefore | Fate::StallBefore) => |outcome: &Outcome| {
-                    let given_back = matches!(outcome.ending, Ending::SourceOwns(EngineError::Refused(_)));
                     assert!(
-                        given_back || matches!(outcome.ending, Ending::Unknown(_)),
+                        outcome.was_given_back() || matches!(outcome.ending, Ending::Unknown(_)),
                         "{:?}",
                         outcome.ending
                     );

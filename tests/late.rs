@@ -547,10 +547,17 @@ fn without_go_nobody_waits() {
         }],
     );
     let outcome = migrate(plan);
-    assert!(matches!(outcome.ending, Ending::Unknown(_)), "{:?}", outcome.ending);
+    // The destination gives up, and its xl may say so before the link is gone in that direction, too.
+    let source_xl = match outcome.was_given_back() {
+        true => SourceXl::Resumed,
+        false => {
+            assert!(matches!(outcome.ending, Ending::Unknown(_)), "{:?}", outcome.ending);
+            SourceXl::Suspended
+        }
+    };
     assert_eq!(
         (outcome.source_xl, outcome.destination_xl),
-        (SourceXl::Suspended, DestinationXl::Destroyed)
+        (source_xl, DestinationXl::Destroyed)
     );
 }
 

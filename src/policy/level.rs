@@ -2,9 +2,10 @@
 //!
 //! A byte of guest memory costs the processors and the link time, side by side: the slowest decides. The processors
 //! compress it, do what has to be done whatever the level (reading, hashing), and carry what is left of it through ssh,
-//! which on a slow machine costs more than compressing. A level may not be much slower than sending raw; among those the
-//! least time × √ratio wins: where times are close, fewer bytes. A link that is the slowest gets the strongest level
-//! that keeps up with it, since there time and bytes are the same.
+//! which on a slow machine costs more than compressing. A level may take half as much time again as sending raw where the
+//! processors are the slowest, and must be faster where the link is; among those the least time × √ratio wins: where times
+//! are close, fewer bytes. A link that is the slowest gets the strongest level that keeps up with it, since there time and
+//! bytes are the same.
 //!
 //! All of that is measured: how fast this machine is and how well this guest compresses while blocks are compressed,
 //! both against the reference figures below; what the other work costs, by the processor time of this process and of
@@ -156,8 +157,8 @@ pub struct LevelPolicy {
     /// Bytes of the guest that came into blocks so far; the others went as references, or as contents that the
     /// destination holds.
     block_bytes: u64,
-    /// The part of the guest that comes into blocks: what a level costs and saves, it does for so many bytes only.
-    share: f64,
+    /// The part of the guest that comes into blocks, once it has been measured: what a level costs and saves, it does for so many bytes only.
+    share: Option<f64>,
     /// Processor time spent on compressing so far.
     compressing: Duration,
     /// At the last measurement of other work, and `compressing` and `block_bytes` then.
@@ -193,7 +194,7 @@ impl LevelPolicy {
             current: 2,
             blocks: 0,
             block_bytes: 0,
-            share: 1.0,
+            share: None,
             compressing: Duration::ZERO,
             measured: (Spent::default(), Duration::ZERO, 0),
             usable,
@@ -291,8 +292,7 @@ impl LevelPolicy {
         let own = now.own.saturating_sub(before.own);
         let own = own.saturating_sub(self.compressing.saturating_sub(compressing));
         let sample = own.as_nanos() as f64 / guest_bytes as f64;
-        let fixed = self.fixed_ns.get_or_insert(sample);
-        *fixed += WEIGHT * (sample - *fixed);
+        learn(&mut self.fixed_ns, sample);
         // What is on its way costs later; a part with hardly any bytes tells nothing.
         if wire_bytes >= guest_bytes / 16 {
             let sample = now.carrier.saturating_sub(before.carrier).as_nanos() as f64 / wire_bytes as f64;
@@ -300,14 +300,14 @@ impl LevelPolicy {
         }
         // Blocks are compressed ahead of what has been sent.
         let sample = (self.block_bytes - block_bytes) as f64 / guest_bytes as f64;
-        self.share += WEIGHT * (sample.clamp(LEAST_SHARE, 1.0) - self.share);
+        learn(&mut self.share, sample.clamp(LEAST_SHARE, 1.0));
         self.measured = (now, self.compressing, self.block_bytes);
         self.look(now);
         log::debug!(
             "level {:?} for {:.2} of the guest: a byte takes {:.1} ns beside compressing, {:.1} on the wire, {:.1} in ssh; \
              compressing takes {:.1} times the reference's and leaves {:.2}; {:.2} processors are free",
             REFERENCES.get(self.current).map(|reference| reference.level),
-            self.share,
+            self.share(),
             self.fixed_ns.unwrap_or_default(),
             self.link_ns,
             self.carrier_ns,
@@ -336,10 +336,15 @@ impl LevelPolicy {
         guest_bytes.saturating_sub(self.measured.0.guest_bytes) >= MEASURE_EVERY
     }
 
+    /// Until it is known, all of the guest.
+    fn share(&self) -> f64 {
+        self.share.unwrap_or(1.0)
+    }
+
     /// Nanoseconds that a byte of the guest keeps the processors busy when it is compressed at `cpu_ns` to `ratio`.
     fn work(&self, cpu_ns: f64, ratio: f64) -> f64 {
-        let compressing = self.share * cpu_ns * self.slowness;
-        let carrying = self.share * ratio * self.carrier_ns;
+        let compressing = self.share() * cpu_ns * self.slowness;
+        let carrying = self.share() * ratio * self.carrier_ns;
         let fixed = self.fixed_ns.unwrap_or(FIRST_FIXED_NS * self.slowness);
         let all = (fixed + compressing + carrying) / self.free;
         [carrying, compressing / self.workers].into_iter().fold(all, f64::max)
@@ -354,7 +359,7 @@ impl LevelPolicy {
             return f64::MAX;
         }
         let ratio = self.ratio.powf(reference.strength());
-        let link_ns = self.share * self.link_ns;
+        let link_ns = self.share() * self.link_ns;
         let time = self.work(reference.cpu_ns, ratio).max(ratio * link_ns);
         let raw = self.work(0.0, 1.0);
         let most = if link_ns > raw {
@@ -367,6 +372,12 @@ impl LevelPolicy {
         }
         time * ratio.sqrt()
     }
+}
+
+/// The first measurement counts fully.
+fn learn(known: &mut Option<f64>, sample: f64) {
+    let known = known.get_or_insert(sample);
+    *known += WEIGHT * (sample - *known);
 }
 
 /// The weight of a measurement that is not the first: `weight`, but more for the first ones, so that a wrong guess is soon

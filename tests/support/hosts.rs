@@ -655,6 +655,13 @@ pub struct Outcome {
     pub refused: usize,
 }
 
+impl Outcome {
+    /// The source has the guest because the other host's xl said that it does not run there.
+    pub fn was_given_back(&self) -> bool {
+        matches!(self.ending, Ending::SourceOwns(EngineError::Refused(_)))
+    }
+}
+
 fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> mpsc::Receiver<T> {
     let (done, result) = mpsc::channel();
     thread::spawn(move || {
