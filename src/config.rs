@@ -81,6 +81,9 @@ pub struct Config {
     /// Daemon: the most pages a second that are hashed for the index.
     #[serde(deserialize_with = "index_rate")]
     pub index_rate: u32,
+    /// Daemon: the most of a processor's time that goes into it, in percent; 0: whatever it takes.
+    #[serde(deserialize_with = "index_processor")]
+    pub index_processor: u32,
     /// Daemon: guests whose contents are not looked up.
     pub index_off: Patterns,
     /// Daemon: whether equal pages of running guests get one frame.
@@ -120,6 +123,7 @@ impl Default for Config {
             index: true,
             index_size: Size(256 << 20),
             index_rate: 20_000,
+            index_processor: 25,
             index_off: Patterns::default(),
             sharing: false,
             sharing_reserve: Size(256 << 20),
@@ -210,6 +214,13 @@ fn index_rate<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Erro
                 "index_rate is {rate} pages a second, and must be 1 to {MAX_INDEX_RATE}; index = false turns it off"
             ))
         })
+}
+
+/// It is one thread.
+const MAX_INDEX_PROCESSOR: u32 = 100;
+
+fn index_processor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    up_to("index_processor", MAX_INDEX_PROCESSOR, i64::deserialize(deserializer)?)
 }
 
 /// The longest name of a socket that every system takes (sun_path in sockaddr_un, with its NUL).
@@ -459,6 +470,7 @@ mod tests {
             ("\nbandwidth = 10", "MiB"),
             ("\nballoon = true", "MiB"),
             ("\nindex_rate = 0", "index = false"),
+            ("\nindex_processor = 101", "must be 0 to 100"),
             ("\nindex_size = 8", "8GiB"),
             ("\nindex_off = \"web\"", "sequence"),
             ("\nindex_of = []", "index_off"),
@@ -485,8 +497,13 @@ mod tests {
 
     #[test]
     fn guests_are_left_out_of_the_index() {
-        let config = parsed("index = 0\nindex_rate = 500\nindex_size = \"1GiB\"\nindex_off = [\"db-*\"]").unwrap();
-        assert_eq!((config.index, config.index_rate), (false, 500));
+        let config =
+            parsed("index = 0\nindex_rate = 500\nindex_processor = 5\nindex_size = \"1GiB\"\nindex_off = [\"db-*\"]")
+                .unwrap();
+        assert_eq!(
+            (config.index, config.index_rate, config.index_processor),
+            (false, 500, 5)
+        );
         assert_eq!(config.index_size, Size::new(1 << 30));
         assert!(config.index_off.fit("db-1") && !config.index_off.fit("web-1"));
         assert!(!Config::default().index_off.fit("") && !Config::default().sharing);

@@ -47,8 +47,8 @@ fn the_shipped_configuration_shows_every_key_and_its_default() {
     assert_eq!(
         keys.join(", "),
         format!(
-            "{agents}, store, store_size, auto_template, index, index_size, index_rate, index_off, sharing, sharing_reserve, \
-             metrics"
+            "{agents}, store, store_size, auto_template, index, index_size, index_rate, index_processor, index_off, sharing, \
+             sharing_reserve, metrics"
         )
     );
 }

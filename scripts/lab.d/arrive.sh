@@ -22,7 +22,7 @@ lab_arrive() {
   cargo build --quiet --locked --release --manifest-path "$REPO/Cargo.toml" -p xenfoldd --example share_bare
   lab_push "$target/examples/share_bare"
   work=$(mktemp -d "$STATE/arrive.XXXXXX")
-  lab_groups 'store_size = 0' 'index_rate = 100000000' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["arrive-*"]'
+  lab_groups 'store_size = 0' 'index_rate = 100000000' 'index_processor = 0' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["arrive-*"]'
   guest_create $one --kind small --on b --memory "$memory" --check "$check"
   guest_create $two --kind small --on a --memory "$memory" --check "$check"
   indexed b $one

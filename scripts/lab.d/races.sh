@@ -22,7 +22,7 @@ lab_races() {
   [ "$(cat "$STATE/hypervisor")" = paging ] || die 'races: needs scripts/lab up --hypervisor paging'
   rm -rf "$STATE"/races.* # of a run that failed
   work=$(mktemp -d "$STATE/races.XXXXXX")
-  lab_groups 'store_size = 0' 'index_rate = 100000000' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["race-*"]'
+  lab_groups 'store_size = 0' 'index_rate = 100000000' 'index_processor = 0' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["race-*"]'
   for n in "${guests[@]}"; do
     guest_create "$n" --kind small --on a --memory "$memory" --check 4 --race "$rate" --racing 16
   done
@@ -101,7 +101,7 @@ lab_exhaust() {
   must_run a
   [ "$(cat "$STATE/hypervisor")" = paging ] || die 'exhaust: needs scripts/lab up --hypervisor paging'
   # The lowest mark, so that writes come to its end.
-  lab_groups 'store_size = 0' 'index_rate = 100000000' 'sharing = true' 'sharing_reserve = "1MiB"' '[group]' 'lab = ["race-*"]'
+  lab_groups 'store_size = 0' 'index_rate = 100000000' 'index_processor = 0' 'sharing = true' 'sharing_reserve = "1MiB"' '[group]' 'lab = ["race-*"]'
   for n in "${guests[@]}"; do
     # Slowly at first: a racer writes what it reads about never again within the time that this takes.
     guest_create "$n" --kind small --on a --memory "$memory" --check 4 --race 20 --racing 32

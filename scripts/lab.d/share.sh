@@ -23,7 +23,7 @@ lab_share() {
   lab_push "$target/examples/share_oracle"
   work=$(mktemp -d "$STATE/share.XXXXXX")
   # A scan without a bound: a hundredth of this is left where no processor is idle.
-  lab_groups 'store_size = 0' 'index_rate = 100000000' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["share-*"]'
+  lab_groups 'store_size = 0' 'index_rate = 100000000' 'index_processor = 0' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["share-*"]'
   for n in 1 2 3; do
     guest_create "share-$n" --kind small --on a --memory "$memory" --write "$write"
   done

@@ -53,6 +53,7 @@ const NICE: i32 = 19;
 pub(crate) struct Settings {
     pub(crate) limit_bytes: u64,
     pub(crate) rate_pages_per_s: u32,
+    pub(crate) processor_percent: u32,
     pub(crate) off: Patterns,
     pub(crate) sharing: sharing::Settings,
 }
@@ -90,6 +91,7 @@ impl Index {
         let settings = Settings {
             limit_bytes: config.index_size.bytes(),
             rate_pages_per_s: config.index_rate,
+            processor_percent: config.index_processor,
             off: config.index_off.clone(),
             sharing: sharing::Settings {
                 enabled: config.sharing,

@@ -1,7 +1,8 @@
-//! How many pages may be hashed: the configured rate, in the share of time that the processors have been idle.
+//! How many pages may be hashed: the configured rate, and the configured part of a processor, both in the share of time that
+//! the processors have been idle.
 use std::time::Duration;
 
-/// What is hashed on a host without any idle processor, as a share of the configured rate: the index must not die out.
+/// What is done on a host without any idle processor, as a share of what is configured: the index must not die out.
 const FLOOR: f64 = 0.01;
 
 /// Pages become due in portions of this time, so that neither the thread wakes for each page nor a portion is felt.
@@ -13,22 +14,35 @@ const SHORTEST: Duration = Duration::from_millis(100);
 /// Time comes in as a value, since any moment.
 pub struct Pace {
     limit_pages_per_s: f64,
+    /// Part of a processor's time.
+    limit_time: f64,
     /// `None`: not known.
     idle_share: Option<f64>,
     /// The idle times last seen, and when.
     last_idle: Option<(Duration, Vec<Duration>)>,
     due_pages: f64,
+    /// Seconds that may be spent; below zero when more were.
+    due_time: f64,
     counted: Option<Duration>,
+    /// Since when pages are being hashed.
+    hashing: Option<Duration>,
 }
 
 impl Pace {
-    pub fn new(limit_pages_per_s: u32) -> Pace {
+    /// Percent of one processor; 0: no bound.
+    pub fn new(limit_pages_per_s: u32, limit_percent: u32) -> Pace {
         Pace {
             limit_pages_per_s: f64::from(limit_pages_per_s.max(1)),
+            limit_time: match limit_percent {
+                0 => f64::INFINITY,
+                percent => f64::from(percent) / 100.0,
+            },
             idle_share: None,
             last_idle: None,
             due_pages: 0.0,
+            due_time: 0.0,
             counted: None,
+            hashing: None,
         }
     }
 
@@ -64,8 +78,13 @@ impl Pace {
         self.idle_share
     }
 
+    /// The part of what is configured that may be used.
+    fn share(&self) -> f64 {
+        self.idle_share.unwrap_or(0.0).max(FLOOR)
+    }
+
     fn rate(&self) -> f64 {
-        self.limit_pages_per_s * self.idle_share.unwrap_or(0.0).max(FLOOR)
+        self.limit_pages_per_s * self.share()
     }
 
     fn portion(&self, most: usize) -> f64 {
@@ -76,6 +95,8 @@ impl Pace {
     pub fn due(&mut self, now: Duration, most: usize) -> Result<usize, Duration> {
         let passed = self.counted.map_or(Duration::ZERO, |then| now.saturating_sub(then));
         self.counted = Some(now);
+        let time = self.limit_time * self.share();
+        self.due_time = (self.due_time + time * passed.as_secs_f64()).min(0.0);
         // What could not be used in time is not made up for.
         let most_due = (self.rate() * PORTION.as_secs_f64() * 2.0).max(1.0);
         self.due_pages = (self.due_pages + self.rate() * passed.as_secs_f64()).min(most_due);
@@ -85,7 +106,18 @@ impl Pace {
             // Never zero, whatever is rounded.
             return Err(Duration::from_secs_f64(missing).max(Duration::from_millis(1)));
         }
+        if self.due_time < 0.0 {
+            return Err(Duration::from_secs_f64(-self.due_time / time).max(Duration::from_millis(1)));
+        }
+        self.hashing = Some(now);
         Ok((self.due_pages as usize).clamp(1, most))
+    }
+
+    /// Those that were due last have been hashed by now.
+    pub fn done(&mut self, now: Duration) {
+        if let Some(since) = self.hashing.take() {
+            self.due_time -= now.saturating_sub(since).as_secs_f64();
+        }
     }
 
     /// So many have been hashed.
@@ -121,7 +153,7 @@ mod tests {
 
     #[test]
     fn busy_processors_slow_it_down() {
-        let mut pace = Pace::new(20_000);
+        let mut pace = Pace::new(20_000, 0);
         let near = |pages: usize, expected: usize| pages.abs_diff(expected) <= expected / 10 + 5;
         assert!(near(hashed(&mut pace, ms(0), 1), 200), "nothing is known yet");
         pace.observe(ms(1000), vec![SECOND * 5; 4]);
@@ -140,7 +172,7 @@ mod tests {
 
     #[test]
     fn processors_count_alike_and_offline_ones_do_not() {
-        let mut pace = Pace::new(100);
+        let mut pace = Pace::new(100, 0);
         pace.observe(ms(0), vec![SECOND, SECOND, Duration::ZERO, SECOND]);
         pace.observe(ms(50), vec![SECOND * 9; 4]);
         assert_eq!(pace.idle_share(), None, "too close together");
@@ -153,7 +185,7 @@ mod tests {
 
     #[test]
     fn lost_time_is_not_made_up_for() {
-        let mut pace = Pace::new(20_000);
+        let mut pace = Pace::new(20_000, 0);
         pace.observe(ms(0), vec![SECOND]);
         pace.observe(ms(1000), vec![SECOND * 2]);
         assert!(pace.due(ms(1000), 1024).is_err());
@@ -163,8 +195,40 @@ mod tests {
         // Time that stands still or runs back.
         assert!(pace.due(ms(5), 1024).is_err());
 
-        let mut slow = Pace::new(1);
+        let mut slow = Pace::new(1, 0);
         assert_eq!(slow.due(ms(0), 1024), Err(SECOND * 100));
         assert_eq!(slow.due(SECOND * 100, 1024), Ok(1));
+    }
+
+    /// Each portion takes as long as its pages do: of a second of a processor's time, so much goes into it.
+    #[test]
+    fn it_takes_no_more_of_a_processor_than_it_may() {
+        for (idle, page_us, percent, expected) in [
+            (1000, 500, 25, 500),
+            (500, 500, 25, 250),
+            (0, 500, 25, 5),
+            (1000, 10, 25, 20_000),
+        ] {
+            let mut pace = Pace::new(20_000, percent);
+            pace.observe(ms(0), vec![SECOND]);
+            pace.observe(ms(1000), vec![SECOND + ms(idle)]);
+            let (mut now, mut all) = (ms(1000), 0);
+            while now < ms(101_000) {
+                pace.done(now);
+                match pace.due(now, 1024) {
+                    Ok(pages) => {
+                        pace.spend(pages as f64);
+                        all += pages;
+                        now += Duration::from_micros(page_us * pages as u64);
+                    }
+                    Err(wait) => now += wait,
+                }
+            }
+            let found = all as f64 / 100.0;
+            assert!(
+                (found / f64::from(expected) - 1.0).abs() < 0.1,
+                "{found} a second, not {expected}"
+            );
+        }
     }
 }

@@ -79,7 +79,7 @@ pub struct Scanner {
 impl Scanner {
     pub fn new(index: Arc<Index>) -> Scanner {
         Scanner {
-            pace: Pace::new(index.settings.rate_pages_per_s),
+            pace: Pace::new(index.settings.rate_pages_per_s, index.settings.processor_percent),
             index,
             looked: None,
             hashed: 0,
@@ -95,6 +95,7 @@ impl Scanner {
 
     /// Does what is due and tells how long there is nothing to do. One step reads at most one batch.
     pub fn step(&mut self, now: Duration) -> Duration {
+        self.pace.done(now);
         if self
             .looked
             .is_none_or(|looked| now.saturating_sub(looked) >= LOOK_EVERY)

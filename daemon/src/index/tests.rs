@@ -42,6 +42,7 @@ impl Lab {
         let settings = Settings {
             limit_bytes,
             rate_pages_per_s,
+            processor_percent: 0,
             off: config.index_off,
             sharing: sharing::Settings::default(),
         };

@@ -112,6 +112,7 @@ fn start(xen: &SimXen, members: &Arc<Members>, reserve_pages: u64, enabled: bool
     let settings = IndexSettings {
         limit_bytes: 16 << 20,
         rate_pages_per_s: 1_000_000,
+        processor_percent: 0,
         off: Default::default(),
         sharing: Settings {
             enabled,
