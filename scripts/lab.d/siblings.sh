@@ -22,9 +22,9 @@ lab_siblings() {
   rm -rf "$STATE"/siblings.* # of a run that failed
   work=$(mktemp -d "$STATE/siblings.XXXXXX")
   if [ "$groups" = one ]; then
-    lab_groups 'store_size = 0' '[group]' 'lab = ["sib-*"]'
+    lab_groups 'store_size = 0' 'index_processor = 0' '[group]' 'lab = ["sib-*"]'
   else
-    lab_groups 'store_size = 0' '[group]' 'first = ["sib-one"]' 'second = ["sib-two"]'
+    lab_groups 'store_size = 0' 'index_processor = 0' '[group]' 'first = ["sib-one"]' 'second = ["sib-two"]'
   fi
   [ "$load" = same ] || without=(--without compiler --without database)
   lab_rate none

@@ -1,0 +1,105 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2153 # scripts/lab sets STATE
+# What the daemon costs a guest that compiles, in pairs: with it scanning and sharing at its default pace, and without it.
+
+# lab slowdown: host a, hypervisor `paging`, whose one processor the guest has for itself but for dom0. Needs the programs of
+# `lab push`.
+lab_slowdown() {
+  local pairs=4 seconds=180 memory=384 json='' work busy=slow-busy calm=slow-calm pair phase guest
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --pairs) pairs=${2:-}; shift ;;
+      --seconds) seconds=${2:-}; shift ;;
+      --memory) memory=${2:-}; shift ;;
+      --json) json=${2:-}; shift ;;
+      *) die "slowdown: unknown option '$1'" ;;
+    esac
+    shift
+  done
+  must_run a
+  [ "$(cat "$STATE/hypervisor")" = paging ] || die 'slowdown: needs scripts/lab up --hypervisor paging'
+  rm -rf "$STATE"/slowdown.* # of a run that failed
+  work=$(mktemp -d "$STATE/slowdown.XXXXXX")
+  lab_groups 'store_size = 0' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["slow-*"]'
+  guest_create $busy --kind debian --on a --memory "$memory" --check 8 --without compiler --without database --without web \
+    --without cache
+  # What it can share with, and what the scanner goes through, too.
+  guest_create $calm --kind small --on a --memory 128 --check 4
+  guest_load $busy compile-same
+  # Each program that it has compiled, with the host's time.
+  printf '%s\n' '#!/bin/bash' 'tail -n 0 -F "$1" 2>/dev/null | while read -r line; do' \
+    '  [[ $line != *"guest compiled: "* ]] || echo "$EPOCHREALTIME ${line##*: }" | tr -d "\r"' 'done >/root/compiled' |
+    on a 'cat >/root/compiled.sh'
+  on a "setsid bash /root/compiled.sh /var/log/xen/console/guest-$busy.log >/dev/null 2>&1 & echo \$! >/root/compiled.pid" </dev/null
+  for ((pair = 1; pair <= pairs; pair++)); do
+    # What changes with time is the same for both.
+    for phase in $( ((pair % 2)) && echo without with || echo with without); do slowdown_phase "$phase"; done
+  done
+  on a 'kill -- "-$(cat /root/compiled.pid)"; cat /root/compiled' </dev/null >"$work/compiled"
+  on a 'systemctl start xenfoldd; xenfold dedup disable' </dev/null >&2 || die 'not all pages went back to their guests'
+  for guest in $busy $calm; do
+    guest_check "$guest" 300 >&2 || die "guest $guest is damaged"
+    guest_destroy "$guest"
+  done
+  lab_daemon forget
+  slowdown_result "$work" | tee "$work/result.json"
+  [ -z "$json" ] || cp "$work/result.json" "$json"
+  rm -r "$work"
+}
+
+slowdown_phase() { # with|without
+  case $1 in
+    with)
+      on a 'systemctl start xenfoldd' </dev/null
+      for guest in $busy $calm; do share_scan "$guest"; done
+      slowdown_settles
+      ;;
+    without)
+      on a 'systemctl start xenfoldd; xenfold dedup disable' </dev/null >&2 || die 'not all pages went back to their guests'
+      on a 'systemctl stop xenfoldd' </dev/null
+      ;;
+  esac
+  sleep 5
+  local begin end
+  begin=$(on a 'date +%s.%N' </dev/null)
+  sleep "$seconds"
+  end=$(on a 'date +%s.%N' </dev/null)
+  echo "$1 $begin $end $([ "$1" = without ] || { dedup_figure pages; dedup_figure broken; } | tr '\n' ' ')" >>"$work/phases"
+  say "slowdown: $1 the daemon: $(tail -n 1 "$work/phases")"
+}
+
+# Waits until the scan that was asked for is over: nothing further is shared, and the scanner goes at its own pace again.
+slowdown_settles() {
+  local begin=$SECONDS before=-1 now
+  while now=$(dedup_figure pages) && [ "$now" -lt 1000 ] || [ $((now - before)) -gt $((now / 200)) ]; do
+    [ $((SECONDS - begin)) -lt 900 ] || die "slowdown: sharing does not come to rest: $(on a 'xenfold dedup status' </dev/null)"
+    before=$now
+    sleep 30
+  done
+}
+
+slowdown_result() { # WORK
+  python3 - "$1" <<'P'
+import json, statistics, sys
+work = sys.argv[1]
+compiled = [(float(t), int(n)) for t, n in (line.split() for line in open(f"{work}/compiled"))]
+def count(at):
+    """How many had been compiled then, with a part of the one that was under way."""
+    for (t, n), (u, m) in zip(compiled, compiled[1:]):
+        if t <= at <= u:
+            return n + (m - n) * (at - t) / (u - t)
+    sys.exit(f"nothing was compiled around {at}")
+phases = []
+for line in open(f"{work}/phases"):
+    name, begin, end, *more = line.split()
+    phases.append((name, 60 * (count(float(end)) - count(float(begin))) / (float(end) - float(begin)), [int(x) for x in more]))
+pairs = [dict((name, rate) for name, rate, _ in phases[i:i + 2]) for i in range(0, len(phases), 2)]
+slower = [100 * (1 - pair["with"] / pair["without"]) for pair in pairs]
+without = [pair["without"] for pair in pairs]
+print(json.dumps({
+    "programs_a_minute": [{name: round(rate, 2) for name, rate in pair.items()} for pair in pairs],
+    "slower_percent": [round(x, 2) for x in slower], "slower_percent_mean": round(statistics.mean(slower), 2),
+    "noise_percent": round(100 * statistics.stdev(without) / statistics.mean(without), 2) if len(without) > 1 else None,
+    "shared_pages_and_written": [more for _, _, more in phases if more]}, indent=1))
+P
+}
