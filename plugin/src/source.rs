@@ -33,7 +33,7 @@ use xenfold::wire::{Agreement, Hello, WireError};
 use crate::arguments::Arguments;
 use crate::balloon::Ballooning;
 use crate::contents::DaemonContents;
-use crate::guest::{AWAY, Guest, GuestFrames, KnownDomain};
+use crate::guest::{AWAY, Guest, GuestFrames, INCOMING, KnownDomain};
 use crate::process::{self, Helper};
 use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
@@ -549,6 +549,12 @@ impl Agent<'_> {
                     format!(
                         "xl was ended before it had resumed guest {guest}, which is this host's. Type `xenfold resume {guest}`."
                     )
+                } else if is_gone(seen) {
+                    self.close_record();
+                    format!(
+                        "guest {guest} has ended on this host, or was destroyed, before it was moved; {host} destroys what it \
+                         has of it. If `xl list` shows {guest}{INCOMING} there, destroy that."
+                    )
                 } else {
                     self.close_record();
                     format!(
@@ -652,6 +658,12 @@ fn copy_is_left(seen: &Seen) -> bool {
 /// Whether the guest stands, when xl should have resumed it.
 fn is_left_suspended(seen: &Seen) -> bool {
     domain_now(seen).is_some_and(|info| guest::is_suspended(&info))
+}
+
+/// Whether there is no such domain any more.
+fn is_gone(seen: &Seen) -> bool {
+    let looked = seen.domain.get().map(|domid| Xenctrl::open()?.domain(domid));
+    matches!(looked, Some(Ok(info)) if info.is_none_or(|info| info.dying))
 }
 
 fn domain_now(seen: &Seen) -> Option<DomainInfo> {
