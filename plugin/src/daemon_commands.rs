@@ -265,11 +265,14 @@ fn forsaken_line(one: &Forsaken) -> String {
     } = one;
     if one.here {
         format!(
-            "GUEST {guest} STANDS STILL here, and is this host's: the xenfold that received it was killed, and {missing} of its              pages are still where it came from. It goes on when xenfold-ssh connects again from there, which it does by itself;              where that was ended, too, type `xenfold follow {guest}` there"
+            "GUEST {guest} STANDS STILL here, and is this host's: the xenfold that received it was killed, and {missing} of its \
+             pages are still where it came from. It goes on when xenfold-ssh connects again from there, which it does by itself; \
+             where that was ended, too, type `xenfold follow {guest}` there"
         )
     } else {
         format!(
-            "GUEST {guest} STANDS STILL on {host}, whose it is: xenfold-ssh was ended here while pages followed it, which are              kept in its suspended copy here. Type `xenfold follow {guest}`"
+            "GUEST {guest} STANDS STILL on {host}, whose it is: xenfold-ssh was ended here while pages followed it, which are \
+             kept in its suspended copy here. Type `xenfold follow {guest}`"
         )
     }
 }
