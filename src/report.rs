@@ -179,6 +179,10 @@ pub struct LateFigures {
     /// by then: the other figures do not count them.
     pub takeovers: u64,
     pub before_takeover: u64,
+    /// Another program has asked the guest to suspend itself: it is held still until its pages are there, or for a while.
+    pub held_for_save: bool,
+    /// Pages that were missing when another program had suspended the guest: what was saved of it lacks them.
+    pub lost_to_save: u64,
     /// With `--verify`, for a guest that was paused all the time: frames that hold what came for them, and others.
     pub verified_pages: u64,
     pub different_pages: u64,

@@ -9,6 +9,7 @@ mod paged;
 mod support;
 
 use std::io::Write;
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -901,4 +902,53 @@ fn a_source_that_is_killed_has_an_heir() {
         assert_eq!(outcome.source_xl, left, "{cut:?}");
     }
     assert!(killed > 6, "{killed} were killed");
+}
+
+/// Another program saves the guest while pages follow, slowly: they come at once, the guest waits for that, and all of it is
+/// saved; what came after it was looked at, too.
+#[test]
+fn a_save_meanwhile_has_all_of_the_guest() {
+    for seed in 0..3 {
+        let case = Case {
+            seed,
+            touches: 2000,
+            ..long()
+        };
+        let (plan, memory, guest) = plan(&case);
+        let (saving, saved) = (guest.clone(), Arc::new(Mutex::new(None)));
+        let (keep, mut begun) = (saved.clone(), false);
+        let outcome = migrate(
+            Plan {
+                // Alone, the push would take minutes.
+                bandwidth: NonZeroU64::new(64 << 10),
+                ..plan
+            }
+            .hooks(move |_| {
+                let back = move |frame: &mut hosts::OnTheWay| {
+                    if frame.kind == kind::STARTED && !std::mem::replace(&mut begun, true) {
+                        let (saving, keep) = (saving.clone(), keep.clone());
+                        std::thread::spawn(move || *keep.lock() = Some(saving.save()));
+                    }
+                    Fate::Pass
+                };
+                (pass(), Box::new(back))
+            }),
+        );
+        let late = completed(&outcome);
+        compare(&memory, &guest, case.pages);
+        let until = Instant::now() + Duration::from_secs(10);
+        while saved.lock().is_none() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let saved = saved.lock().take().unwrap();
+        assert_eq!((saved.missing, late.lost_to_save), (0, 0), "{late:?}");
+        let wrong: Vec<&u64> = saved
+            .right
+            .iter()
+            .filter(|(page, right)| saved.image.get(page) != Some(right))
+            .map(|(page, _)| page)
+            .collect();
+        assert!(wrong.is_empty(), "{} pages were not saved: {wrong:?}", wrong.len());
+        assert!(outcome.elapsed < Duration::from_secs(30), "{:?}", outcome.elapsed);
+    }
 }

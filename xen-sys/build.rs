@@ -101,6 +101,18 @@ const LIBRARIES: &[Library] = &[
         constants: &[],
     },
     Library {
+        module: "devicemodel",
+        loader: "DevicemodelLib",
+        header: "#include <xendevicemodel.h>",
+        functions: &[
+            "xendevicemodel_open",
+            "xendevicemodel_close",
+            "xendevicemodel_modified_memory_bulk",
+        ],
+        types: &[],
+        constants: &[],
+    },
+    Library {
         module: "foreignmemory",
         loader: "ForeignmemoryLib",
         header: "#include <xenforeignmemory.h>",

@@ -15,6 +15,9 @@ use crate::progress::publish;
 /// On a disk, unlike /run; not in the daemon's folder, which may be full or gone.
 const FOLDER: &str = "/var/lib/xen/xenfold";
 
+/// How old the figures of late pages may be, with an agent that lives.
+pub const STALE: Duration = Duration::from_secs(10);
+
 /// Where a guest's newest arrival is noted. `None`: that is no uuid.
 fn path(uuid: &str) -> Option<PathBuf> {
     let valid = uuid.len() == 36 && uuid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
@@ -109,6 +112,17 @@ pub fn arriving(uuid: &str) -> Option<(Figures, Duration)> {
     let path = path(uuid).map(|_| figures_path(uuid))?;
     let age = fs::metadata(&path).ok()?.modified().ok()?.elapsed().unwrap_or_default();
     Some((serde_json::from_slice(&fs::read(&path).ok()?).ok()?, age))
+}
+
+/// All guests that pages follow to this host, as far as their agents live: what each has written down lately.
+pub fn all_arriving() -> Vec<Figures> {
+    let entries = fs::read_dir(migrations::FOLDER).into_iter().flatten().flatten();
+    let uuid = |path: PathBuf| Some(path.file_name()?.to_str()?.strip_suffix(".arriving")?.to_owned());
+    let found = entries.filter_map(|entry| arriving(&uuid(entry.path())?));
+    found
+        .filter(|(_, age)| *age < STALE)
+        .map(|(figures, _)| figures)
+        .collect()
 }
 
 fn figures_path(uuid: &str) -> PathBuf {

@@ -12,7 +12,8 @@ use xenfold::control::{self, Client, ErrorCode, IndexStats, IndexStatus, StoreSt
 use xen_sys::{DomId, Xenctrl, uuid_text};
 use xenfold::migrations::{self, Forsaken};
 
-use crate::guest;
+use crate::progress::arriving_warning;
+use crate::{arrival, guest};
 
 /// How long the daemon may take to answer what needs no reading of the store.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -116,6 +117,15 @@ pub fn status(arguments: &StatusArguments) -> Result<()> {
     // Whatever is with the daemon.
     if !asking.json {
         forsaken.iter().for_each(|one| println!("{}", forsaken_line(one)));
+        for figures in arrival::all_arriving() {
+            if let Some(late) = figures
+                .late
+                .as_ref()
+                .filter(|late| late.missing + late.lost_to_save > 0)
+            {
+                println!("{}", arriving_warning(&figures.guest, late));
+            }
+        }
     }
     let status = asking.connect(Some(PATIENCE))?.status()?;
     asking.print(&control::Status { forsaken, ..status }, status_text)
@@ -255,11 +265,14 @@ fn forsaken_line(one: &Forsaken) -> String {
     } = one;
     if one.here {
         format!(
-            "GUEST {guest} STANDS STILL here, and is this host's: the xenfold that received it was killed, and {missing} of its              pages are still where it came from. It goes on when xenfold-ssh connects again from there, which it does by itself;              where that was ended, too, type `xenfold follow {guest}` there"
+            "GUEST {guest} STANDS STILL here, and is this host's: the xenfold that received it was killed, and {missing} of its \
+             pages are still where it came from. It goes on when xenfold-ssh connects again from there, which it does by itself; \
+             where that was ended, too, type `xenfold follow {guest}` there"
         )
     } else {
         format!(
-            "GUEST {guest} STANDS STILL on {host}, whose it is: xenfold-ssh was ended here while pages followed it, which are              kept in its suspended copy here. Type `xenfold follow {guest}`"
+            "GUEST {guest} STANDS STILL on {host}, whose it is: xenfold-ssh was ended here while pages followed it, which are \
+             kept in its suspended copy here. Type `xenfold follow {guest}`"
         )
     }
 }

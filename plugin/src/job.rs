@@ -94,9 +94,6 @@ fn whose(guest: &Guest, host: &str) -> Result<String> {
     ))
 }
 
-/// How old the figures of late pages may be, with an agent that lives.
-const STALE: Duration = Duration::from_secs(10);
-
 /// Prints how the pages of a guest are that follow it to this host. False: none do.
 fn arriving_info(arguments: &InfoArguments) -> Result<bool> {
     let Some(found) = guest::find(&arguments.guest)? else {
@@ -118,7 +115,7 @@ fn arriving_info(arguments: &InfoArguments) -> Result<bool> {
     } else {
         println!("{}", arriving_line(&found.name, &late));
     }
-    if age > STALE && late.missing > 0 {
+    if age > arrival::STALE && late.missing > 0 {
         bail!(
             "xenfold, which fetches its pages, was ended {} s ago: guest {} stands still as soon as it needs one of the {} pages \
              that are missing. It goes on when its source connects again, which xenfold-ssh does there by itself; where that was \

@@ -5,12 +5,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use xen_sys::{Access, DomainInfo, ForeignMemory, Paging, PagingError, PagingRequest, Xenctrl, hvm_param};
+use xen_sys::{
+    Access, DeviceModel, DomainInfo, ForeignMemory, Paging, PagingError, PagingRequest, XenError, Xenctrl, Xenstore,
+    hvm_param,
+};
 use xenfold::engine::{FrameError, GuestPaging, Notices, PageRequest};
-use xenfold::late::Asking;
+use xenfold::late::{Asking, Saving};
 use xenfold::page::{PAGE_SIZE, Pfn};
 
-use crate::guest::{KnownDomain, uuid_text};
+use crate::guest::{KnownDomain, is_suspended, uuid_text};
 
 type Page = [u8; PAGE_SIZE];
 
@@ -22,12 +25,22 @@ const MEMORY_PATIENCE: Duration = Duration::from_secs(30);
 
 const RETRY: Duration = Duration::from_millis(20);
 
+/// How often it is looked whether the guest is suspended.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// The guest that xl builds here.
 pub struct GuestPager {
     domain: KnownDomain,
     xen: Xenctrl,
     memory: ForeignMemory,
+    device_model: DeviceModel,
+    /// What the guest is asked for; while pages are late.
+    control: Option<Control>,
+    looked: Option<Instant>,
+    suspended: Saving,
     paging: Option<Paging>,
+    /// The guest's highest page number.
+    highest: u64,
     /// What the page holds that Xen's ring is in meanwhile.
     ring_page: Option<(Pfn, Box<Page>)>,
     /// Free memory is kept back for the guest: from the first page on that is taken out.
@@ -49,7 +62,12 @@ impl GuestPager {
             domain,
             xen: Xenctrl::open()?,
             memory: ForeignMemory::open()?,
+            device_model: DeviceModel::open()?,
+            control: None,
+            looked: None,
+            suspended: Saving::No,
             paging: None,
+            highest: u64::MAX,
             ring_page: None,
             claimed: false,
             requests: HashMap::new(),
@@ -115,6 +133,8 @@ impl GuestPaging for GuestPager {
             log::debug!("the ring's page {pfn}: {read:?}");
             self.ring_page = Some((pfn, page));
         }
+        // Xen does not let the highest one be marked dirty.
+        self.highest = self.xen.maximum_gpfn(domid).map_err(xen_refused)?;
         self.paging = Some(Paging::enable(domid).map_err(refused)?);
         Ok(())
     }
@@ -126,9 +146,9 @@ impl GuestPaging for GuestPager {
         };
         let mut evicted = Vec::with_capacity(pfns.len());
         for pfn in pfns {
-            let claimed = self.claimed;
+            let (claimed, highest) = (self.claimed, self.highest);
             let paging = self.paging()?;
-            let out = paging.nominate(pfn.get()).map_err(refused)?;
+            let out = pfn.get() < highest && paging.nominate(pfn.get()).map_err(refused)?;
             if out {
                 evict_nominated(paging, *pfn)?;
             }
@@ -166,10 +186,41 @@ impl GuestPaging for GuestPager {
         }
     }
 
+    fn mark_dirty(&mut self, pfns: &[Pfn]) -> Result<(), FrameError> {
+        let gfns: Vec<u64> = pfns.iter().map(|pfn| pfn.get()).collect();
+        self.device_model.mark_dirty(self.domid()?, &gfns).map_err(xen_refused)
+    }
+
+    fn saving(&mut self) -> Result<Saving, FrameError> {
+        if let Some(control) = &mut self.control
+            && control.asked().map_err(xen_refused)?
+        {
+            return Ok(Saving::Asks);
+        }
+        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
+            return Ok(self.suspended);
+        }
+        self.looked = Some(Instant::now());
+        let info = self.xen.domain(self.domid()?).map_err(xen_refused)?;
+        self.suspended = match info.is_some_and(|info| is_suspended(&info)) {
+            true => Saving::Suspended,
+            false => Saving::No,
+        };
+        Ok(self.suspended)
+    }
+
     fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError> {
-        let descriptor = self.paging()?.as_fd().try_clone_to_owned();
-        let descriptor = descriptor.map_err(|error| FrameError::Xen(error.to_string()))?;
-        Ok(Box::new(Descriptor(descriptor)))
+        let domid = self.domid()?;
+        self.control = Control::watch(domid)
+            .inspect_err(|error| log::warn!("it is not noticed when somebody saves the guest: {error}"))
+            .ok();
+        let mut descriptors = vec![self.paging()?.as_fd().try_clone_to_owned()];
+        if let Some(control) = &self.control {
+            descriptors.push(control.store.fd().map_err(xen_refused)?.try_clone_to_owned());
+        }
+        let descriptors: std::io::Result<Vec<OwnedFd>> = descriptors.into_iter().collect();
+        let descriptors = descriptors.map_err(|error| FrameError::Xen(error.to_string()))?;
+        Ok(Box::new(Descriptors(descriptors)))
     }
 
     fn requests(&mut self) -> Result<Vec<PageRequest>, FrameError> {
@@ -277,16 +328,97 @@ fn evict_nominated(paging: &Paging, pfn: Pfn) -> Result<(), FrameError> {
     Ok(())
 }
 
-struct Descriptor(OwnedFd);
+/// What libxl asks a guest for: it writes a word into xenstore, which the guest takes out.
+struct Control {
+    store: Xenstore,
+    path: String,
+    word: Word,
+}
 
-impl Notices for Descriptor {
+impl Control {
+    fn watch(domid: xen_sys::DomId) -> Result<Control, XenError> {
+        let store = Xenstore::open()?;
+        let path = format!("{}/control/shutdown", store.domain_path(domid)?);
+        store.watch(&path, "xenfold")?;
+        Ok(Control {
+            store,
+            path,
+            word: Word::default(),
+        })
+    }
+
+    /// Whether the guest has been asked to suspend itself since the last time.
+    fn asked(&mut self) -> Result<bool, XenError> {
+        let mut asked = false;
+        while self.store.try_event()?.is_some() {
+            let word = self.store.read_string(&self.path)?.unwrap_or_default();
+            asked |= self.word.changed(&word);
+        }
+        Ok(asked)
+    }
+}
+
+/// The word that was there when it was last read; none: it has not been.
+#[derive(Default)]
+struct Word(Option<String>);
+
+impl Word {
+    /// Somebody has written it. True: to ask for a suspend, as far as can be seen: the guest may have taken the word out before
+    /// it was read here.
+    fn changed(&mut self, word: &str) -> bool {
+        let before = self.0.replace(word.to_owned());
+        match before.as_deref() {
+            Some("") => matches!(word, "" | "suspend"),
+            before => word == "suspend" && before != Some(word),
+        }
+    }
+}
+
+struct Descriptors(Vec<OwnedFd>);
+
+impl Notices for Descriptors {
     fn wait(&mut self, patience: Duration) -> bool {
-        readable(&self.0, patience)
+        any_readable(&self.0, patience)
     }
 }
 
 fn readable(descriptor: &impl AsFd, patience: Duration) -> bool {
+    any_readable(std::slice::from_ref(descriptor), patience)
+}
+
+fn any_readable(descriptors: &[impl AsFd], patience: Duration) -> bool {
     let patience = Timespec::try_from(patience).ok();
-    let polled = poll(&mut [PollFd::new(descriptor, PollFlags::IN)], patience.as_ref());
-    polled.is_ok_and(|ready| ready > 0)
+    let mut polled: Vec<PollFd> = descriptors
+        .iter()
+        .map(|descriptor| PollFd::new(descriptor, PollFlags::IN))
+        .collect();
+    let ready = poll(&mut polled, patience.as_ref());
+    ready.is_ok_and(|ready| ready > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(words: &[&str]) -> Vec<bool> {
+        let mut word = Word::default();
+        words.iter().map(|now| word.changed(now)).collect()
+    }
+
+    #[test]
+    fn a_suspend_is_seen_also_when_the_guest_is_quicker() {
+        // The first is what was there before.
+        assert_eq!(asked(&["", "suspend", ""]), [false, true, false]);
+        assert_eq!(
+            asked(&["suspend", "suspend", "", "suspend"]),
+            [true, false, false, true]
+        );
+        assert_eq!(
+            asked(&["", "", ""]),
+            [false, true, true],
+            "taken out before it was read"
+        );
+        assert_eq!(asked(&["", "poweroff", ""]), [false, false, false]);
+        assert_eq!(asked(&["poweroff", "", "suspend"]), [false, false, true]);
+    }
 }

@@ -204,11 +204,35 @@ pub fn arriving_line(guest: &str, late: &LateFigures) -> String {
             late.pages
         )
     } else {
+        let stands = match late.held_for_save {
+            true => "stands still here, since xl is about to save or migrate it",
+            false => "runs here",
+        };
         format!(
-            "{guest}: runs here, {} of {} late pages are missing",
-            late.missing, late.pages
+            "{guest}: {stands}, {} of {} late pages are missing{}",
+            late.missing,
+            late.pages,
+            lost_words(late)
         )
     }
+}
+
+/// What another program has lost of the guest.
+fn lost_words(late: &LateFigures) -> String {
+    match late.lost_to_save {
+        0 => String::new(),
+        lost => format!("; WHAT ANOTHER PROGRAM SAVED OF IT MEANWHILE LACKS {lost} PAGES, do not use that"),
+    }
+}
+
+/// What the administrator of this host has to know of a guest that pages follow.
+pub fn arriving_warning(guest: &str, late: &LateFigures) -> String {
+    format!(
+        "GUEST {guest} lacks {} pages that are still on the host it came from. Do not save or migrate it yet: xl would wait up to \
+         40 s for them, and lose what has not come by then{}",
+        late.missing,
+        lost_words(late)
+    )
 }
 
 /// What is said of pages that followed the guest.
@@ -244,6 +268,9 @@ fn late_lines(late: &LateFigures) -> String {
              are not counted as pushed or fetched",
             late.before_takeover
         ));
+    }
+    if late.lost_to_save > 0 {
+        text.push_str(&format!("\n{}", lost_words(late).trim_start_matches("; ")));
     }
     if late.verified_pages + late.different_pages > 0 {
         text.push_str(&format!(

@@ -288,6 +288,42 @@ lab_cut_while_pages_follow() {
   on "$to" 'if ls /run/xenfold/*.rejoin /run/xenfold/*.arriving 2>/dev/null; then exit 1; fi'
 }
 
+# Stock xl takes the guest while pages of it are missing: live, back to where they are, so that it has passed over some before
+# they come; then into a file. The guest's own checker finds what is lost.
+lab_stock_save_while_pages_follow() {
+  local from to
+  have_guest ci
+  from=$(lab guest where ci)
+  to=$(other "$from")
+  late_and_slow "$from"
+  on "$to" "xl migrate ci $from >/root/stock.log 2>&1" || { on "$to" 'cat /root/stock.log' >&2; die 'stock xl migrate failed'; }
+  taken_whole "$from"
+  must_be_well_on "$from" ci
+  late_and_slow "$from"
+  on "$to" 'xl save ci /root/ci.save >/root/stock.log 2>&1' || { on "$to" 'cat /root/stock.log' >&2; die 'stock xl save failed'; }
+  taken_whole "$from"
+  on "$to" 'xl restore /root/ci.save && rm /root/ci.save'
+  must_be_well_on "$to" ci
+}
+
+# Most of the guest is still to come, and not soon.
+late_and_slow() { # FROM
+  start_migration "$1" ci --mode postcopy --bandwidth 1
+  within 300 log_has "$1" ': runs on '
+  within 60 on "$(other "$1")" 'xenfold status 2>/dev/null | grep "GUEST ci lacks"'
+}
+
+# All came in time; otherwise what is lost is said, which is of no use here.
+taken_whole() { # FROM
+  wait "$migration" || { said "$1"; die 'the migration failed'; }
+  lab rate none
+  must_say "$1" 'it stands still until they have come'
+  if log_has "$1" 'LACKS THEM'; then
+    said "$1"
+    die 'xl took the guest before its pages had come, as README says that it may: the link is too slow for this step'
+  fi
+}
+
 # Frames that guests share while they write to them, with the daemon killed and a guest destroyed on the way: no wrong byte,
 # and the table is what Xen counts. Needs sharing, which Debian's hypervisor lacks.
 lab_share() {

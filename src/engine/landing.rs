@@ -16,7 +16,7 @@ use super::threads::spawn;
 use super::{EngineError, FrameError, Frames};
 use crate::codec::Decompressor;
 use crate::late::journal::Noted;
-use crate::late::{Arrival, Asking, Pager};
+use crate::late::{Arrival, Asking, Pager, Save, SaveStep, Saving};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, ZERO_PAGE};
 use crate::page_set::PageSet;
 use crate::report::LateFigures;
@@ -55,7 +55,14 @@ pub trait GuestPaging: Send {
     /// Puts a page back that was taken out; one that the guest has given up meanwhile is left alone.
     fn load(&mut self, pfn: Pfn, page: &[u8; PAGE_SIZE]) -> Result<(), FrameError>;
 
-    /// Waits for requests, beside everything else.
+    /// Pages have been put back: a program that saves the guest meanwhile has to take them (again), since it may have looked
+    /// for them before.
+    fn mark_dirty(&mut self, pfns: &[Pfn]) -> Result<(), FrameError>;
+
+    /// Whether another program saves the guest, or migrates it away.
+    fn saving(&mut self) -> Result<Saving, FrameError>;
+
+    /// Waits for requests, and for what [`GuestPaging::saving`] tells, beside everything else.
     fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError>;
 
     /// Requests that have come since the last time.
@@ -84,9 +91,9 @@ pub trait GuestPaging: Send {
     fn take_over(&mut self) -> Result<(), FrameError>;
 }
 
-/// Waits for requests.
+/// Waits for what [`GuestPaging`] tells.
 pub trait Notices: Send {
-    /// Whether there may be one; false after `patience`.
+    /// Whether there may be something; false after `patience`.
     fn wait(&mut self, patience: Duration) -> bool;
 }
 
@@ -140,6 +147,10 @@ struct State {
     noted: Noted,
     /// Late pages that had come when this process took over.
     before: u64,
+    /// Another program saves the guest.
+    save: Save,
+    /// That pages cannot be marked dirty has been said.
+    unmarked: bool,
 }
 
 /// What a landing is made from.
@@ -229,6 +240,8 @@ impl Landing {
                 journal: None,
                 noted: Noted::default(),
                 before: 0,
+                save: Save::default(),
+                unmarked: false,
             }),
             changed: Condvar::new(),
             link,
@@ -261,6 +274,8 @@ impl Landing {
             journal: Some(taken.journal),
             noted: taken.noted,
             before: taken.before,
+            save: Save::default(),
+            unmarked: false,
         };
         if state.ended.is_none() && !state.paging.guest_exists()? {
             (state.gone, state.ended) = (true, Some(Landed::GuestGone));
@@ -378,7 +393,7 @@ impl Landing {
             if state.gone || state.pager.missing() == 0 {
                 return;
             }
-            if let Err(error) = self.take_requests(state) {
+            if let Err(error) = self.take_requests(state).and_then(|()| self.look_for_save()) {
                 self.stands_still(&error);
             }
             if looked.elapsed() >= ALIVE {
@@ -403,6 +418,47 @@ impl Landing {
         for token in state.pager.freed() {
             state.paging.answer(token)?;
         }
+        self.ask(state)
+    }
+
+    /// Another program may be about to save the guest, which would lose what is missing: see [`Save`].
+    fn look_for_save(&self) -> Result<(), EngineError> {
+        let mut state = self.state.lock();
+        if state.gone || state.pager.missing() == 0 {
+            return Ok(());
+        }
+        let saving = state.paging.saving().unwrap_or_else(|error| {
+            log::debug!("it cannot be seen whether somebody saves the guest: {error}");
+            Saving::No
+        });
+        let missing = state.pager.missing();
+        match state.save.seen(self.now(), saving) {
+            None => return Ok(()),
+            Some(SaveStep::Hold) => {
+                let when = state.pause();
+                log::warn!(
+                    "another program (xl save, xl migrate) suspends the guest, {missing} pages of which are still on the other \
+                     host: it stands still{when} until they have come, as fast as they can, but not so long that xl gives up"
+                );
+            }
+            Some(SaveStep::Release) => {
+                log::error!(
+                    "another program (xl save, xl migrate) suspends the guest, and {missing} of its pages have not come in time: \
+                     what is saved will lack them. Do not use it; save or migrate the guest again when its pages are there"
+                );
+                state.let_run();
+            }
+            Some(SaveStep::Lost) => {
+                state.figures.lost_to_save = missing;
+                log::error!(
+                    "another program (xl save, xl migrate) has suspended the guest while {missing} of its pages were still on the \
+                     other host: WHAT IT SAVES LACKS THEM. Do not use it; where the guest goes on here nothing is lost, and it can \
+                     be saved or migrated again when its pages are there"
+                );
+                state.let_run();
+            }
+        }
+        state.pager.hurry();
         self.ask(state)
     }
 
@@ -439,6 +495,27 @@ impl Landing {
             count => state.decompressor.decompress(frame.codec, frame.block, count)?,
         };
         let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
+        let mut put = Vec::new();
+        let result = self.put_all(&mut state, &frame, pages, &mut put);
+        // Also with an error: they are there.
+        let marked = state.come(self.now(), &put);
+        result.and(marked)?;
+        let last = state.pager.missing() == 0;
+        self.ask(state)?;
+        if last || self.state.lock().started.is_none() {
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Puts the pages of a frame where they belong; `put` gets them.
+    fn put_all(
+        &self,
+        state: &mut State,
+        frame: &LatePages<'_>,
+        pages: &[[u8; PAGE_SIZE]],
+        put: &mut Vec<Pfn>,
+    ) -> Result<(), EngineError> {
         let mut full = pages.iter().zip(self.key.ids(pages));
         for (pfn, row) in &frame.pages {
             let page = match row {
@@ -450,19 +527,19 @@ impl Landing {
                     Some(*page)
                 }
                 LateRow::Zero | LateRow::Gone => Some(ZERO_PAGE),
-                LateRow::Same(id, other) => state.same(&self.key, *id, *other),
+                LateRow::Same(id, other) => state.same(&self.key, *id, *other, put),
             };
             match (state.pager.judge(*pfn), page) {
                 (Arrival::Unknown, _) => return Err(EngineError::Protocol("a page came that is not late")),
                 (Arrival::NotNeeded, _) => {}
-                (Arrival::Late, Some(page)) => self.put(&mut state, *pfn, &page, content(row))?,
+                // A page may come twice in a frame.
+                (Arrival::Late, _) if put.contains(pfn) => {}
+                (Arrival::Late, Some(page)) => {
+                    self.put(state, *pfn, &page, content(row))?;
+                    put.push(*pfn);
+                }
                 (Arrival::Late, None) => state.pager.again(*pfn),
             }
-        }
-        let last = state.pager.missing() == 0;
-        self.ask(state)?;
-        if last || self.state.lock().started.is_none() {
-            self.changed.notify_all();
         }
         Ok(())
     }
@@ -478,15 +555,9 @@ impl Landing {
             state.paging.write(pfn, page)?;
         } else {
             state.paging.load(pfn, page)?;
-            if let Some(Err(error)) = state.journal.as_mut().map(|journal| journal.came(pfn)) {
-                log::debug!("that page {pfn} has come cannot be written down: {error}");
-            }
         }
         if let Some(came) = &mut state.came {
             came.set(pfn, id.unwrap_or_else(|| self.key.id(page)))?;
-        }
-        for token in state.pager.landed(self.now(), pfn) {
-            state.paging.answer(token)?;
         }
         Ok(())
     }
@@ -565,7 +636,8 @@ impl Landing {
             state.lost = Some(Instant::now());
             state.figures.outages += 1;
         }
-        if state.gone || state.ended.is_some() || state.stands || state.pager.missing() == 0 {
+        let stands = state.stands && !state.save.holds();
+        if state.gone || state.ended.is_some() || stands || state.pager.missing() == 0 {
             return;
         }
         let when = state.pause();
@@ -606,7 +678,7 @@ impl Landing {
                 outage.as_secs_f64(),
                 state.pager.missing()
             );
-            state.unpause();
+            state.let_run();
         }
         self.ask(state)?;
         Ok((reader, watch))
@@ -640,6 +712,8 @@ impl Landing {
             different_pages: state.figures.different_pages,
             pages: pager.pages + state.before,
             takeovers: state.figures.takeovers,
+            held_for_save: state.save.holds() && state.ended.is_none(),
+            lost_to_save: state.figures.lost_to_save,
             before_takeover: state.before,
             ..pager
         }
@@ -683,6 +757,36 @@ impl State {
         }
     }
 
+    /// Pages are where they belong: whoever saves the guest hears of it before those who waited for them go on.
+    fn come(&mut self, now: Duration, pfns: &[Pfn]) -> Result<(), EngineError> {
+        if pfns.is_empty() {
+            return Ok(());
+        }
+        if let (Err(error), false) = (self.paging.mark_dirty(pfns), self.unmarked) {
+            self.unmarked = true;
+            log::warn!(
+                "pages that come late cannot be marked ({error}): do not save or migrate the guest with xl before all are there"
+            );
+        }
+        for pfn in pfns {
+            // Behind the mark: what is not in it comes again, and is marked then.
+            if let Some(Err(error)) = self.journal.as_mut().map(|journal| journal.came(*pfn)) {
+                log::debug!("that page {pfn} has come cannot be written down: {error}");
+            }
+            for token in self.pager.landed(now, *pfn) {
+                self.paging.answer(token)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the guest go on, unless there is another reason to hold it still.
+    fn let_run(&mut self) {
+        if self.lost.is_none() && !self.broken && !self.save.holds() {
+            self.unpause();
+        }
+    }
+
     /// Lets the guest go on that was held still.
     fn unpause(&mut self) {
         if self.stands {
@@ -696,10 +800,10 @@ impl State {
         }
     }
 
-    /// What another page of the guest holds, if that is what is wanted. One that is not there is not looked at: that would
-    /// wait for ourselves.
-    fn same(&mut self, key: &ContentKey, id: ContentId, other: Pfn) -> Option<[u8; PAGE_SIZE]> {
-        if self.pager.judge(other) == Arrival::Late {
+    /// What another page of the guest holds, if that is what is wanted; `put` are there already. One that is not there is not
+    /// looked at: that would wait for ourselves.
+    fn same(&mut self, key: &ContentKey, id: ContentId, other: Pfn, put: &[Pfn]) -> Option<[u8; PAGE_SIZE]> {
+        if self.pager.judge(other) == Arrival::Late && !put.contains(&other) {
             return None;
         }
         let mut page = [0; PAGE_SIZE];

@@ -9,6 +9,9 @@ use crate::report::LateFigures;
 /// Pages that may have been asked for and not come: more would wait in the source's queue instead of ours.
 const ASKED_AT_ONCE: usize = 256;
 
+/// The same while all are wanted at once: the source sends no more at a time than the link takes.
+const HURRIED_AT_ONCE: usize = 4096;
+
 /// Who asks for a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asking {
@@ -45,6 +48,8 @@ enum State {
     /// Asked for because somebody waits, or to come along.
     Urgent,
     Along,
+    /// Asked for because all are wanted at once.
+    Hurried,
     /// There; `Prefetched` when it came along, until somebody wants it.
     Landed,
     Prefetched,
@@ -53,7 +58,7 @@ enum State {
 
 impl State {
     fn is_missing(self) -> bool {
-        matches!(self, State::Late | State::Urgent | State::Along)
+        matches!(self, State::Late | State::Urgent | State::Along | State::Hurried)
     }
 }
 
@@ -78,6 +83,8 @@ pub struct Pager<R> {
     along: VecDeque<usize>,
     /// Asked for and not there.
     asked: usize,
+    /// All are wanted at once; those before this one have been asked for.
+    hurry: Option<usize>,
     window: Window,
     latency: Latency,
     figures: LateFigures,
@@ -103,6 +110,7 @@ impl<R> Pager<R> {
             for_guest: VecDeque::new(),
             along: VecDeque::new(),
             asked: 0,
+            hurry: None,
             window: Window::default(),
             latency: Latency::default(),
             figures: LateFigures {
@@ -141,7 +149,7 @@ impl<R> Pager<R> {
                 return Some(request);
             }
             State::Along => self.hit(),
-            State::Late | State::Urgent => {}
+            State::Late | State::Urgent | State::Hurried => {}
         }
         self.figures.faults += u64::from(asking == Asking::Guest);
         self.figures.foreign_faults += u64::from(asking == Asking::Domain);
@@ -174,12 +182,14 @@ impl<R> Pager<R> {
                 let free = pager.asked < ASKED_AT_ONCE;
                 free.then(|| pager.along.pop_front()).flatten()
             };
-            let Some(page) = urgent.or_else(|| along(self)) else {
+            let Some(page) = urgent.or_else(|| along(self)).or_else(|| self.hurried()) else {
                 break;
             };
             // It may have come meanwhile, pushed.
-            let state = self.states.get(page).copied();
-            let wanted = state == Some(if urgent.is_some() { State::Urgent } else { State::Along });
+            let wanted = self.states.get(page).is_some_and(|state| match urgent {
+                Some(_) => *state == State::Urgent,
+                None => matches!(state, State::Along | State::Hurried),
+            });
             if let Some(pfn) = self.pages.get(page).copied().filter(|_| wanted) {
                 self.asked += 1;
                 wants.push(Want {
@@ -189,6 +199,20 @@ impl<R> Pager<R> {
             }
         }
         wants
+    }
+
+    /// All pages are wanted as fast as they can come, whatever the push may take of the link.
+    pub fn hurry(&mut self) {
+        self.hurry.get_or_insert(0);
+    }
+
+    fn hurried(&mut self) -> Option<usize> {
+        let from = self.hurry.filter(|_| self.asked < HURRIED_AT_ONCE)?;
+        let rest = self.states.get(from..).unwrap_or_default();
+        let found = rest.iter().position(|state| *state == State::Late).map(|at| from + at);
+        self.hurry = Some(found.map_or(self.states.len(), |page| page + 1));
+        self.set(found?, State::Hurried);
+        found
     }
 
     /// What is to be done with a page that comes.
@@ -269,10 +293,11 @@ impl<R> Pager<R> {
         for (page, state) in self.states.iter_mut().enumerate() {
             match state {
                 State::Urgent => self.for_guest.push_back(page),
-                State::Along => *state = State::Late,
+                State::Along | State::Hurried => *state = State::Late,
                 _ => {}
             }
         }
+        self.hurry = self.hurry.map(|_| 0);
     }
 
     /// Nothing comes any more, since the guest is gone: all who wait are let go.
@@ -468,6 +493,30 @@ mod tests {
         assert_eq!(pager.wants(1000), [first[0]]);
         assert_eq!(pager.abandon(), [1]);
         assert_eq!((pager.missing(), pager.judge(pfn(50))), (0, Arrival::NotNeeded));
+    }
+
+    #[test]
+    fn all_can_be_wanted_at_once() {
+        let mut pager = pager(0..10_000);
+        assert_eq!(pager.asked(ms(0), pfn(500), Asking::Guest, 1), None);
+        pager.hurry();
+        let mut wants = pager.wants(usize::MAX);
+        assert_eq!((wants.len(), wants[0].pfn), (HURRIED_AT_ONCE, pfn(500)));
+        // Somebody waits for one that was asked for already, among thousands.
+        assert_eq!(pager.asked(ms(0), pfn(3000), Asking::Guest, 2), None);
+        assert_eq!(
+            pager.wants(1).first().map(|want| (want.pfn, want.urgent)),
+            Some((pfn(3000), true))
+        );
+        pager.connected_again();
+        wants = pager.wants(usize::MAX);
+        let mut come = 0;
+        while let Some(want) = wants.pop() {
+            pager.landed(ms(0), want.pfn);
+            come += 1;
+            wants.extend(pager.wants(usize::MAX));
+        }
+        assert_eq!((come, pager.missing(), pager.figures().fetched), (10_000, 0, 2));
     }
 
     #[test]

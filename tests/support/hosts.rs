@@ -14,6 +14,7 @@ use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
@@ -525,6 +526,8 @@ pub struct Plan {
     pub live: Option<Live>,
     /// With what the source holds pages back.
     pub holding: Option<Holding>,
+    /// What the source may take of the link in a second.
+    pub bandwidth: Option<NonZeroU64>,
     /// What the receiving xl has built.
     pub image: Image,
     /// With what the destination leaves pages behind.
@@ -617,6 +620,7 @@ impl Plan {
             contents: [None, None],
             live: None,
             holding: None,
+            bandwidth: None,
             image: Image::default(),
             paging: None,
             started: None,
@@ -846,7 +850,7 @@ pub fn migrate(plan: Plan) -> Outcome {
     }
     .with_key(&key());
     let [source_contents, destination_contents] = plan.contents;
-    let holding = plan.holding;
+    let (holding, bandwidth) = (plan.holding, plan.bandwidth);
     let (noted, timeout, ended) = (figures.clone(), plan.timeout, link.clone());
     let (source_life, follower) = plan.source_agent.unzip();
     if let Some(agent) = &source_life {
@@ -872,7 +876,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                     frames: None,
                     verify: false,
                     holding,
-                    bandwidth: None,
+                    bandwidth,
                     contents: source_contents,
                     connect,
                     journal: source_journal,

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use parking_lot::Mutex;
 use xenfold::engine::{FrameError, GuestPaging, LateJournal, Notices, PageRequest};
+use xenfold::late::Saving;
 use xenfold::late::journal::Noted;
 use xenfold::page::{PAGE_SIZE, Pfn};
 use xenfold::page_set::PageSet;
@@ -96,6 +97,18 @@ impl<P: GuestPaging> GuestPaging for Handled<P> {
     fn load(&mut self, pfn: Pfn, page: &[u8; PAGE_SIZE]) -> Result<(), FrameError> {
         self.by.act_on_guest()?;
         self.paging.load(pfn, page)
+    }
+
+    fn mark_dirty(&mut self, pfns: &[Pfn]) -> Result<(), FrameError> {
+        self.by.act_on_guest()?;
+        self.paging.mark_dirty(pfns)
+    }
+
+    fn saving(&mut self) -> Result<Saving, FrameError> {
+        match self.by.is_dead() {
+            true => Ok(Saving::No),
+            false => self.paging.saving(),
+        }
     }
 
     fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use xenfold::engine::{FrameError, GuestPaging, Notices, PageRequest};
-use xenfold::late::Asking;
+use xenfold::late::{Asking, Saving};
 use xenfold::page::{PAGE_SIZE, Pfn};
 
 use crate::hosts::Image;
@@ -58,6 +58,22 @@ struct State {
     /// Pages that were wrong when the guest looked.
     wrong: Vec<String>,
     touches: u64,
+    /// Another program saves the guest.
+    save: Option<Saved>,
+    saving: Saving,
+}
+
+/// What another program has saved of the guest, as xl does it.
+#[derive(Clone, Debug, Default)]
+pub struct Saved {
+    /// Pages by now; those that were not there are missing.
+    pub image: HashMap<u64, Vec<u8>>,
+    /// Pages to be looked at again.
+    dirty: HashSet<u64>,
+    /// Pages that were not there when the guest was suspended.
+    pub missing: usize,
+    /// What the guest's memory was then.
+    pub right: HashMap<u64, Vec<u8>>,
 }
 
 impl Paged {
@@ -98,6 +114,38 @@ impl Paged {
                 }
             }
         });
+    }
+
+    /// Another program saves the guest: a pass while it runs, then it asks the guest to suspend itself. The guest does so when
+    /// it can run, in no time, and goes on afterwards.
+    pub fn save(&self) -> Saved {
+        let mut state = self.0.state.lock();
+        state.save = Some(Saved {
+            image: self.0.image.lock().clone(),
+            ..Saved::default()
+        });
+        let _ = self.0.changed.wait_for(&mut state, Duration::from_millis(5));
+        state.saving = Saving::Asks;
+        self.0.changed.notify_all();
+        // It sees that as soon as the pager does.
+        let _ = self.0.changed.wait_for(&mut state, Duration::from_millis(20));
+        while state.saving == Saving::Asks || state.paused > 0 {
+            let _ = self.0.changed.wait_for(&mut state, Duration::from_millis(10));
+        }
+        state.saving = Saving::Suspended;
+        let mut save = state.save.take().unwrap_or_default();
+        let image = self.0.image.lock().clone();
+        for page in std::mem::take(&mut save.dirty) {
+            match image.get(&page) {
+                Some(now) => drop(save.image.insert(page, now.clone())),
+                None => drop(save.image.remove(&page)),
+            }
+        }
+        save.missing = state.evicted.len();
+        save.right = image;
+        let _ = self.0.changed.wait_for(&mut state, Duration::from_millis(20));
+        state.saving = Saving::No;
+        save
     }
 
     /// Stops the guest where it is, and returns its memory.
@@ -180,6 +228,9 @@ impl Paged {
         if let Some(place) = self.0.image.lock().get_mut(&page) {
             place.fill(value);
             state.written.insert(page, value);
+            if let Some(save) = &mut state.save {
+                save.dirty.insert(page);
+            }
         }
     }
 
@@ -259,6 +310,26 @@ impl GuestPaging for Paged {
         Ok(())
     }
 
+    fn mark_dirty(&mut self, pfns: &[Pfn]) -> Result<(), FrameError> {
+        let mut state = self.0.state.lock();
+        if pfns.iter().any(|pfn| state.evicted.contains(&pfn.get())) {
+            state.wrong.push("a page was marked that is not there".into());
+        }
+        if let Some(save) = &mut state.save {
+            save.dirty.extend(pfns.iter().map(|pfn| pfn.get()));
+        }
+        Ok(())
+    }
+
+    fn saving(&mut self) -> Result<Saving, FrameError> {
+        let mut state = self.0.state.lock();
+        let seen = state.saving;
+        if seen == Saving::Asks {
+            state.saving = Saving::No;
+        }
+        Ok(seen)
+    }
+
     fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError> {
         Ok(Box::new(self.clone()))
     }
@@ -326,7 +397,7 @@ impl GuestPaging for Paged {
 impl Notices for Paged {
     fn wait(&mut self, patience: Duration) -> bool {
         let mut state = self.0.state.lock();
-        if state.requests.is_empty() {
+        if state.requests.is_empty() && state.saving != Saving::Asks {
             // Whatever wakes it, it looks.
             let _ = self.0.changed.wait_for(&mut state, patience);
         }

@@ -22,7 +22,9 @@ mod bindings {
     include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
 }
 
-pub(crate) use bindings::{XEN_VERSION, ctrl, evtchn, foreignmemory, light, store, toollog, xentoollog_logger};
+pub(crate) use bindings::{
+    XEN_VERSION, ctrl, devicemodel, evtchn, foreignmemory, light, store, toollog, xentoollog_logger,
+};
 
 /// A library's functions, by soname.
 macro_rules! library {
@@ -62,6 +64,12 @@ library!(
     foreignmemory::ForeignmemoryLib,
     "libxenforeignmemory.so.1".into(),
     "libxenforeignmemory1".into()
+);
+library!(
+    devicemodel,
+    devicemodel::DevicemodelLib,
+    "libxendevicemodel.so.1".into(),
+    "libxendevicemodel1".into()
 );
 library!(
     evtchn,
@@ -117,6 +125,7 @@ pub(crate) fn library_of<T>(_: &T) -> &'static str {
         ("Toollog", "libxentoollog"),
         ("Ctrl", "libxenctrl"),
         ("Foreignmemory", "libxenforeignmemory"),
+        ("Devicemodel", "libxendevicemodel"),
         ("Evtchn", "libxenevtchn"),
         ("Store", "libxenstore"),
         ("Light", "libxenlight"),

@@ -3,6 +3,7 @@
 //! - [`Xenctrl`] (libxenctrl): domains, pause and unpause, HVM parameters, idle times, and from it [`LogDirty`];
 //! - [`MemSharing`] (libxenctrl): equal frames of guests made one, copied when one of them is written to;
 //! - [`Paging`] (libxenctrl, libxenevtchn): pages that are not in memory, loaded when somebody touches them;
+//! - [`DeviceModel`] (libxendevicemodel): pages that were filled from outside marked dirty;
 //! - [`ForeignMemory`] (libxenforeignmemory): a domain's frames, mapped in batches with an error per frame;
 //! - [`Xenstore`] (libxenstore): read, write, watch;
 //! - [`Libxl`] (libxenlight): what repairs a guest that xl left behind: resume, rename, unpause, destroy.
@@ -22,6 +23,7 @@ compile_error!("xen-sys knows Xen's ABI on x86-64 Linux only");
 
 mod allocator;
 mod bitmap;
+mod devicemodel;
 mod domain;
 mod error;
 mod events;
@@ -39,6 +41,7 @@ mod store;
 
 pub use allocator::keep_freed_memory;
 pub use bitmap::Bitmap;
+pub use devicemodel::DeviceModel;
 pub use domain::{DOM0, DomId, DomainInfo, DomainState, ShutdownReason, Xenctrl, hvm_param};
 pub use error::{XenError, XenVersion};
 pub use foreign::{Access, ForeignMemory, Mapping, PAGE_BYTES};
@@ -91,6 +94,7 @@ mod tests {
         let errors = [
             Xenctrl::open().err(),
             ForeignMemory::open().err(),
+            DeviceModel::open().err(),
             Xenstore::open().err(),
             Libxl::open().err(),
         ];

@@ -2009,6 +2009,132 @@ impl EvtchnLib {
 }
 }
 
+pub mod devicemodel {
+use super::{FILE, libxl_asyncop_how, xentoollog_logger};
+
+pub type domid_t = u16;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct xen_dm_op_modified_memory_extent {
+    pub nr: u32,
+    pub pad: u32,
+    pub first_pfn: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of xen_dm_op_modified_memory_extent",
+    ][::std::mem::size_of::<xen_dm_op_modified_memory_extent>() - 16usize];
+    [
+        "Alignment of xen_dm_op_modified_memory_extent",
+    ][::std::mem::align_of::<xen_dm_op_modified_memory_extent>() - 8usize];
+    [
+        "Offset of field: xen_dm_op_modified_memory_extent::nr",
+    ][::std::mem::offset_of!(xen_dm_op_modified_memory_extent, nr) - 0usize];
+    [
+        "Offset of field: xen_dm_op_modified_memory_extent::pad",
+    ][::std::mem::offset_of!(xen_dm_op_modified_memory_extent, pad) - 4usize];
+    [
+        "Offset of field: xen_dm_op_modified_memory_extent::first_pfn",
+    ][::std::mem::offset_of!(xen_dm_op_modified_memory_extent, first_pfn) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug)]
+pub struct xendevicemodel_handle {
+    _unused: [u8; 0],
+}
+pub struct DevicemodelLib {
+    __library: ::libloading::Library,
+    pub xendevicemodel_open: Result<
+        unsafe extern "C" fn(
+            logger: *mut xentoollog_logger,
+            open_flags: ::std::os::raw::c_uint,
+        ) -> *mut xendevicemodel_handle,
+        ::libloading::Error,
+    >,
+    pub xendevicemodel_close: Result<
+        unsafe extern "C" fn(dmod: *mut xendevicemodel_handle) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+    pub xendevicemodel_modified_memory_bulk: Result<
+        unsafe extern "C" fn(
+            dmod: *mut xendevicemodel_handle,
+            domid: domid_t,
+            extents: *mut xen_dm_op_modified_memory_extent,
+            nr: u32,
+        ) -> ::std::os::raw::c_int,
+        ::libloading::Error,
+    >,
+}
+impl DevicemodelLib {
+    pub unsafe fn new<P>(path: P) -> Result<Self, ::libloading::Error>
+    where
+        P: AsRef<::std::ffi::OsStr>,
+    {
+        let path = path.as_ref();
+        let library = unsafe { ::libloading::Library::new(path) }?;
+        unsafe { Self::from_library(library) }
+    }
+    pub unsafe fn from_library<L>(library: L) -> Result<Self, ::libloading::Error>
+    where
+        L: Into<::libloading::Library>,
+    {
+        let __library = library.into();
+        let xendevicemodel_open = unsafe { __library.get(b"xendevicemodel_open\0") }
+            .map(|sym| *sym);
+        let xendevicemodel_close = unsafe { __library.get(b"xendevicemodel_close\0") }
+            .map(|sym| *sym);
+        let xendevicemodel_modified_memory_bulk = unsafe {
+            __library.get(b"xendevicemodel_modified_memory_bulk\0")
+        }
+            .map(|sym| *sym);
+        Ok(DevicemodelLib {
+            __library,
+            xendevicemodel_open,
+            xendevicemodel_close,
+            xendevicemodel_modified_memory_bulk,
+        })
+    }
+    pub unsafe fn xendevicemodel_open(
+        &self,
+        logger: *mut xentoollog_logger,
+        open_flags: ::std::os::raw::c_uint,
+    ) -> *mut xendevicemodel_handle {
+        unsafe {
+            (self
+                .xendevicemodel_open
+                .as_ref()
+                .expect("Expected function, got error."))(logger, open_flags)
+        }
+    }
+    pub unsafe fn xendevicemodel_close(
+        &self,
+        dmod: *mut xendevicemodel_handle,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xendevicemodel_close
+                .as_ref()
+                .expect("Expected function, got error."))(dmod)
+        }
+    }
+    pub unsafe fn xendevicemodel_modified_memory_bulk(
+        &self,
+        dmod: *mut xendevicemodel_handle,
+        domid: domid_t,
+        extents: *mut xen_dm_op_modified_memory_extent,
+        nr: u32,
+    ) -> ::std::os::raw::c_int {
+        unsafe {
+            (self
+                .xendevicemodel_modified_memory_bulk
+                .as_ref()
+                .expect("Expected function, got error."))(dmod, domid, extents, nr)
+        }
+    }
+}
+}
+
 pub mod foreignmemory {
 use super::{FILE, libxl_asyncop_how, xentoollog_logger};
 
