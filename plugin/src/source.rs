@@ -663,7 +663,7 @@ fn is_left_suspended(seen: &Seen) -> bool {
 /// Whether there is no such domain any more.
 fn is_gone(seen: &Seen) -> bool {
     let looked = seen.domain.get().map(|domid| Xenctrl::open()?.domain(domid));
-    matches!(looked, Some(Ok(info)) if info.is_none_or(|info| info.dying))
+    looked.is_some_and(|looked| looked.is_ok_and(|info| info.is_none_or(|info| info.dying)))
 }
 
 fn domain_now(seen: &Seen) -> Option<DomainInfo> {

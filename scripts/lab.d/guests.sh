@@ -124,7 +124,7 @@ guest_load() {
   local name=${1:?usage: lab guest load NAME WORKLOAD} load=${2:?usage: lab guest load NAME WORKLOAD} host
   host=$(guest_where "$name")
   on "$host" "echo $load >\"\$(xenstore-read /local/domain/\$(xl domid $name)/console/tty)\"" </dev/null
-  for _ in $(seq 120); do
+  for _ in $(seq 300); do
     [[ $(guest_console "$name" 50) != *"guest load: $load"* ]] || return 0
     sleep 1
   done

@@ -2,10 +2,10 @@
 # shellcheck disable=SC2153 # scripts/lab sets STATE
 # What the daemon costs a guest that compiles, in pairs: with it scanning and sharing at its default pace, and without it.
 
-# lab slowdown: host a, hypervisor `paging`, whose one processor the guest has for itself but for dom0. Needs the programs of
-# `lab push`.
+# lab slowdown: host a, hypervisor `paging`, whose one processor the guest has for itself but for dom0. It shares pages with
+# itself. Needs the programs of `lab push`.
 lab_slowdown() {
-  local pairs=4 seconds=180 memory=384 json='' work busy=slow-busy calm=slow-calm pair phase guest
+  local pairs=4 seconds=180 memory=384 json='' work guest=slow pair phase
   while [ $# -gt 0 ]; do
     case $1 in
       --pairs) pairs=${2:-}; shift ;;
@@ -20,27 +20,23 @@ lab_slowdown() {
   [ "$(cat "$STATE/hypervisor")" = paging ] || die 'slowdown: needs scripts/lab up --hypervisor paging'
   rm -rf "$STATE"/slowdown.* # of a run that failed
   work=$(mktemp -d "$STATE/slowdown.XXXXXX")
-  lab_groups 'store_size = 0' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["slow-*"]'
-  guest_create $busy --kind debian --on a --memory "$memory" --check 8 --without compiler --without database --without web \
+  lab_groups 'store_size = 0' 'sharing = true' 'sharing_reserve = "64MiB"' '[group]' 'lab = ["slow"]'
+  guest_create $guest --kind debian --on a --memory "$memory" --check 4 --without compiler --without database --without web \
     --without cache
-  # What it can share with, and what the scanner goes through, too.
-  guest_create $calm --kind small --on a --memory 128 --check 4
-  guest_load $busy compile-same
+  guest_load $guest compile-same
   # Each program that it has compiled, with the host's time.
   printf '%s\n' '#!/bin/bash' 'tail -n 0 -F "$1" 2>/dev/null | while read -r line; do' \
     '  [[ $line != *"guest compiled: "* ]] || echo "$EPOCHREALTIME ${line##*: }" | tr -d "\r"' 'done >/root/compiled' |
     on a 'cat >/root/compiled.sh'
-  on a "setsid bash /root/compiled.sh /var/log/xen/console/guest-$busy.log >/dev/null 2>&1 & echo \$! >/root/compiled.pid" </dev/null
+  on a "setsid bash /root/compiled.sh /var/log/xen/console/guest-$guest.log >/dev/null 2>&1 & echo \$! >/root/compiled.pid" </dev/null
   for ((pair = 1; pair <= pairs; pair++)); do
     # What changes with time is the same for both.
     for phase in $( ((pair % 2)) && echo without with || echo with without); do slowdown_phase "$phase"; done
   done
   on a 'kill -- "-$(cat /root/compiled.pid)"; cat /root/compiled' </dev/null >"$work/compiled"
   on a 'systemctl start xenfoldd; xenfold dedup disable' </dev/null >&2 || die 'not all pages went back to their guests'
-  for guest in $busy $calm; do
-    guest_check "$guest" 300 >&2 || die "guest $guest is damaged"
-    guest_destroy "$guest"
-  done
+  guest_check $guest 300 >&2 || die "guest $guest is damaged"
+  guest_destroy $guest
   lab_daemon forget
   slowdown_result "$work" | tee "$work/result.json"
   [ -z "$json" ] || cp "$work/result.json" "$json"
@@ -51,7 +47,7 @@ slowdown_phase() { # with|without
   case $1 in
     with)
       on a 'systemctl start xenfoldd' </dev/null
-      for guest in $busy $calm; do share_scan "$guest"; done
+      share_scan "$guest"
       slowdown_settles
       ;;
     without)

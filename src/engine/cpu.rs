@@ -10,7 +10,7 @@ fn time_of(clock: ClockId) -> Duration {
 }
 
 /// Of this thread.
-pub(super) fn thread_cpu() -> Duration {
+pub fn thread_cpu() -> Duration {
     time_of(ClockId::ThreadCPUTime)
 }
 

@@ -40,6 +40,7 @@ mod verify;
 
 pub use behind::{LeaveBehind, NOW_PAGES};
 pub use contents::Contents;
+pub use cpu::thread_cpu;
 pub use error::{EngineError, FrameError, chain};
 pub use holding::{DowntimeLimit, Holding, SAMPLE};
 pub use journal::{JournalFile, LateJournal};

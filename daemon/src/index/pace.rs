@@ -2,7 +2,8 @@
 //! the processors have been idle.
 use std::time::Duration;
 
-/// What is done on a host without any idle processor, as a share of what is configured: the index must not die out.
+/// What is done on a host without any idle processor: this share of the configured rate, and this part of a processor. The index
+/// must not die out.
 const FLOOR: f64 = 0.01;
 
 /// Pages become due in portions of this time, so that neither the thread wakes for each page nor a portion is felt.
@@ -24,8 +25,6 @@ pub struct Pace {
     /// Seconds that may be spent; below zero when more were.
     due_time: f64,
     counted: Option<Duration>,
-    /// Since when pages are being hashed.
-    hashing: Option<Duration>,
 }
 
 impl Pace {
@@ -42,7 +41,6 @@ impl Pace {
             due_pages: 0.0,
             due_time: 0.0,
             counted: None,
-            hashing: None,
         }
     }
 
@@ -78,13 +76,14 @@ impl Pace {
         self.idle_share
     }
 
-    /// The part of what is configured that may be used.
-    fn share(&self) -> f64 {
-        self.idle_share.unwrap_or(0.0).max(FLOOR)
+    fn rate(&self) -> f64 {
+        self.limit_pages_per_s * self.idle_share.unwrap_or(0.0).max(FLOOR)
     }
 
-    fn rate(&self) -> f64 {
-        self.limit_pages_per_s * self.share()
+    /// Seconds of a processor's time in a second.
+    fn time_rate(&self) -> f64 {
+        // Without a bound there is none on a busy host either.
+        self.limit_time * self.idle_share.unwrap_or(0.0).max(FLOOR / self.limit_time.min(1.0))
     }
 
     fn portion(&self, most: usize) -> f64 {
@@ -95,7 +94,7 @@ impl Pace {
     pub fn due(&mut self, now: Duration, most: usize) -> Result<usize, Duration> {
         let passed = self.counted.map_or(Duration::ZERO, |then| now.saturating_sub(then));
         self.counted = Some(now);
-        let time = self.limit_time * self.share();
+        let time = self.time_rate();
         self.due_time = (self.due_time + time * passed.as_secs_f64()).min(0.0);
         // What could not be used in time is not made up for.
         let most_due = (self.rate() * PORTION.as_secs_f64() * 2.0).max(1.0);
@@ -109,20 +108,13 @@ impl Pace {
         if self.due_time < 0.0 {
             return Err(Duration::from_secs_f64(-self.due_time / time).max(Duration::from_millis(1)));
         }
-        self.hashing = Some(now);
         Ok((self.due_pages as usize).clamp(1, most))
     }
 
-    /// Those that were due last have been hashed by now.
-    pub fn done(&mut self, now: Duration) {
-        if let Some(since) = self.hashing.take() {
-            self.due_time -= now.saturating_sub(since).as_secs_f64();
-        }
-    }
-
-    /// So many have been hashed.
-    pub fn spend(&mut self, pages: f64) {
+    /// So many have been hashed, which took so much of a processor's time.
+    pub fn spend(&mut self, pages: f64, time: Duration) {
         self.due_pages -= pages;
+        self.due_time -= time.as_secs_f64();
     }
 }
 
@@ -142,7 +134,7 @@ mod tests {
         while now < from + SECOND * seconds {
             match pace.due(now, 1024) {
                 Ok(pages) => {
-                    pace.spend(pages as f64);
+                    pace.spend(pages as f64, Duration::ZERO);
                     all += pages;
                 }
                 Err(wait) => now += wait,
@@ -190,7 +182,7 @@ mod tests {
         pace.observe(ms(1000), vec![SECOND * 2]);
         assert!(pace.due(ms(1000), 1024).is_err());
         assert_eq!(pace.due(SECOND * 3600, 1024), Ok(1024));
-        pace.spend(2000.0);
+        pace.spend(2000.0, Duration::ZERO);
         assert!(pace.due(SECOND * 3600, 1024).is_err());
         // Time that stands still or runs back.
         assert!(pace.due(ms(5), 1024).is_err());
@@ -206,7 +198,7 @@ mod tests {
         for (idle, page_us, percent, expected) in [
             (1000, 500, 25, 500),
             (500, 500, 25, 250),
-            (0, 500, 25, 5),
+            (0, 500, 25, 20),
             (1000, 10, 25, 20_000),
         ] {
             let mut pace = Pace::new(20_000, percent);
@@ -214,12 +206,13 @@ mod tests {
             pace.observe(ms(1000), vec![SECOND + ms(idle)]);
             let (mut now, mut all) = (ms(1000), 0);
             while now < ms(101_000) {
-                pace.done(now);
                 match pace.due(now, 1024) {
                     Ok(pages) => {
-                        pace.spend(pages as f64);
+                        let time = Duration::from_micros(page_us * pages as u64);
+                        pace.spend(pages as f64, time);
                         all += pages;
-                        now += Duration::from_micros(page_us * pages as u64);
+                        // Others run meanwhile, too.
+                        now += time * 2;
                     }
                     Err(wait) => now += wait,
                 }

@@ -3,7 +3,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use xenfold::engine::chain;
+use xenfold::engine::{chain, thread_cpu};
 use xenfold::page::{PAGE_SIZE, Pfn, is_zero};
 
 use super::host::{Identity, LeftOut, Page, Seen, read_of};
@@ -95,7 +95,6 @@ impl Scanner {
 
     /// Does what is due and tells how long there is nothing to do. One step reads at most one batch.
     pub fn step(&mut self, now: Duration) -> Duration {
-        self.pace.done(now);
         if self
             .looked
             .is_none_or(|looked| now.saturating_sub(looked) >= LOOK_EVERY)
@@ -124,8 +123,9 @@ impl Scanner {
         }
         match self.pace.due(now, BATCH_PAGES) {
             Ok(pages) => {
+                let began = thread_cpu();
                 let spent = self.scan(pages);
-                self.pace.spend(spent);
+                self.pace.spend(spent, thread_cpu().saturating_sub(began));
                 Duration::ZERO
             }
             Err(wait) => wait.min(next_look),
