@@ -153,6 +153,9 @@ pub struct LateFigures {
     pub fetched_before: u64,
     /// How long it took to take the others out of the guest, before it was started.
     pub evict_time_ms: u64,
+    /// Those that were taken out of it while it still ran at the source, and how long that took.
+    pub early: u64,
+    pub early_time_ms: u64,
     /// How often a processor of the guest's had to wait for a page, and another domain to try again.
     pub faults: u64,
     pub foreign_faults: u64,

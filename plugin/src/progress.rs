@@ -239,7 +239,7 @@ pub fn arriving_warning(guest: &str, late: &LateFigures) -> String {
 fn late_lines(late: &LateFigures) -> String {
     let mut text = format!(
         "\n{} pages followed the guest in {} ms: {} pushed, {} fetched, {} prefetched ({} hits), {} given up; {} had to come \
-         before it was started; taking them out took {} ms\n\
+         before it was started; taking them out took {} ms, and {} ms while it still ran for {} of them\n\
          {} faults of the guest waited {} ms (median), {} ms (99 %), {} ms (longest); {} of other domains",
         late.pages,
         late.time_ms,
@@ -250,6 +250,8 @@ fn late_lines(late: &LateFigures) -> String {
         late.given_up,
         late.fetched_before,
         late.evict_time_ms,
+        late.early_time_ms,
+        late.early,
         late.faults,
         late.latency_median_us as f64 / 1000.0,
         late.latency_p99_us as f64 / 1000.0,

@@ -111,6 +111,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let hello = Hello {
         migration: migration.clone(),
         late: hello.late && cannot_follow.is_none(),
+        early: guest.as_ref().filter(|_| hello.late).and_then(follow::early),
         rejoin_token: Some(hexadecimal(random::<16>()?)),
         ..hello
     };
@@ -470,6 +471,7 @@ impl Agent<'_> {
                 behind: leaves.then_some(LeaveBehind {
                     mode,
                     now_pages: NOW_PAGES,
+                    announces: false,
                 }),
             }),
             Err(error) => {

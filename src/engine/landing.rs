@@ -21,7 +21,7 @@ use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, ZERO_PAGE};
 use crate::page_set::PageSet;
 use crate::report::LateFigures;
 use crate::table::PageIds;
-use crate::wire::{Kind, LatePages, LateRow, MAX_WANTS, WireError, missing_bodies, want_body};
+use crate::wire::{EarlyOut, Kind, LatePages, LateRow, MAX_WANTS, WireError, missing_bodies, want_body};
 
 /// Pages that are taken out of the guest in one go.
 const EVICT_PAGES: usize = 256;
@@ -45,6 +45,14 @@ pub struct PageRequest {
 pub trait GuestPaging: Send {
     /// Begins. Errors: this guest's pages cannot be left behind.
     fn enable(&mut self) -> Result<(), FrameError>;
+
+    /// The same while the guest still runs at its source, of which `source` tells. False: not yet, the guest has not got all
+    /// of its memory.
+    fn enable_early(&mut self, source: &EarlyOut) -> Result<bool, FrameError>;
+
+    /// After pages were taken out early: what they need of the host's memory is kept back for them, and the guest has borne
+    /// it. Errors: it is not so.
+    fn secure(&mut self) -> Result<(), FrameError>;
 
     /// Takes pages out; which of them. Those that are not taken out hold memory and can be written to.
     fn evict(&mut self, pfns: &[Pfn]) -> Result<Vec<bool>, FrameError>;
@@ -157,6 +165,10 @@ struct State {
 pub(super) struct Late {
     /// Late pages, ascending.
     pub pages: Vec<Pfn>,
+    /// Paging is on, these pages are out already, and how long that took.
+    pub on: bool,
+    pub out: PageSet,
+    pub early_time: Duration,
     pub paging: Box<dyn GuestPaging>,
     pub frames: Frames,
     pub verify: bool,
@@ -185,6 +197,9 @@ impl Landing {
     pub fn prepare(late: Late) -> Result<Arc<Landing>, EngineError> {
         let Late {
             pages,
+            on,
+            out,
+            early_time,
             mut paging,
             mut frames,
             verify,
@@ -200,8 +215,11 @@ impl Landing {
             .as_mut()
             .map_or(Ok(Vec::new()), |frames| frames.rewritten_by_xen())?;
         rewritten.iter().for_each(|pfn| pager.leave_alone(*pfn));
-        let pages: Vec<Pfn> = pager.missing_pages().collect();
-        match paging.enable() {
+        for pfn in out.iter().filter(|pfn| pager.judge(*pfn) != Arrival::Late) {
+            paging.load(pfn, &ZERO_PAGE)?;
+        }
+        let pages: Vec<Pfn> = pager.missing_pages().filter(|pfn| !out.contains(*pfn)).collect();
+        match if on { Ok(()) } else { paging.enable() } {
             Ok(()) => {
                 for batch in pages.chunks(EVICT_PAGES) {
                     let evicted = paging.evict(batch)?;
@@ -213,11 +231,17 @@ impl Landing {
                 }
             }
             Err(error) => {
+                // None is out.
                 log::warn!("no page of this guest can be left behind ({error}): all come before it is started");
                 resident.clone_from(&pages);
             }
         }
+        if on {
+            paging.secure()?;
+        }
         let figures = LateFigures {
+            early: out.len(),
+            early_time_ms: early_time.as_millis() as u64,
             fetched_before: resident.len() as u64,
             evict_time_ms: start.elapsed().as_millis() as u64,
             ..LateFigures::default()
@@ -704,6 +728,8 @@ impl Landing {
         LateFigures {
             fetched_before: state.figures.fetched_before,
             evict_time_ms: state.figures.evict_time_ms,
+            early: state.figures.early,
+            early_time_ms: state.figures.early_time_ms,
             time_ms: state.figures.time_ms,
             outages: state.figures.outages,
             outage_ms: state.figures.outage_ms,

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
+use super::behind::LeaveBehind;
 use super::contents::Holdings;
 use super::error::peer_words;
 use super::leaving::Leaving;
@@ -321,6 +322,7 @@ pub fn follow(following: Following) -> Result<Ending, EngineError> {
             version: wire::VERSION_MAX,
             contents: false,
             late: true,
+            early: false,
             rejoin: hello.rejoin_token.clone(),
             peer: Hello::default(),
         },
@@ -389,7 +391,7 @@ impl Source {
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
         let (inbox, verdict, link_lost, start) = (Vec::new(), None, false, Instant::now());
         let holdings = agreement.contents.then(Arc::default);
-        let agreement_late = agreement.late;
+        let (agreement_late, announces) = (agreement.late, agreement.early);
         let bound = if agreement.contents {
             pacing::BOUND_BYTES
         } else {
@@ -420,7 +422,10 @@ impl Source {
             serving: None,
             early_wants: Vec::new(),
             holding: holding.map(|holding| Holding {
-                behind: holding.behind.filter(|_| agreement_late),
+                behind: holding
+                    .behind
+                    .filter(|_| agreement_late)
+                    .map(|plan| LeaveBehind { announces, ..plan }),
                 ..holding
             }),
             bandwidth,
