@@ -163,6 +163,11 @@ pub struct LateFigures {
     pub fetched: u64,
     pub prefetched: u64,
     pub pushed: u64,
+    /// Of these, pages that did not travel: another page of the guest holds the same, or this host held it elsewhere. And how
+    /// often that turned out not to be so, and a page was asked for again.
+    pub referred: u64,
+    pub known: u64,
+    pub asked_again: u64,
     /// Pages that had come along, or were about to, when they were wanted.
     pub hits: u64,
     /// Pages that the guest gave up before they came.

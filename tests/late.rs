@@ -1,5 +1,7 @@
 //! Pages that follow a guest: whatever it touches and writes while they arrive, it finds what the source had when it was
 //! suspended, and no page comes over what it has written itself.
+#[path = "support/held.rs"]
+mod held;
 #[path = "support/hosts.rs"]
 mod hosts;
 #[path = "support/living.rs"]
@@ -15,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use held::TestContents;
 use hosts::mortal::{Handled, Kept, Mortal};
 use hosts::{DestinationXl, Fate, Heir, Hook, ImageFrames, Listening, Outcome, Plan, SourceXl, kind, migrate, pass};
 use living::{Anything, Dice, Log, Memory, SourceFrames, around_pages, send_pages};
@@ -335,6 +338,45 @@ fn a_guest_that_does_not_start_stays_with_its_source() {
         (outcome.source_xl, outcome.destination_xl),
         (SourceXl::Resumed, DestinationXl::StartFailed)
     );
+}
+
+/// Late pages whose contents the destination holds do not travel; what is not there after all, or is something else by then, is
+/// asked for. A destination that does not know such rows gets none.
+#[test]
+fn late_pages_that_are_held_there_do_not_travel() {
+    for (late_known, seed) in [(true, 1), (true, 2), (true, 3), (false, 4)] {
+        let case = Case {
+            seed,
+            touches: 300,
+            ..Case::default()
+        };
+        let (plan, memory, guest) = plan(&case);
+        let key = hosts::key();
+        let all: Vec<Vec<u8>> = (0..300_u64).map(|content| content.to_le_bytes().repeat(512)).collect();
+        let held = TestContents {
+            pages: all
+                .into_iter()
+                .map(|page| (key.id(page[..].try_into().unwrap()), page))
+                .collect(),
+            gone_percent: 10,
+            changed_percent: 10,
+            ..TestContents::default()
+        };
+        let held = Arc::new(held);
+        let outcome = migrate(Plan {
+            speak_contents: [true, true],
+            contents: [None, Some(held.clone())],
+            late_known,
+            ..plan
+        });
+        let late = completed(&outcome);
+        compare(&memory, &guest, case.pages);
+        if late_known {
+            assert!(late.known > 20 && late.asked_again > 0, "{late:?}");
+        } else {
+            assert_eq!(late.known, 0, "{late:?}");
+        }
+    }
 }
 
 /// A source that lies: none of it gets into the guest.

@@ -157,6 +157,7 @@ fn hello(arguments: &Arguments, guest: Option<&Guest>) -> Result<(Hello, Option<
         verify: arguments.config.verify,
         late: arguments.config.mode.leaves_pages(),
         contents: arguments.config.dedup,
+        late_known: true,
         timeout_s: arguments.config.timeout,
         guest_uuid: guest.map(|guest| guest.uuid.clone()).unwrap_or_default(),
         guest_name: guest.map(|guest| guest.name.clone()).unwrap_or_default(),

@@ -220,6 +220,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         watching: Mutex::new(watching),
         paging: Mutex::new(paging),
         early,
+        contents: contents.clone().filter(|_| agreement.late_known),
         landing: landing.clone(),
         listening: Arc::default(),
     };
@@ -332,6 +333,7 @@ pub fn rebuild(
         watching: Mutex::default(),
         paging: Mutex::default(),
         early: None,
+        contents: None,
         landing: LateLanding::default(),
         listening: Arc::default(),
     };
@@ -366,6 +368,8 @@ struct Destination {
     paging: Mutex<Option<Box<dyn GuestPaging>>>,
     /// Has it in its place, where pages are taken out while the stream runs.
     early: Option<Arc<Early>>,
+    /// For late pages that are named by their content.
+    contents: Option<Arc<dyn Contents>>,
     landing: LateLanding,
 }
 
@@ -490,6 +494,7 @@ impl Destination {
             link: self.link.clone(),
             rejoins: self.rejoins,
             key: self.key.clone(),
+            contents: self.contents.clone(),
         })?;
         *self.landing.lock() = Some(landing.clone());
         if landing.ask_resident()? {

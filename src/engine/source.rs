@@ -322,6 +322,7 @@ pub fn follow(following: Following) -> Result<Ending, EngineError> {
             version: wire::VERSION_MAX,
             contents: false,
             late: true,
+            late_known: false,
             early: false,
             rejoin: hello.rejoin_token.clone(),
             peer: Hello::default(),
@@ -338,6 +339,8 @@ pub fn follow(following: Following) -> Result<Ending, EngineError> {
         rejoins: true,
         key,
         table: Arc::default(),
+        holdings: None,
+        known: false,
         figures: figures.clone(),
     })?;
     serving.push();
@@ -527,6 +530,8 @@ impl Source {
             rejoins: self.agreement.rejoin.is_some() && self.connect.is_some(),
             key: self.key.clone(),
             table: end.sent.table.clone(),
+            holdings: self.holdings.clone(),
+            known: self.agreement.late_known,
             figures: self.figures.clone(),
         })?);
         let (wants, serving) = (std::mem::take(&mut self.early_wants), self.serving.as_ref());
@@ -1005,6 +1010,7 @@ impl Source {
             out,
             hangup,
             carrier,
+            late_known,
             missing,
         } = connected?;
         log::warn!(
@@ -1013,7 +1019,7 @@ impl Source {
         );
         self.watch = watch;
         self.link.go_on(out, hangup, carrier);
-        serving.connected_again(&missing)?;
+        serving.connected_again(&missing, late_known)?;
         let to_events = self.event_sender.clone();
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
         Ok(())

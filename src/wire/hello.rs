@@ -38,6 +38,8 @@ pub struct Hello {
     pub late: bool,
     /// Destination: why it cannot.
     pub late_missing: String,
+    /// Late pages may be named by a content that the destination holds. Both: they know such rows.
+    pub late_known: bool,
     /// Source: what is needed to take late pages out of the guest while it still runs there, where that can be done.
     pub early: Option<EarlyOut>,
     /// Destination: it does so.
@@ -97,6 +99,8 @@ pub struct Agreement {
     pub contents: bool,
     /// Pages may follow the guest.
     pub late: bool,
+    /// Late pages may be named by content.
+    pub late_known: bool,
     /// Those that are late already go out of the guest under construction while it still runs at the source.
     pub early: bool,
     /// A connection that is lost while they do is set up again; with this token.
@@ -208,6 +212,7 @@ impl Hello {
             version,
             contents,
             late,
+            late_known: late && contents && self.late_known && peer.late_known,
             early: late && early,
             rejoin,
             peer,
@@ -241,6 +246,7 @@ mod tests {
                 version: VERSION_MAX,
                 contents: false,
                 late: false,
+                late_known: false,
                 early: false,
                 rejoin: None,
                 peer: hello

@@ -540,6 +540,8 @@ pub struct Plan {
     pub paging: Option<Box<dyn GuestPaging>>,
     /// With what the source lets it do so before the guest is suspended.
     pub early: Option<EarlyOut>,
+    /// Late pages may be named by their content.
+    pub late_known: bool,
     /// Called for each page that the receiving xl's helper fills.
     pub filled: Option<Box<dyn Fn(u64) + Send>>,
     /// Called when the receiving xl starts the guest.
@@ -634,6 +636,7 @@ impl Plan {
             image: Image::default(),
             paging: None,
             early: None,
+            late_known: true,
             filled: None,
             started: None,
             hooks: Box::new(|_| (pass(), pass())),
@@ -858,6 +861,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         late: plan.holding.as_ref().is_some_and(|holding| holding.behind.is_some()),
         contents: plan.speak_contents[0],
         early: plan.early,
+        late_known: plan.late_known,
         rejoin_token: connect.is_some().then(|| TOKEN.into()),
         ..Hello::default()
     }
@@ -947,6 +951,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         program: "destination".into(),
         late: plan.paging.is_some(),
         takes_early: plan.paging.is_some(),
+        late_known: plan.late_known,
         frames: plan.frames,
         window_rows: plan.window_rows as u32,
         contents: plan.speak_contents[1],
