@@ -153,6 +153,9 @@ pub struct LateFigures {
     pub fetched_before: u64,
     /// How long it took to take the others out of the guest, before it was started.
     pub evict_time_ms: u64,
+    /// Those that were taken out of it while it still ran at the source, and how long that took.
+    pub early: u64,
+    pub early_time_ms: u64,
     /// How often a processor of the guest's had to wait for a page, and another domain to try again.
     pub faults: u64,
     pub foreign_faults: u64,
@@ -160,6 +163,11 @@ pub struct LateFigures {
     pub fetched: u64,
     pub prefetched: u64,
     pub pushed: u64,
+    /// Of these, pages that did not travel: another page of the guest holds the same, or this host held it elsewhere. And how
+    /// often that turned out not to be so, and a page was asked for again.
+    pub referred: u64,
+    pub known: u64,
+    pub asked_again: u64,
     /// Pages that had come along, or were about to, when they were wanted.
     pub hits: u64,
     /// Pages that the guest gave up before they came.

@@ -12,60 +12,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hosts::{DestinationXl, Outcome, Plan, SourceXl, migrate};
-use living::{Dice, Log, Memory, SourceFrames, around_pages, send_pages};
+use living::{Anything, Dice, Log, Memory, SourceFrames, around_pages, send_pages};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use xenfold::engine::source::Ending;
 use xenfold::engine::{DowntimeLimit, EngineError, Holding, SAMPLE};
 use xenfold::page::Pfn;
-use xenfold::page_set::PageSet;
-use xenfold::policy::{Forecast, HoldPolicy, Outlook};
+use xenfold::policy::{Forecast, HoldPolicy};
 
 /// What the pipe between xl and the agent holds in these tests (support/hosts.rs).
 const PIPE_BYTES: u64 = 64 << 10;
-
-/// Holds and releases as the dice say.
-struct Anything {
-    dice: Dice,
-    hold_percent: u64,
-    release_percent: u64,
-    stay_percent: u64,
-    /// Pages it was asked about since the last release.
-    asked: Vec<Pfn>,
-}
-
-impl HoldPolicy for Anything {
-    fn sampled(&mut self, _: &PageSet) {}
-
-    fn hold(&mut self, _: Duration, pfns: &[Pfn], _: Option<&PageSet>) -> Vec<bool> {
-        self.asked.extend(pfns);
-        pfns.iter().map(|_| self.dice.throw(100) < self.hold_percent).collect()
-    }
-
-    fn sent(&mut self, _: Duration, _: u64, _: u64) {}
-
-    fn release(&mut self, limit: usize) -> Vec<Pfn> {
-        let all: Vec<Pfn> = self.asked.drain(..).collect();
-        let released = all.into_iter().filter(|_| self.dice.throw(100) < self.release_percent);
-        released.take(limit).collect()
-    }
-
-    fn outlook(&self, _: Duration) -> Option<Outlook> {
-        Some(Outlook {
-            downtime: Duration::from_millis(700),
-            dirty_pages_rate: 10.0,
-            sent_pages_rate: 100_000.0,
-            page_wire_bytes: 4096.0,
-        })
-    }
-
-    fn looked(&mut self, _: Duration, _: &PageSet) {}
-
-    fn stays(&mut self, pfns: &[Pfn], _: Duration, _: u64) -> Vec<bool> {
-        pfns.iter().map(|_| self.dice.throw(100) < self.stay_percent).collect()
-    }
-}
 
 #[derive(Clone, Debug)]
 struct Case {

@@ -10,8 +10,8 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use support::{Batch, Guest, Mix, PAGE, Rng, Start, StreamSpec, build_stream, rebuild};
 use xenfold::codec::{CodecError, Compressor, Decompressor, Level, MAX_ROWS, Row, rows};
-use xenfold::page::{ContentKey, Pfn};
-use xenfold::wire::{Frame, FrameReader, FrameWriter, Hello, Kind, MAX_FRAME_BODY, Rows, WireError};
+use xenfold::page::{ContentId, ContentKey, Pfn};
+use xenfold::wire::{Frame, FrameReader, FrameWriter, Hello, Kind, LateRow, MAX_FRAME_BODY, Rows, WireError};
 
 /// Cases of each property: `XENFOLD_CASES`, else the 10,000 that CI runs.
 fn cases() -> u32 {
@@ -522,6 +522,70 @@ fn golden_again() -> [Vec<u8>; 2] {
         golden("wire-v1-late-source.bin", source),
         golden("wire-v1-late-destination.bin", destination),
     ]
+}
+
+/// Late pages that are named by content, and what is said of pages that go out early.
+fn golden_known() -> Vec<u8> {
+    golden("wire-v1-late-known-source.bin", || {
+        let early = r#"{"ring_page":1044472,"pages":49168,"highest_page":1044479,"never":[1044479,1044475]}"#;
+        let options = format!(
+            r#"{{"program":"golden","contents":true,"late":true,"late_known":true,"early":{early},"timeout_s":30}}"#
+        );
+        let mut late: Vec<u8> = [3u32, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+        late.extend(words(&[4 << 60 | 0x20]));
+        late.extend([0xbb; 16]);
+        late.extend(words(&[0x21]));
+        late.extend([0xaa; 16]);
+        late.extend(words(&[3 << 60 | 0x22]));
+        late.extend([0xaa; 16]);
+        late.extend(words(&[0x21]));
+        late.extend([7; 4096]);
+        numbered(
+            &hello(&options),
+            &[(kind::LATE, late), (kind::PING, words(&[1 << 63 | 1]))],
+        )
+    })
+}
+
+#[test]
+fn the_format_of_late_pages_that_are_known_has_not_changed() {
+    let wire = golden_known();
+    let (hello, frames) = read(&wire);
+    let early = hello.early.clone().unwrap();
+    assert_eq!(
+        (early.ring_page, early.pages, early.bound()),
+        (1_044_472, 49_168, 1_044_480)
+    );
+    assert_eq!(early.never().count(), 3);
+    let destination = |known| Hello {
+        contents: true,
+        paces: true,
+        late: true,
+        late_known: known,
+        takes_early: known,
+        ..Hello::default()
+    };
+    for known in [true, false] {
+        let agreed = destination(known).agree(&mut &wire[..]).unwrap();
+        assert_eq!((agreed.late_known, agreed.early), (known, known));
+    }
+    let late = xenfold::wire::LatePages::parse(&frames[0].1.body).unwrap();
+    let [(_, known), (_, full), (_, same)] = late.pages[..] else {
+        panic!("{late:?}")
+    };
+    let (aa, bb) = (ContentId([0xaa; 16]), ContentId([0xbb; 16]));
+    let other = xenfold::page::Pfn::new(0x21).unwrap();
+    assert_eq!(
+        [known, full, same],
+        [LateRow::Known(bb), LateRow::Full(aa), LateRow::Same(aa, other)]
+    );
+    let mut again = Vec::new();
+    late.parts(|parts| again = parts.concat());
+    assert_eq!(again, frames[0].1.body);
+    // A page of the next kind is refused.
+    let mut unknown = frames[0].1.body.clone();
+    unknown[15] = 0x50;
+    assert!(xenfold::wire::LatePages::parse(&unknown).is_err());
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Whether pages of a guest may follow it, as this host sees it.
-use xen_sys::{DomainInfo, Xenctrl};
+use xen_sys::{DomainInfo, Xenctrl, hvm_param};
+use xenfold::wire::EarlyOut;
 
-use crate::guest::Guest;
+use crate::guest::{self, Guest};
 
 /// Why no page of this guest can follow it; `None`: nothing is known here that speaks against it. `xl`: the command line of
 /// the xl that migrates it.
@@ -29,6 +30,24 @@ pub fn of_kind(info: &DomainInfo) -> Option<&'static str> {
 /// Pages of a guest that have not come yet from where it was before. Saved or migrated now it would lose them.
 pub fn still_late(guest: &Guest) -> u64 {
     info(guest).map_or(0, |info| info.paged_pages)
+}
+
+/// What the destination has to know to take late pages out of the guest before it is suspended. `None`: that cannot be done.
+pub fn early(guest: &Guest) -> Option<EarlyOut> {
+    let xen = Xenctrl::open().ok()?;
+    let info = info(guest)?;
+    let param = |index| xen.hvm_param(guest.domid, index).ok();
+    // Xen would not find pages that it maps when it loads the processors' state (xen/arch/x86/hvm/viridian), and does
+    // without them from then on.
+    if param(hvm_param::VIRIDIAN).is_some_and(|features| features != 0) {
+        return None;
+    }
+    Some(EarlyOut {
+        ring_page: param(hvm_param::PAGING_RING_PFN).filter(|pfn| *pfn != 0)?,
+        pages: info.total_pages,
+        highest_page: xen.maximum_gpfn(guest.domid).ok()?,
+        never: guest::REWRITTEN.iter().filter_map(|index| param(*index)).collect(),
+    })
 }
 
 fn info(guest: &Guest) -> Option<DomainInfo> {

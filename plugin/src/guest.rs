@@ -104,6 +104,15 @@ impl GuestFrames {
     }
 }
 
+/// Parameters that name pages which libxc clears when it restores HVM_PARAMS (xg_sr_restore_x86_hvm.c, handle_hvm_params): the
+/// rings of console, xenstore and device models, whose other ends are new.
+pub const REWRITTEN: [u32; 4] = [
+    hvm_param::CONSOLE_PFN,
+    hvm_param::STORE_PFN,
+    hvm_param::IOREQ_PFN,
+    hvm_param::BUFIOREQ_PFN,
+];
+
 impl FrameSource for GuestFrames {
     fn read(&mut self, pfns: &[Pfn], pages: &mut [u8]) -> Result<(), FrameError> {
         let domid = self.domid()?;
@@ -123,18 +132,10 @@ impl FrameSource for GuestFrames {
         Ok(())
     }
 
-    /// Pages that libxc clears when it restores HVM_PARAMS (xg_sr_restore_x86_hvm.c, handle_hvm_params): the rings of
-    /// console, xenstore and device models, whose other ends are new.
     fn rewritten_by_xen(&mut self) -> Result<Vec<Pfn>, FrameError> {
         let domid = self.domid()?;
-        let params = [
-            hvm_param::CONSOLE_PFN,
-            hvm_param::STORE_PFN,
-            hvm_param::IOREQ_PFN,
-            hvm_param::BUFIOREQ_PFN,
-        ];
         // A param that was never set reads as 0, or as an error for params that this kind of guest does not have.
-        Ok(params
+        Ok(REWRITTEN
             .iter()
             .filter_map(|index| self.xen.hvm_param(domid, *index).ok())
             .filter_map(Pfn::new)

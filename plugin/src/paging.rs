@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use xen_sys::{
-    Access, DeviceModel, DomainInfo, ForeignMemory, Paging, PagingError, PagingRequest, XenError, Xenctrl, Xenstore,
-    hvm_param,
+    Access, DeviceModel, DomainInfo, ForeignMemory, Paging, PagingError, PagingRequest, ShutdownReason, XenError,
+    Xenctrl, Xenstore, hvm_param,
 };
 use xenfold::engine::{FrameError, GuestPaging, Notices, PageRequest};
 use xenfold::late::{Asking, Saving};
-use xenfold::page::{PAGE_SIZE, Pfn};
+use xenfold::page::{PAGE_SIZE, Pfn, ZERO_PAGE};
+use xenfold::wire::EarlyOut;
 
 use crate::guest::{KnownDomain, is_suspended, uuid_text};
 
@@ -22,6 +23,9 @@ const EVICT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a page may wait for a free frame.
 const MEMORY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Pages by which a guest that has all of its memory may seem smaller than its source.
+const EARLY_SLACK: u64 = 1024;
 
 const RETRY: Duration = Duration::from_millis(20);
 
@@ -136,6 +140,53 @@ impl GuestPaging for GuestPager {
         // Xen does not let the highest one be marked dirty.
         self.highest = self.xen.maximum_gpfn(domid).map_err(xen_refused)?;
         self.paging = Some(Paging::enable(domid).map_err(refused)?);
+        Ok(())
+    }
+
+    fn enable_early(&mut self, source: &EarlyOut) -> Result<bool, FrameError> {
+        let Some(domid) = self.domain.get() else {
+            return Ok(false);
+        };
+        let info = self.xen.domain(domid).map_err(xen_refused)?;
+        let info = info.ok_or_else(|| FrameError::NoGuest("it is gone".into()))?;
+        if info.total_pages + EARLY_SLACK < source.pages {
+            return Ok(false);
+        }
+        let ring = Pfn::new(source.ring_page).filter(|pfn| pfn.get() != 0);
+        let ring = ring.ok_or_else(|| FrameError::Xen("the guest has no page for the ring".into()))?;
+        let mut page = [0; PAGE_SIZE];
+        match self.map_and(ring, Access::Read, |mapping| mapping.read(0, &mut page)) {
+            Ok(()) if page == ZERO_PAGE => {}
+            // It is not there while paging is on, and what it holds could not be referred to.
+            Ok(()) => return Err(FrameError::Xen("the guest uses the ring's page".into())),
+            Err(FrameError::Unreadable { .. }) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        // The toolstack sets it as well, with the last records.
+        self.xen
+            .set_hvm_param(domid, hvm_param::PAGING_RING_PFN, ring.get())
+            .map_err(xen_refused)?;
+        self.enable()?;
+        Ok(true)
+    }
+
+    fn secure(&mut self) -> Result<(), FrameError> {
+        let info = self.xen.domain(self.domid()?).map_err(xen_refused)?;
+        let info = info.ok_or_else(|| FrameError::NoGuest("it is gone".into()))?;
+        // A 32-bit guest's page table that Xen reads itself, on Intel processors (vmx_load_pdptrs).
+        if info.shutdown == Some(ShutdownReason::Crash) {
+            return Err(FrameError::Xen(
+                "the guest needs a page that was taken out of it; migrate it with --mode precopy".into(),
+            ));
+        }
+        // What the helper has allocated since the first page was taken out came out of what was kept back.
+        if info.claimed_pages < info.paged_pages {
+            let total = info.total_pages + info.paged_pages;
+            let paging = self.paging()?;
+            paging.claim(0).map_err(refused)?;
+            paging.claim(total).map_err(refused)?;
+            self.claimed = true;
+        }
         Ok(())
     }
 
@@ -292,6 +343,7 @@ impl GuestPaging for GuestPager {
             paging.disable().map_err(refused)?;
         }
         self.paging = None;
+        self.claimed = false;
         self.requests.clear();
         match self.ring_page.take() {
             Some((pfn, page)) => self.write_frame(pfn, &page),

@@ -238,8 +238,9 @@ pub fn arriving_warning(guest: &str, late: &LateFigures) -> String {
 /// What is said of pages that followed the guest.
 fn late_lines(late: &LateFigures) -> String {
     let mut text = format!(
-        "\n{} pages followed the guest in {} ms: {} pushed, {} fetched, {} prefetched ({} hits), {} given up; {} had to come \
-         before it was started; taking them out took {} ms\n\
+        "\n{} pages followed the guest in {} ms: {} pushed, {} fetched, {} prefetched ({} hits), {} given up; {} of them did \
+         not travel, since another page of it ({}) or this host ({}) held the same, which was wrong {} times; {} had to come \
+         before it was started; taking them out took {} ms, and {} ms while it still ran for {} of them\n\
          {} faults of the guest waited {} ms (median), {} ms (99 %), {} ms (longest); {} of other domains",
         late.pages,
         late.time_ms,
@@ -248,8 +249,14 @@ fn late_lines(late: &LateFigures) -> String {
         late.prefetched,
         late.hits,
         late.given_up,
+        late.referred + late.known,
+        late.referred,
+        late.known,
+        late.asked_again,
         late.fetched_before,
         late.evict_time_ms,
+        late.early_time_ms,
+        late.early,
         late.faults,
         late.latency_median_us as f64 / 1000.0,
         late.latency_p99_us as f64 / 1000.0,

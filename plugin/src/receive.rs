@@ -72,6 +72,8 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         program: xenfold::VERSION.into(),
         late: paging.is_some(),
         late_missing,
+        takes_early: true,
+        late_known: true,
         rejoins: true,
         frames: frames.is_some(),
         window_rows: WINDOW_ROWS as u32,

@@ -111,6 +111,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let hello = Hello {
         migration: migration.clone(),
         late: hello.late && cannot_follow.is_none(),
+        early: guest.as_ref().filter(|_| hello.late).and_then(follow::early),
         rejoin_token: Some(hexadecimal(random::<16>()?)),
         ..hello
     };
@@ -156,6 +157,7 @@ fn hello(arguments: &Arguments, guest: Option<&Guest>) -> Result<(Hello, Option<
         verify: arguments.config.verify,
         late: arguments.config.mode.leaves_pages(),
         contents: arguments.config.dedup,
+        late_known: true,
         timeout_s: arguments.config.timeout,
         guest_uuid: guest.map(|guest| guest.uuid.clone()).unwrap_or_default(),
         guest_name: guest.map(|guest| guest.name.clone()).unwrap_or_default(),
@@ -470,6 +472,7 @@ impl Agent<'_> {
                 behind: leaves.then_some(LeaveBehind {
                     mode,
                     now_pages: NOW_PAGES,
+                    announces: false,
                 }),
             }),
             Err(error) => {

@@ -20,6 +20,7 @@ use super::receiving::{
 use super::{EngineError, Frames};
 use crate::codec::{Base, Decompressor, MAX_ROWS, Row, delta};
 use crate::page::{ContentKey, PAGE_SIZE, Pfn};
+use crate::page_set::PageSet;
 use crate::report::DestinationFigures;
 use crate::stream::libxc;
 use crate::wire::Kind;
@@ -59,7 +60,7 @@ impl Applied {
     }
 
     /// Waits until record `number` is applied; the time it took.
-    fn wait(&self, number: u64) -> Result<Duration, EngineError> {
+    pub fn wait(&self, number: u64) -> Result<Duration, EngineError> {
         let start = Instant::now();
         loop {
             // Bytes that are in the pipe but not counted yet make this too small, never too large.
@@ -89,6 +90,8 @@ impl Applied {
 
 /// What an assembler is made from.
 pub(super) struct Assembling {
+    /// One more than the highest page that may be out of the guest's memory while the stream runs.
+    pub out_bound: u64,
     pub frames: Frames,
     pub applied: Arc<Applied>,
     pub pool: Pool,
@@ -108,6 +111,8 @@ pub(super) struct Assembler {
     frames: Frames,
     /// The guest's frames are found by page number (HVM and PVH).
     frames_by_pfn: bool,
+    /// Pages without data, which may be out of the guest's memory: to read one would wait until it comes back.
+    out: PageSet,
     applied: Arc<Applied>,
     next_number: u64,
     pool: Pool,
@@ -131,6 +136,7 @@ enum Source {
 impl Assembler {
     pub fn new(parts: Assembling) -> Assembler {
         let Assembling {
+            out_bound,
             frames,
             applied,
             pool,
@@ -147,6 +153,7 @@ impl Assembler {
             spare_blocks,
             frames,
             frames_by_pfn: false,
+            out: PageSet::new(out_bound),
             applied,
             next_number: 0,
             pool,
@@ -214,8 +221,14 @@ impl Assembler {
         if !frozen {
             self.next_number += 1;
             for (entry, row) in entries.iter().zip(&rows) {
+                let pfn = pfn_of(*entry);
+                if *row == Row::Absent {
+                    self.out.insert(pfn);
+                } else {
+                    self.out.remove(pfn);
+                }
                 if *row == Row::Absent || !is_plain(*entry) {
-                    self.recent.remove(pfn_of(*entry));
+                    self.recent.remove(pfn);
                 }
             }
             self.recent.insert(record.clone(), list, entries.len());
@@ -403,7 +416,11 @@ impl Assembler {
             Ok(Source::Here(*index))
         } else if self.recent.page(target).is_some() {
             Ok(Source::Recent)
-        } else if self.frames.is_some() && self.frames_by_pfn && self.recent.dropped().is_some() {
+        } else if self.frames.is_some()
+            && self.frames_by_pfn
+            && self.recent.dropped().is_some()
+            && !self.out.contains(target)
+        {
             Ok(Source::Frame)
         } else {
             Err(EngineError::DanglingReference { pfn, target })

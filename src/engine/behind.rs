@@ -24,6 +24,8 @@ pub struct LeaveBehind {
     pub mode: Mode,
     /// Pages that go all the same once it is suspended.
     pub now_pages: usize,
+    /// The destination takes pages out before that: it is told of those that are likely to stay behind.
+    pub announces: bool,
 }
 
 /// What becomes of an entry of xl's.
@@ -34,12 +36,15 @@ pub enum Fate {
     Hold,
     /// Its page stays behind.
     Behind,
+    /// It is left out as with `Hold`, and its page said to stay behind, which it does unless it comes again.
+    Announce,
 }
 
 /// What stays behind so far.
 pub(super) struct Behind {
     mode: Mode,
     now: usize,
+    announces: bool,
     late: PageSet,
     /// Pages written in each of the last passes, the newest last.
     recent: Vec<PageSet>,
@@ -58,6 +63,7 @@ impl Behind {
         Behind {
             mode: plan.mode,
             now: plan.now_pages,
+            announces: plan.announces,
             late: PageSet::new(bound),
             recent: Vec::new(),
         }
@@ -86,6 +92,11 @@ impl Behind {
     /// Whether a page that xl sends while the guest runs stays behind whatever is known of it.
     pub fn takes_all(&self) -> bool {
         self.mode == Mode::Postcopy
+    }
+
+    /// What becomes of a page that is held while the guest runs.
+    pub fn held(&self) -> Fate {
+        if self.announces { Fate::Announce } else { Fate::Hold }
     }
 
     /// The guest runs, and xl sends a page that is to stay behind.

@@ -80,6 +80,12 @@ impl Holdings {
             .collect()
     }
 
+    /// The same for pages of which nothing is kept: what is not there after all is asked for, and read again.
+    pub fn seem_held(&self, ids: &[ContentId]) -> Vec<bool> {
+        let held = self.held.read();
+        ids.iter().map(|id| held.contains(id)).collect()
+    }
+
     /// Keeps a record that names contents until the destination has settled it.
     pub fn retain(&self, number: u64, record: Arc<PageRecord>) {
         let mut retained = self.retained.lock();

@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 
 use super::arriving::Arriving;
+use super::early::{Early, Outcome};
 use super::landing::{Landing, Late, LateLanding};
 use super::link::{Link, LinkEnds, Watch, Watched};
 pub use super::receiving::{Rebuilding, Rebuilt, Receiving, Unread, XlInput};
@@ -162,12 +163,18 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     }));
 
     tell_contents(&link, &agreement, contents.as_deref())?;
+    let late = agreement.late && paging.is_some();
+    let (paging, early) = match (paging, agreement.peer.early.clone()) {
+        (Some(paging), Some(source)) if agreement.early => (None, Some(Arc::new(Early::new(paging, source)))),
+        (paging, _) => (paging, None),
+    };
     let receiving = Receiving::start(Rebuilding {
         xl: input,
         frames,
         key: key.clone(),
         speaks_contents: agreement.contents,
-        late: agreement.late && paging.is_some(),
+        late,
+        early: early.clone(),
         contents: contents.clone(),
         link: Some(link.clone()),
         patience: timeout * PATIENCE,
@@ -212,6 +219,8 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         waiting: Mutex::new(waiting),
         watching: Mutex::new(watching),
         paging: Mutex::new(paging),
+        early,
+        contents: contents.clone().filter(|_| agreement.late_known),
         landing: landing.clone(),
         listening: Arc::default(),
     };
@@ -295,6 +304,7 @@ pub fn rebuild(
         key: key.clone(),
         speaks_contents: agreement.contents,
         late: false,
+        early: None,
         contents,
         link: Some(link.clone()),
         patience: timeout * PATIENCE,
@@ -322,6 +332,8 @@ pub fn rebuild(
         waiting: Mutex::default(),
         watching: Mutex::default(),
         paging: Mutex::default(),
+        early: None,
+        contents: None,
         landing: LateLanding::default(),
         listening: Arc::default(),
     };
@@ -354,6 +366,10 @@ struct Destination {
     listening: Arc<Mutex<Option<Box<dyn Send>>>>,
     /// Until pages are late.
     paging: Mutex<Option<Box<dyn GuestPaging>>>,
+    /// Has it in its place, where pages are taken out while the stream runs.
+    early: Option<Arc<Early>>,
+    /// For late pages that are named by their content.
+    contents: Option<Arc<dyn Contents>>,
     landing: LateLanding,
 }
 
@@ -401,7 +417,7 @@ impl Destination {
             end,
             digest,
             rows,
-            ids,
+            mut ids,
             late,
         } = rebuilt;
         let (first, rest) = end.record.split_at(4);
@@ -422,6 +438,11 @@ impl Destination {
             ..Verdict::default()
         };
         let mut frames = frames;
+        let early = self.early.as_ref().map_or(Ok(None), |early| early.end())?;
+        if let Some(ring) = early.as_ref().and_then(|early| early.ring_page) {
+            // It holds nothing, and is not there for now.
+            ids.remove(ring);
+        }
         if let (true, Some(frames)) = (self.verify, &mut frames) {
             let verified = read_back(&ids, frames.as_mut(), &self.key)?;
             if let Some(first) = verified.first_different {
@@ -434,7 +455,7 @@ impl Destination {
             verdict.rewritten_by_xen_pages = verified.rewritten_by_xen;
             verdict.time_ms = start.elapsed().as_millis() as u64;
         }
-        self.leave_behind(late, frames)?;
+        self.leave_behind(late, early, frames)?;
         self.check_events()?;
         let verdict = serde_json::to_vec(&verdict).map_err(|_| EngineError::WorkerLost)?;
         self.link
@@ -448,18 +469,32 @@ impl Destination {
     }
 
     /// The late pages are taken out of the guest. From here on Xen says when one of them is touched.
-    fn leave_behind(&self, pages: Vec<Pfn>, frames: Frames) -> Result<(), EngineError> {
-        let Some(paging) = self.paging.lock().take().filter(|_| !pages.is_empty()) else {
+    fn leave_behind(&self, pages: Vec<Pfn>, early: Option<Outcome>, frames: Frames) -> Result<(), EngineError> {
+        let Some(Outcome {
+            mut paging,
+            on,
+            out,
+            time,
+            ..
+        }) = early.or_else(|| self.paging.lock().take().map(Outcome::none))
+        else {
             return Ok(());
         };
+        if pages.is_empty() {
+            return if on { Ok(paging.disable()?) } else { Ok(()) };
+        }
         let landing = Landing::prepare(Late {
             pages,
+            on,
+            out,
+            early_time: time,
             paging,
             frames,
             verify: self.verify,
             link: self.link.clone(),
             rejoins: self.rejoins,
             key: self.key.clone(),
+            contents: self.contents.clone(),
         })?;
         *self.landing.lock() = Some(landing.clone());
         if landing.ask_resident()? {

@@ -250,11 +250,23 @@ impl Held {
                 self.fate(entry, wait, unread.is_some())
             })
             .collect();
-        let held = fates.iter().filter(|fate| **fate == Fate::Hold).count() as u64;
+        let held = fates
+            .iter()
+            .filter(|fate| matches!(fate, Fate::Hold | Fate::Announce))
+            .count() as u64;
         let mut figures = self.figures.lock();
         figures.holding.pages_from_xl += list.iter().filter(|entry| entry.has_data).count() as u64;
         figures.holding.held_pages += held;
         fates.iter().any(|fate| *fate != Fate::Carry).then_some(fates)
+    }
+
+    /// Pages of the record that is being read have gone ahead of it: to say behind that that they stay behind would be wrong.
+    pub fn unannounce(&self, list: &[Entry], fates: &mut [Fate]) {
+        for (entry, fate) in list.iter().zip(fates) {
+            if *fate == Fate::Announce && !self.held.contains(entry.pfn) {
+                *fate = Fate::Hold;
+            }
+        }
     }
 
     /// The guest stands still: what goes before it is started should take no longer than is allowed, at the rate so far.
@@ -283,7 +295,7 @@ impl Held {
             }
         }
         if wait && plain && self.held.insert(entry.pfn) {
-            return Fate::Hold;
+            return self.behind.as_ref().map_or(Fate::Hold, Behind::held);
         }
         self.held.remove(entry.pfn);
         if let Some(behind) = &mut self.behind {

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::contents::read_checked;
 use super::journal::LateJournal;
 use super::link::{Link, Watch};
 use super::rejoin::{Incoming, Joined, silence_after};
 use super::said::Said;
 use super::threads::spawn;
-use super::{EngineError, FrameError, Frames};
+use super::{Contents, EngineError, FrameError, Frames};
 use crate::codec::Decompressor;
 use crate::late::journal::Noted;
 use crate::late::{Arrival, Asking, Pager, Save, SaveStep, Saving};
@@ -21,7 +22,7 @@ use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, ZERO_PAGE};
 use crate::page_set::PageSet;
 use crate::report::LateFigures;
 use crate::table::PageIds;
-use crate::wire::{Kind, LatePages, LateRow, MAX_WANTS, WireError, missing_bodies, want_body};
+use crate::wire::{EarlyOut, Kind, LatePages, LateRow, MAX_WANTS, WireError, missing_bodies, want_body};
 
 /// Pages that are taken out of the guest in one go.
 const EVICT_PAGES: usize = 256;
@@ -45,6 +46,14 @@ pub struct PageRequest {
 pub trait GuestPaging: Send {
     /// Begins. Errors: this guest's pages cannot be left behind.
     fn enable(&mut self) -> Result<(), FrameError>;
+
+    /// The same while the guest still runs at its source, of which `source` tells. False: not yet, the guest has not got all
+    /// of its memory.
+    fn enable_early(&mut self, source: &EarlyOut) -> Result<bool, FrameError>;
+
+    /// After pages were taken out early: what they need of the host's memory is kept back for them, and the guest has borne
+    /// it. Errors: it is not so.
+    fn secure(&mut self) -> Result<(), FrameError>;
 
     /// Takes pages out; which of them. Those that are not taken out hold memory and can be written to.
     fn evict(&mut self, pfns: &[Pfn]) -> Result<Vec<bool>, FrameError>;
@@ -117,6 +126,7 @@ pub(super) struct Landing {
     /// A connection that is lost is set up again.
     rejoins: bool,
     key: ContentKey,
+    contents: Option<Arc<dyn Contents>>,
     start: Instant,
 }
 
@@ -157,12 +167,18 @@ struct State {
 pub(super) struct Late {
     /// Late pages, ascending.
     pub pages: Vec<Pfn>,
+    /// Paging is on, these pages are out already, and how long that took.
+    pub on: bool,
+    pub out: PageSet,
+    pub early_time: Duration,
     pub paging: Box<dyn GuestPaging>,
     pub frames: Frames,
     pub verify: bool,
     pub link: Link,
     pub rejoins: bool,
     pub key: ContentKey,
+    /// What this host holds, for pages that are named by their content.
+    pub contents: Option<Arc<dyn Contents>>,
 }
 
 /// What a landing goes on with whose process was killed.
@@ -185,12 +201,16 @@ impl Landing {
     pub fn prepare(late: Late) -> Result<Arc<Landing>, EngineError> {
         let Late {
             pages,
+            on,
+            out,
+            early_time,
             mut paging,
             mut frames,
             verify,
             link,
             rejoins,
             key,
+            contents,
         } = late;
         let start = Instant::now();
         let mut resident = Vec::new();
@@ -200,8 +220,11 @@ impl Landing {
             .as_mut()
             .map_or(Ok(Vec::new()), |frames| frames.rewritten_by_xen())?;
         rewritten.iter().for_each(|pfn| pager.leave_alone(*pfn));
-        let pages: Vec<Pfn> = pager.missing_pages().collect();
-        match paging.enable() {
+        for pfn in out.iter().filter(|pfn| pager.judge(*pfn) != Arrival::Late) {
+            paging.load(pfn, &ZERO_PAGE)?;
+        }
+        let pages: Vec<Pfn> = pager.missing_pages().filter(|pfn| !out.contains(*pfn)).collect();
+        match if on { Ok(()) } else { paging.enable() } {
             Ok(()) => {
                 for batch in pages.chunks(EVICT_PAGES) {
                     let evicted = paging.evict(batch)?;
@@ -213,11 +236,17 @@ impl Landing {
                 }
             }
             Err(error) => {
+                // None is out.
                 log::warn!("no page of this guest can be left behind ({error}): all come before it is started");
                 resident.clone_from(&pages);
             }
         }
+        if on {
+            paging.secure()?;
+        }
         let figures = LateFigures {
+            early: out.len(),
+            early_time_ms: early_time.as_millis() as u64,
             fetched_before: resident.len() as u64,
             evict_time_ms: start.elapsed().as_millis() as u64,
             ..LateFigures::default()
@@ -247,6 +276,7 @@ impl Landing {
             link,
             rejoins,
             key,
+            contents,
             start,
         }))
     }
@@ -296,6 +326,7 @@ impl Landing {
             link: taken.link,
             rejoins: true,
             key: taken.key,
+            contents: None,
             start: now,
         }))
     }
@@ -488,6 +519,8 @@ impl Landing {
         let frame = LatePages::parse(body)?;
         let full = frame.pages.iter().filter(|(_, row)| matches!(row, LateRow::Full(_)));
         let ids: Vec<ContentId> = full.filter_map(|(_, row)| content(row)).collect();
+        // Takes its time, for which nobody who asks for a page is to wait.
+        let held = self.look_up(&frame);
         let mut state = self.state.lock();
         let pages = match ids.len() {
             0 if frame.block.is_empty() => Vec::new(),
@@ -496,7 +529,7 @@ impl Landing {
         };
         let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
         let mut put = Vec::new();
-        let result = self.put_all(&mut state, &frame, pages, &mut put);
+        let result = self.put_all(&mut state, &frame, pages, held, &mut put);
         // Also with an error: they are there.
         let marked = state.come(self.now(), &put);
         result.and(marked)?;
@@ -508,15 +541,33 @@ impl Landing {
         Ok(())
     }
 
-    /// Puts the pages of a frame where they belong; `put` gets them.
+    /// What this host holds of the contents that a frame names, in their order.
+    fn look_up(&self, frame: &LatePages<'_>) -> Vec<Option<[u8; PAGE_SIZE]>> {
+        let named = frame.pages.iter().filter_map(|(_, row)| match row {
+            LateRow::Known(id) => Some(*id),
+            _ => None,
+        });
+        let ids: Vec<ContentId> = named.collect();
+        let Some(contents) = self.contents.as_ref().filter(|_| !ids.is_empty()) else {
+            // It is asked for.
+            return vec![None; ids.len()];
+        };
+        let (pages, right) = read_checked(contents.as_ref(), &self.key, &ids);
+        let pages = pages.as_chunks::<PAGE_SIZE>().0.iter();
+        pages.zip(right).map(|(page, right)| right.then_some(*page)).collect()
+    }
+
+    /// Puts the pages of a frame where they belong; `put` gets them. `held`: those that were looked up.
     fn put_all(
         &self,
         state: &mut State,
         frame: &LatePages<'_>,
         pages: &[[u8; PAGE_SIZE]],
+        held: Vec<Option<[u8; PAGE_SIZE]>>,
         put: &mut Vec<Pfn>,
     ) -> Result<(), EngineError> {
         let mut full = pages.iter().zip(self.key.ids(pages));
+        let mut held = held.into_iter();
         for (pfn, row) in &frame.pages {
             let page = match row {
                 LateRow::Full(id) => {
@@ -528,6 +579,7 @@ impl Landing {
                 }
                 LateRow::Zero | LateRow::Gone => Some(ZERO_PAGE),
                 LateRow::Same(id, other) => state.same(&self.key, *id, *other, put),
+                LateRow::Known(_) => held.next().flatten(),
             };
             match (state.pager.judge(*pfn), page) {
                 (Arrival::Unknown, _) => return Err(EngineError::Protocol("a page came that is not late")),
@@ -537,8 +589,13 @@ impl Landing {
                 (Arrival::Late, Some(page)) => {
                     self.put(state, *pfn, &page, content(row))?;
                     put.push(*pfn);
+                    state.figures.referred += u64::from(matches!(row, LateRow::Same(..)));
+                    state.figures.known += u64::from(matches!(row, LateRow::Known(_)));
                 }
-                (Arrival::Late, None) => state.pager.again(*pfn),
+                (Arrival::Late, None) => {
+                    state.figures.asked_again += 1;
+                    state.pager.again(*pfn);
+                }
             }
         }
         Ok(())
@@ -704,6 +761,8 @@ impl Landing {
         LateFigures {
             fetched_before: state.figures.fetched_before,
             evict_time_ms: state.figures.evict_time_ms,
+            early: state.figures.early,
+            early_time_ms: state.figures.early_time_ms,
             time_ms: state.figures.time_ms,
             outages: state.figures.outages,
             outage_ms: state.figures.outage_ms,
@@ -714,6 +773,9 @@ impl Landing {
             takeovers: state.figures.takeovers,
             held_for_save: state.save.holds() && state.ended.is_none(),
             lost_to_save: state.figures.lost_to_save,
+            referred: state.figures.referred,
+            known: state.figures.known,
+            asked_again: state.figures.asked_again,
             before_takeover: state.before,
             ..pager
         }
@@ -722,7 +784,7 @@ impl Landing {
 
 fn content(row: &LateRow) -> Option<ContentId> {
     match row {
-        LateRow::Full(id) | LateRow::Same(id, _) => Some(*id),
+        LateRow::Full(id) | LateRow::Same(id, _) | LateRow::Known(id) => Some(*id),
         LateRow::Zero | LateRow::Gone => None,
     }
 }

@@ -14,6 +14,7 @@ mod cpu;
 mod decode;
 pub mod destination;
 mod digest;
+mod early;
 mod error;
 mod hashing;
 mod holding;

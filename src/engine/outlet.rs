@@ -7,6 +7,7 @@ use crossbeam_channel::Receiver;
 
 use super::assemble::Applied;
 use super::digest::{ABSENT, Digest};
+use super::early::Early;
 use super::rebuilt::RebuiltRecord;
 use super::receiving::{Assembled, AssembledRecord, Rebuilt, XlInput, is_plain, page_type, pfn_of};
 use super::{Contents, EngineError};
@@ -22,6 +23,7 @@ pub(super) struct Outlet {
     ids: PageIds,
     /// Pages that are late, where there may be some.
     late: Option<PageIds>,
+    early: Option<Arc<Early>>,
     digest: Digest,
     zero: ContentId,
     contents: Option<Arc<dyn Contents>>,
@@ -34,9 +36,11 @@ impl Outlet {
         key: ContentKey,
         contents: Option<Arc<dyn Contents>>,
         late: bool,
+        early: Option<Arc<Early>>,
     ) -> Outlet {
         Outlet {
             late: late.then(PageIds::default),
+            early,
             xl,
             applied,
             ids: PageIds::default(),
@@ -49,6 +53,10 @@ impl Outlet {
     pub fn run(mut self, input: Receiver<Assembled>) -> Result<Rebuilt, EngineError> {
         let result = self.write_all(input);
         self.applied.closed.store(true, Ordering::Release);
+        if let (Err(_), Some(early)) = (&result, &self.early) {
+            // The cause is known.
+            let _ = early.end();
+        }
         let end = result?;
         let Outlet {
             xl, digest, ids, late, ..
@@ -71,7 +79,10 @@ impl Outlet {
                     self.write(&bytes)?;
                 }
                 Assembled::Record(record) => self.record(record)?,
-                Assembled::Forget => self.ids.clear(),
+                Assembled::Forget => {
+                    self.ids.clear();
+                    self.early.as_ref().map_or(Ok(()), |early| early.give_up())?;
+                }
                 Assembled::End(end) => {
                     self.digest.bytes(Kind::End, &end.record);
                     return Ok(end);
@@ -148,7 +159,18 @@ impl Outlet {
             let end = self.applied.written.load(Ordering::Relaxed) + record.bytes.len() as u64;
             self.applied.records.lock().pending.push_back((record.number, end));
         }
-        self.write(&record.bytes)
+        let Some(early) = self.early.clone() else {
+            return self.write(&record.bytes);
+        };
+        let (late, here): (Vec<u64>, Vec<u64>) = entries
+            .iter()
+            .partition(|entry| page_type(**entry) == Some(PageType::XAlloc));
+        early.comes(here.into_iter().map(pfn_of))?;
+        self.write(&record.bytes)?;
+        if !frozen && !late.is_empty() {
+            early.late(record.number, late.into_iter().map(pfn_of));
+        }
+        Ok(())
     }
 
     /// Offers the record's contents to the store.

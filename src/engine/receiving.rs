@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use super::assemble::{Applied, Assembler, Assembling};
 use super::decode::{Answer, Answers, Backlog, Decoder, Intake};
+use super::early::Early;
 use super::link::Link;
 use super::outlet::Outlet;
 use super::pool::{Pending, Pool};
@@ -49,6 +50,8 @@ pub struct Rebuilding {
     pub speaks_contents: bool,
     /// Pages may follow the guest.
     pub late: bool,
+    /// Takes late pages out while the stream runs.
+    pub(super) early: Option<Arc<Early>>,
     /// Contents that this host holds.
     pub contents: Option<Arc<dyn Contents>>,
     /// Where to say what is needed and what has been taken up.
@@ -168,6 +171,7 @@ impl Receiving {
             key,
             speaks_contents,
             late,
+            early,
             contents,
             link,
             patience,
@@ -191,7 +195,11 @@ impl Receiving {
             answers: answers.clone(),
             records: 0,
         };
+        if let Some(early) = &early {
+            early.start(applied.clone())?;
+        }
         let assembler = Assembler::new(Assembling {
+            out_bound: early.as_ref().map_or(0, |early| early.bound()),
             frames,
             applied: applied.clone(),
             pool,
@@ -202,7 +210,7 @@ impl Receiving {
             link,
             figures,
         });
-        let outlet = Outlet::new(xl, applied, key, contents, late);
+        let outlet = Outlet::new(xl, applied, key, contents, late, early);
         let queue = backlog.clone();
         let decoder = spawn("xenfold-decode", move || {
             let result = decoder.run(&queue, to_assembler);

@@ -61,6 +61,8 @@ pub(super) struct Rejoined {
     pub out: Outgoing,
     pub hangup: Hangup,
     pub carrier: Carrier,
+    /// Whoever goes on there looks contents up.
+    pub late_known: bool,
     /// What has not arrived.
     pub missing: PageSet,
 }
@@ -130,8 +132,9 @@ pub(super) fn connect_again(
                     });
                     spawn("xenfold-again", move || {
                         let answer = hello.agree(&mut ends.from_peer);
+                        let answer = answer.map(|agreement| (ends, agreement.late_known));
                         // Nobody waits any more when another attempt was quicker.
-                        let _ = answers.send((number, answer.map(|_| ends)));
+                        let _ = answers.send((number, answer));
                     })?;
                 }
                 Err(error) => log::debug!("a new connection cannot be begun: {error}"),
@@ -141,9 +144,9 @@ pub(super) fn connect_again(
             continue;
         };
         let known = attempts.0.extract_if(.., |attempt| attempt.number == answering).count();
-        let ends = match answer {
-            Ok(ends) if known > 0 => ends,
-            Ok(ends) => {
+        let (ends, late_known) = match answer {
+            Ok(answer) if known > 0 => answer,
+            Ok((ends, _)) => {
                 (ends.hangup)();
                 continue;
             }
@@ -155,7 +158,7 @@ pub(super) fn connect_again(
         attempts.end(|_| true);
         let hangup = ends.hangup.clone();
         match greet(ends, saying) {
-            Ok(rejoined) => return Ok(rejoined),
+            Ok(rejoined) => return Ok(Rejoined { late_known, ..rejoined }),
             Err(error) => {
                 hangup();
                 if !matches!(error, EngineError::Wire(_) | EngineError::Silent { .. }) {
@@ -208,6 +211,7 @@ fn greet(ends: LinkEnds, saying: &Saying<'_>) -> Result<Rejoined, EngineError> {
         out,
         hangup,
         carrier,
+        late_known: false,
         missing: pages,
     })
 }

@@ -327,13 +327,16 @@ impl<R: Read> Front<R> {
         self.number(&list);
         let Some(held) = &mut self.held else { return Ok(None) };
         let runs = held.guest_runs();
-        let keep = held.keep(&list, runs.then(|| self.stream.body_left()));
+        let mut keep = held.keep(&list, runs.then(|| self.stream.body_left()));
         while let Some(held) = self.held.as_mut().filter(|_| runs) {
             let due = held.due(self.link.bytes());
             if due.is_empty() {
                 break;
             }
             self.held_pages(&due)?;
+        }
+        if let (Some(held), Some(keep)) = (&self.held, &mut keep) {
+            held.unannounce(&list, keep);
         }
         if runs && self.held.is_some() && self.pass >= LIVE_PASSES && list.len() < MAX_ROWS {
             self.rounds(&list, keep.as_deref())?;

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::contents::Holdings;
 use super::link::Link;
 use super::threads::spawn;
 use super::{EngineError, FrameSource, chain, read_or_gone};
@@ -35,6 +36,9 @@ pub(super) struct Served {
     pub key: ContentKey,
     /// What the pages hold that are not late.
     pub table: Arc<PageTable>,
+    /// What the destination holds, and whether it looks there for late pages.
+    pub holdings: Option<Arc<Holdings>>,
+    pub known: bool,
     pub figures: Arc<Mutex<Figures>>,
 }
 
@@ -59,6 +63,8 @@ struct State {
     lost: bool,
     /// Connections so far.
     connections: u64,
+    /// Whoever is at the other end looks contents up.
+    known: bool,
 }
 
 impl Drop for Serving {
@@ -78,6 +84,8 @@ impl Serving {
             rejoins,
             key,
             table,
+            holdings,
+            known,
             figures,
         } = served;
         figures.lock().late.get_or_insert_default().pages = pages;
@@ -88,6 +96,7 @@ impl Serving {
                 rejoins,
                 lost: false,
                 connections: 0,
+                known,
             }),
             changed: Condvar::new(),
             start: Instant::now(),
@@ -98,6 +107,7 @@ impl Serving {
             link,
             key,
             table,
+            holdings,
             sent: PageTable::default(),
             compressor: Compressor::default(),
             figures,
@@ -133,13 +143,15 @@ impl Serving {
         self.shared.state.lock().server.bound()
     }
 
-    /// There is another connection, and these are the pages that have not arrived. Errors: one of them is not late.
-    pub fn connected_again(&self, missing: &PageSet) -> Result<(), EngineError> {
+    /// There is another connection, to somebody who looks contents up or not, and these are the pages that have not arrived.
+    /// Errors: one of them is not late.
+    pub fn connected_again(&self, missing: &PageSet, known: bool) -> Result<(), EngineError> {
         let mut state = self.shared.state.lock();
         if !state.server.connected_again(missing) {
             return Err(EngineError::Protocol("it lacks pages that were never late"));
         }
         state.lost = false;
+        state.known = known;
         state.connections += 1;
         drop(state);
         self.shared.changed.notify_all();
@@ -172,9 +184,9 @@ impl Shared {
                     let _ = self.changed.wait_until(&mut state, self.start + time);
                 }
                 Next::Send(batch) => {
-                    let connection = state.connections;
+                    let (connection, known) = (state.connections, state.known);
                     drop(state);
-                    let sent = sender.send(&batch);
+                    let sent = sender.send(&batch, known);
                     state = self.state.lock();
                     match sent {
                         // What went to a connection that is gone has not arrived: its pages are among the missing ones.
@@ -199,6 +211,7 @@ struct Sender {
     key: ContentKey,
     zero: ContentId,
     table: Arc<PageTable>,
+    holdings: Option<Arc<Holdings>>,
     /// What the late pages held that were sent.
     sent: PageTable,
     compressor: Compressor,
@@ -210,8 +223,8 @@ type Rows = Vec<(Pfn, LateRow)>;
 
 impl Sender {
     /// Sends a batch, and a ping behind it. Bytes that went to the link.
-    fn send(&mut self, batch: &Batch) -> Result<usize, EngineError> {
-        let (rows, full) = self.rows(batch)?;
+    fn send(&mut self, batch: &Batch, known: bool) -> Result<usize, EngineError> {
+        let (rows, full) = self.rows(batch, known)?;
         let packed = self.compressor.compress(LEVEL, &full);
         let frame = LatePages {
             pages: rows,
@@ -238,19 +251,25 @@ impl Sender {
     }
 
     /// What each page is, and the bytes of those that are sent in full.
-    fn rows(&mut self, batch: &Batch) -> Result<(Rows, Vec<u8>), EngineError> {
+    fn rows(&mut self, batch: &Batch, known: bool) -> Result<(Rows, Vec<u8>), EngineError> {
         let mut pages = vec![0; batch.pages.len() * PAGE_SIZE];
         let gone = read_or_gone(self.frames.as_mut(), &batch.pages, &mut pages)?;
         let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
         let ids = self.key.ids(pages);
+        let held = match self.holdings.as_ref().filter(|_| known && !batch.plain) {
+            Some(holdings) => holdings.seem_held(&ids),
+            None => vec![false; ids.len()],
+        };
         let (mut rows, mut full) = (Vec::new(), Vec::new());
-        for (((pfn, page), id), gone) in batch.pages.iter().zip(pages).zip(ids).zip(gone) {
+        for ((((pfn, page), id), gone), held) in batch.pages.iter().zip(pages).zip(ids).zip(gone).zip(held) {
             let row = if gone {
                 LateRow::Gone
             } else if id == self.zero && is_zero(page) {
                 LateRow::Zero
             } else if let Some(other) = self.holder(&id).filter(|_| !batch.plain) {
                 LateRow::Same(id, other)
+            } else if held {
+                LateRow::Known(id)
             } else {
                 full.extend_from_slice(page);
                 LateRow::Full(id)

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 
+use super::behind::LeaveBehind;
 use super::contents::Holdings;
 use super::error::peer_words;
 use super::leaving::Leaving;
@@ -321,6 +322,8 @@ pub fn follow(following: Following) -> Result<Ending, EngineError> {
             version: wire::VERSION_MAX,
             contents: false,
             late: true,
+            late_known: false,
+            early: false,
             rejoin: hello.rejoin_token.clone(),
             peer: Hello::default(),
         },
@@ -336,6 +339,8 @@ pub fn follow(following: Following) -> Result<Ending, EngineError> {
         rejoins: true,
         key,
         table: Arc::default(),
+        holdings: None,
+        known: false,
         figures: figures.clone(),
     })?;
     serving.push();
@@ -389,7 +394,7 @@ impl Source {
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
         let (inbox, verdict, link_lost, start) = (Vec::new(), None, false, Instant::now());
         let holdings = agreement.contents.then(Arc::default);
-        let agreement_late = agreement.late;
+        let (agreement_late, announces) = (agreement.late, agreement.early);
         let bound = if agreement.contents {
             pacing::BOUND_BYTES
         } else {
@@ -420,7 +425,10 @@ impl Source {
             serving: None,
             early_wants: Vec::new(),
             holding: holding.map(|holding| Holding {
-                behind: holding.behind.filter(|_| agreement_late),
+                behind: holding
+                    .behind
+                    .filter(|_| agreement_late)
+                    .map(|plan| LeaveBehind { announces, ..plan }),
                 ..holding
             }),
             bandwidth,
@@ -522,6 +530,8 @@ impl Source {
             rejoins: self.agreement.rejoin.is_some() && self.connect.is_some(),
             key: self.key.clone(),
             table: end.sent.table.clone(),
+            holdings: self.holdings.clone(),
+            known: self.agreement.late_known,
             figures: self.figures.clone(),
         })?);
         let (wants, serving) = (std::mem::take(&mut self.early_wants), self.serving.as_ref());
@@ -1000,6 +1010,7 @@ impl Source {
             out,
             hangup,
             carrier,
+            late_known,
             missing,
         } = connected?;
         log::warn!(
@@ -1008,7 +1019,7 @@ impl Source {
         );
         self.watch = watch;
         self.link.go_on(out, hangup, carrier);
-        serving.connected_again(&missing)?;
+        serving.connected_again(&missing, late_known)?;
         let to_events = self.event_sender.clone();
         spawn("xenfold-back", move || read_frames(reader, &to_events))?;
         Ok(())

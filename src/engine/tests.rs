@@ -63,6 +63,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
         key,
         speaks_contents: false,
         late: false,
+        early: None,
         contents: None,
         link: None,
         patience: std::time::Duration::from_secs(60),

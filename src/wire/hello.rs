@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use serde::{Deserialize, Serialize};
 
 use super::frame::{WireError, read_up_to};
-use crate::page::ContentKey;
+use crate::page::{ContentKey, Pfn};
 
 /// The newest protocol version spoken here.
 pub const VERSION_MAX: u16 = 1;
@@ -38,6 +38,12 @@ pub struct Hello {
     pub late: bool,
     /// Destination: why it cannot.
     pub late_missing: String,
+    /// Late pages may be named by a content that the destination holds. Both: they know such rows.
+    pub late_known: bool,
+    /// Source: what is needed to take late pages out of the guest while it still runs there, where that can be done.
+    pub early: Option<EarlyOut>,
+    /// Destination: it does so.
+    pub takes_early: bool,
     /// Source: what proves that a new connection is this source's, when this one is lost while pages follow the guest: 32
     /// hexadecimal digits by chance.
     pub rejoin_token: Option<String>,
@@ -53,6 +59,38 @@ pub struct Hello {
     pub timeout_s: u32,
 }
 
+/// The most pages of which a guest's early ones are noted: 1 TiB.
+const MAX_EARLY_PAGES: u64 = 1 << 28;
+
+/// The most pages that are never early.
+const MAX_NEVER: usize = 64;
+
+/// What the destination has to know of the guest to take late pages out of it before it is suspended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EarlyOut {
+    /// The page for the ring (HVM_PARAM_PAGING_RING_PFN), which otherwise comes with the last records.
+    pub ring_page: u64,
+    /// How many pages the guest has, and their highest number.
+    pub pages: u64,
+    pub highest_page: u64,
+    /// Pages to which Xen's toolstack writes by itself.
+    pub never: Vec<u64>,
+}
+
+impl EarlyOut {
+    /// One more than the highest page that may be early.
+    pub fn bound(&self) -> u64 {
+        self.highest_page.saturating_add(1).min(MAX_EARLY_PAGES)
+    }
+
+    /// Pages that may not be.
+    pub fn never(&self) -> impl Iterator<Item = Pfn> + '_ {
+        let never = self.never.iter().take(MAX_NEVER);
+        never.chain([&self.ring_page]).filter_map(|pfn| Pfn::new(*pfn))
+    }
+}
+
 /// What two hellos come to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreement {
@@ -61,6 +99,10 @@ pub struct Agreement {
     pub contents: bool,
     /// Pages may follow the guest.
     pub late: bool,
+    /// Late pages may be named by content.
+    pub late_known: bool,
+    /// Those that are late already go out of the guest under construction while it still runs at the source.
+    pub early: bool,
     /// A connection that is lost while they do is set up again; with this token.
     pub rejoin: Option<String>,
     pub peer: Hello,
@@ -159,6 +201,7 @@ impl Hello {
             .map_err(|_| WireError::BadHello("its options are not the JSON expected"))?;
         let contents = self.contents && peer.contents && (self.paces || peer.paces);
         let late = self.late && peer.late;
+        let early = self.early.is_some() && peer.takes_early || self.takes_early && peer.early.is_some();
         let token = match (&self.rejoin_token, &peer.rejoin_token) {
             (Some(token), None) if peer.rejoins => Some(token),
             (None, Some(token)) if self.rejoins => Some(token),
@@ -169,6 +212,8 @@ impl Hello {
             version,
             contents,
             late,
+            late_known: late && contents && self.late_known && peer.late_known,
+            early: late && early,
             rejoin,
             peer,
         })
@@ -201,6 +246,8 @@ mod tests {
                 version: VERSION_MAX,
                 contents: false,
                 late: false,
+                late_known: false,
+                early: false,
                 rejoin: None,
                 peer: hello
             }
@@ -232,6 +279,33 @@ mod tests {
             ..source(token)
         };
         assert_eq!(agreed(&destination(true), &early), None, "nothing follows");
+    }
+
+    #[test]
+    fn pages_go_out_early_where_both_can() {
+        let source = Hello {
+            late: true,
+            early: Some(EarlyOut {
+                ring_page: 9,
+                highest_page: u64::MAX,
+                never: vec![3; 1000],
+                ..EarlyOut::default()
+            }),
+            ..Hello::default()
+        };
+        let destination = |late, takes_early| Hello {
+            late,
+            takes_early,
+            ..Hello::default()
+        };
+        let agreed = |here: &Hello, there: &Hello| here.agree(&mut &written(there)[..]).unwrap().early;
+        for (late, takes_early) in [(true, true), (false, true), (true, false)] {
+            let destination = destination(late, takes_early);
+            let both = (agreed(&source, &destination), agreed(&destination, &source));
+            assert_eq!(both, (late && takes_early, late && takes_early));
+        }
+        let early = source.early.unwrap();
+        assert_eq!((early.bound(), early.never().count()), (MAX_EARLY_PAGES, MAX_NEVER + 1));
     }
 
     #[test]

@@ -28,12 +28,15 @@ pub enum LateRow {
     Gone,
     /// What the page with this number holds, if it still holds what hashes to this.
     Same(ContentId, Pfn),
+    /// A content that the destination seems to hold elsewhere.
+    Known(ContentId),
 }
 
 const FULL: u64 = 0;
 const ZERO: u64 = 1;
 const GONE: u64 = 2;
 const SAME: u64 = 3;
+const KNOWN: u64 = 4;
 
 /// The body of a Late frame.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,6 +58,7 @@ impl<'a> LatePages<'a> {
                 LateRow::Zero => (ZERO, None, None),
                 LateRow::Gone => (GONE, None, None),
                 LateRow::Same(id, other) => (SAME, Some(id), Some(other)),
+                LateRow::Known(id) => (KNOWN, Some(id), None),
             };
             head.extend_from_slice(&(kind << KIND_SHIFT | pfn.get()).to_le_bytes());
             id.iter().for_each(|id| head.extend_from_slice(&id.0));
@@ -98,6 +102,7 @@ impl<'a> LatePages<'a> {
                     let other = take::<8>(&mut rest).map(u64::from_le_bytes).and_then(page);
                     LateRow::Same(id, other.ok_or(bad("a page number is too large or missing"))?)
                 }
+                KNOWN => LateRow::Known(id()?),
                 _ => return Err(bad("a page is of an unknown kind")),
             };
             pages.push((pfn, row));
@@ -212,6 +217,7 @@ mod tests {
             any::<[u8; 16]>().prop_map(|id| LateRow::Full(ContentId(id))),
             Just(LateRow::Zero),
             Just(LateRow::Gone),
+            any::<[u8; 16]>().prop_map(|id| LateRow::Known(ContentId(id))),
             (any::<[u8; 16]>(), 0..=PFN_MASK).prop_map(|(id, other)| LateRow::Same(ContentId(id), pfn(other))),
         ]
     }
@@ -223,18 +229,21 @@ mod tests {
                 (pfn(0x12), LateRow::Full(ContentId([0xaa; 16]))),
                 (pfn(0x13), LateRow::Zero),
                 (pfn(0x15), LateRow::Same(ContentId([0xbb; 16]), pfn(0x10))),
+                (pfn(0x16), LateRow::Known(ContentId([0xcc; 16]))),
             ],
             codec: 2,
             block: b"block",
         };
         let body = pages.parts(|parts| parts.concat());
-        let mut expected = vec![3, 0, 0, 0, 2, 0, 0, 0];
+        let mut expected = vec![4, 0, 0, 0, 2, 0, 0, 0];
         expected.extend([0x12, 0, 0, 0, 0, 0, 0, 0]);
         expected.extend([0xaa; 16]);
         expected.extend([0x13, 0, 0, 0, 0, 0, 0, 0x10]);
         expected.extend([0x15, 0, 0, 0, 0, 0, 0, 0x30]);
         expected.extend([0xbb; 16]);
         expected.extend([0x10, 0, 0, 0, 0, 0, 0, 0]);
+        expected.extend([0x16, 0, 0, 0, 0, 0, 0, 0x40]);
+        expected.extend([0xcc; 16]);
         expected.extend(b"block");
         assert_eq!(body, expected);
         let asked = [

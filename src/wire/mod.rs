@@ -11,6 +11,6 @@ mod message;
 
 pub use contents::{Contents, Held, Need, have_bodies};
 pub use frame::{FRAME_HEADER_BYTES, Frame, FrameReader, FrameWriter, Kind, MAX_FRAME_BODY, WireError};
-pub use hello::{Agreement, Hello, VERSION_MAX, VERSION_MIN};
+pub use hello::{Agreement, EarlyOut, Hello, VERSION_MAX, VERSION_MIN};
 pub use late::{LatePages, LateRow, MAX_LATE_PAGES, MAX_WANTS, missing, missing_bodies, want_body, wants};
 pub use message::{Block, End, Rows, Verdict, from_json, u32_body, u64_body};

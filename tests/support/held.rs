@@ -1,4 +1,6 @@
 //! Contents that a host holds, with faults: some have changed since, some are gone.
+#![allow(dead_code, reason = "each integration test uses its own part of this")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

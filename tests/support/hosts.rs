@@ -28,7 +28,7 @@ use xenfold::engine::{
 };
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 use xenfold::report::Figures;
-use xenfold::wire::{FrameReader, Hello, Kind};
+use xenfold::wire::{EarlyOut, FrameReader, Hello, Kind};
 
 /// Longer than anything here takes; whoever is not done then hangs.
 pub const DEADLINE: Duration = Duration::from_secs(30);
@@ -134,6 +134,7 @@ struct ReceivingXl {
     /// Bytes of the stream taken.
     taken: u64,
     verifying: bool,
+    filled: Option<Box<dyn Fn(u64) + Send>>,
     started: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -252,6 +253,11 @@ impl ReceivingXl {
         let (count, rest) = body.split_first_chunk::<4>()?;
         let list = (u32::from_le_bytes(*count) as usize).checked_mul(8)?;
         let (list, mut pages) = rest.get(4..)?.split_at_checked(list)?;
+        if let Some(filled) = &self.filled {
+            let entries = list.as_chunks().0.iter().map(|entry| u64::from_le_bytes(*entry));
+            let with_data = entries.filter(|entry| entry >> 60 < 0xd);
+            with_data.for_each(|entry| filled(entry & 0xf_ffff_ffff_ffff));
+        }
         let mut image = self.image.lock();
         for entry in list
             .chunks_exact(8)
@@ -532,6 +538,12 @@ pub struct Plan {
     pub image: Image,
     /// With what the destination leaves pages behind.
     pub paging: Option<Box<dyn GuestPaging>>,
+    /// With what the source lets it do so before the guest is suspended.
+    pub early: Option<EarlyOut>,
+    /// Late pages may be named by their content.
+    pub late_known: bool,
+    /// Called for each page that the receiving xl's helper fills.
+    pub filled: Option<Box<dyn Fn(u64) + Send>>,
     /// Called when the receiving xl starts the guest.
     pub started: Option<Box<dyn FnOnce() + Send>>,
     pub hooks: Hooks,
@@ -623,6 +635,9 @@ impl Plan {
             bandwidth: None,
             image: Image::default(),
             paging: None,
+            early: None,
+            late_known: true,
+            filled: None,
             started: None,
             hooks: Box::new(|_| (pass(), pass())),
             again: None,
@@ -845,6 +860,8 @@ pub fn migrate(plan: Plan) -> Outcome {
         verify: plan.verify,
         late: plan.holding.as_ref().is_some_and(|holding| holding.behind.is_some()),
         contents: plan.speak_contents[0],
+        early: plan.early,
+        late_known: plan.late_known,
         rejoin_token: connect.is_some().then(|| TOKEN.into()),
         ..Hello::default()
     }
@@ -906,6 +923,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         image: image.clone(),
         received: received.clone(),
         started: plan.started,
+        filled: plan.filled,
         dies: plan.destination_dies,
         start_status: plan.start_status,
         apply_delay: plan.apply_delay,
@@ -932,6 +950,8 @@ pub fn migrate(plan: Plan) -> Outcome {
     let hello = Hello {
         program: "destination".into(),
         late: plan.paging.is_some(),
+        takes_early: plan.paging.is_some(),
+        late_known: plan.late_known,
         frames: plan.frames,
         window_rows: plan.window_rows as u32,
         contents: plan.speak_contents[1],
@@ -1060,6 +1080,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
     let (stdout, from_xl, _) = pipe(64 << 10);
     let (image, received) = (Image::default(), Arc::new(Mutex::new(Vec::new())));
     let xl = ReceivingXl {
+        filled: None,
         stdin,
         stdout,
         image: image.clone(),

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use xenfold::engine::{DirtyLog, FrameError, FrameSource};
 use xenfold::page::{PAGE_SIZE, Pfn};
 use xenfold::page_set::PageSet;
+use xenfold::policy::{HoldPolicy, Outlook};
 
 use crate::support::{Batch, Guest, Start, StreamSpec, build_stream};
 
@@ -91,6 +92,48 @@ impl Memory {
     pub fn page(&self, page: u64) -> Option<Vec<u8>> {
         let content = (*self.pages.get(page as usize)?)?;
         Some(content.to_le_bytes().repeat(PAGE_SIZE / 8))
+    }
+}
+
+/// Holds and releases as the dice say.
+pub struct Anything {
+    pub dice: Dice,
+    pub hold_percent: u64,
+    pub release_percent: u64,
+    pub stay_percent: u64,
+    /// Pages it was asked about since the last release.
+    pub asked: Vec<Pfn>,
+}
+
+impl HoldPolicy for Anything {
+    fn sampled(&mut self, _: &PageSet) {}
+
+    fn hold(&mut self, _: Duration, pfns: &[Pfn], _: Option<&PageSet>) -> Vec<bool> {
+        self.asked.extend(pfns);
+        pfns.iter().map(|_| self.dice.throw(100) < self.hold_percent).collect()
+    }
+
+    fn sent(&mut self, _: Duration, _: u64, _: u64) {}
+
+    fn release(&mut self, limit: usize) -> Vec<Pfn> {
+        let all: Vec<Pfn> = self.asked.drain(..).collect();
+        let released = all.into_iter().filter(|_| self.dice.throw(100) < self.release_percent);
+        released.take(limit).collect()
+    }
+
+    fn outlook(&self, _: Duration) -> Option<Outlook> {
+        Some(Outlook {
+            downtime: Duration::from_millis(700),
+            dirty_pages_rate: 10.0,
+            sent_pages_rate: 100_000.0,
+            page_wire_bytes: 4096.0,
+        })
+    }
+
+    fn looked(&mut self, _: Duration, _: &PageSet) {}
+
+    fn stays(&mut self, pfns: &[Pfn], _: Duration, _: u64) -> Vec<bool> {
+        pfns.iter().map(|_| self.dice.throw(100) < self.stay_percent).collect()
     }
 }
 

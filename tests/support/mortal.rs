@@ -12,6 +12,7 @@ use xenfold::late::Saving;
 use xenfold::late::journal::Noted;
 use xenfold::page::{PAGE_SIZE, Pfn};
 use xenfold::page_set::PageSet;
+use xenfold::wire::EarlyOut;
 
 type Will = Box<dyn FnOnce() + Send>;
 
@@ -84,6 +85,14 @@ pub struct Handled<P> {
 impl<P: GuestPaging> GuestPaging for Handled<P> {
     fn enable(&mut self) -> Result<(), FrameError> {
         self.paging.enable()
+    }
+
+    fn enable_early(&mut self, source: &EarlyOut) -> Result<bool, FrameError> {
+        self.paging.enable_early(source)
+    }
+
+    fn secure(&mut self) -> Result<(), FrameError> {
+        self.paging.secure()
     }
 
     fn evict(&mut self, pfns: &[Pfn]) -> Result<Vec<bool>, FrameError> {

@@ -11,6 +11,7 @@ use parking_lot::{Condvar, Mutex};
 use xenfold::engine::{FrameError, GuestPaging, Notices, PageRequest};
 use xenfold::late::{Asking, Saving};
 use xenfold::page::{PAGE_SIZE, Pfn};
+use xenfold::wire::EarlyOut;
 
 use crate::hosts::Image;
 use crate::living::Dice;
@@ -60,6 +61,10 @@ struct State {
     touches: u64,
     /// Another program saves the guest.
     save: Option<Saved>,
+    /// How often it was tried to begin early, pages that came back in the stream, and whether that is over.
+    early_tries: u32,
+    came_back: u64,
+    sealed: bool,
     saving: Saving,
 }
 
@@ -249,6 +254,19 @@ impl Paged {
         (state.evicted.len(), state.off || !state.enabled, state.paused > 0)
     }
 
+    /// xl's helper fills a page. One that is out would hold it up for ever.
+    pub fn filled(&self, page: u64) {
+        let mut state = self.0.state.lock();
+        if state.evicted.contains(&page) {
+            state.wrong.push(format!("xl was given page {page}, which is out"));
+        }
+    }
+
+    /// How many pages were put back while the stream came.
+    pub fn came_back(&self) -> u64 {
+        self.0.state.lock().came_back
+    }
+
     pub fn is_gone(&self) -> bool {
         self.0.state.lock().gone
     }
@@ -279,12 +297,34 @@ impl GuestPaging for Paged {
         Ok(())
     }
 
+    fn enable_early(&mut self, source: &EarlyOut) -> Result<bool, FrameError> {
+        let mut state = self.0.state.lock();
+        assert!(source.bound() > 0);
+        state.early_tries += 1;
+        if state.early_tries < 2 {
+            return Ok(false);
+        }
+        drop(state);
+        self.enable()?;
+        Ok(true)
+    }
+
+    fn secure(&mut self) -> Result<(), FrameError> {
+        Ok(())
+    }
+
     fn evict(&mut self, pfns: &[Pfn]) -> Result<Vec<bool>, FrameError> {
         let mut state = self.0.state.lock();
+        if !state.enabled {
+            state.wrong.push("a page was taken out, and paging is off".into());
+        }
         let busy = state.faults.busy;
         let out = |pfn: &Pfn| busy == 0 || !pfn.get().is_multiple_of(busy);
         for pfn in pfns.iter().filter(|pfn| out(pfn)) {
-            state.evicted.insert(pfn.get());
+            if !state.evicted.insert(pfn.get()) {
+                state.wrong.push(format!("{pfn} was taken out twice"));
+            }
+            state.loads.remove(&pfn.get());
             self.0.image.lock().remove(&pfn.get());
         }
         Ok(pfns.iter().map(out).collect())
@@ -303,6 +343,7 @@ impl GuestPaging for Paged {
         let mut state = self.0.state.lock();
         // One that is there is left alone.
         if state.evicted.remove(&pfn.get()) {
+            state.came_back += u64::from(!state.sealed);
             self.0.image.lock().insert(pfn.get(), page.to_vec());
             *state.loads.entry(pfn.get()).or_default() += 1;
         }
@@ -331,6 +372,7 @@ impl GuestPaging for Paged {
     }
 
     fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError> {
+        self.0.state.lock().sealed = true;
         Ok(Box::new(self.clone()))
     }
 

@@ -105,6 +105,8 @@ pub struct DomainInfo {
     pub shared_pages: u64,
     /// Pages evicted by mem_paging. A migration or save of a domain that has any loses them.
     pub paged_pages: u64,
+    /// Pages that are kept back of the host's memory for it.
+    pub claimed_pages: u64,
     /// `None` before the domain has got virtual CPUs.
     pub max_vcpu_id: Option<u32>,
     pub cpu_time_ns: u64,
@@ -143,6 +145,7 @@ impl DomainInfo {
             max_pages: raw.max_pages,
             shared_pages: raw.shr_pages,
             paged_pages: raw.paged_pages,
+            claimed_pages: raw.outstanding_pages,
             max_vcpu_id: (raw.max_vcpu_id != u32::MAX).then_some(raw.max_vcpu_id),
             cpu_time_ns: raw.cpu_time,
         })
@@ -156,6 +159,7 @@ pub mod hvm_param {
     pub const STORE_PFN: u32 = ctrl::HVM_PARAM_STORE_PFN;
     pub const IOREQ_PFN: u32 = ctrl::HVM_PARAM_IOREQ_PFN;
     pub const BUFIOREQ_PFN: u32 = ctrl::HVM_PARAM_BUFIOREQ_PFN;
+    pub const VIRIDIAN: u32 = ctrl::HVM_PARAM_VIRIDIAN;
     pub const IDENT_PT: u32 = ctrl::HVM_PARAM_IDENT_PT;
     pub const CONSOLE_PFN: u32 = ctrl::HVM_PARAM_CONSOLE_PFN;
     pub const PAGING_RING_PFN: u32 = ctrl::HVM_PARAM_PAGING_RING_PFN;
@@ -353,6 +357,14 @@ impl Xenctrl {
         let status = unsafe { get(self.handle.as_ptr(), domid.get(), index, &mut value) };
         check("xc_hvm_param_get", domid, status)?;
         Ok(value)
+    }
+
+    /// Sets an HVM parameter of an HVM or PVH domain.
+    pub fn set_hvm_param(&self, domid: DomId, index: u32, value: u64) -> Result<(), XenError> {
+        let set = symbol!(self.handle.library, xc_hvm_param_set);
+        // SAFETY: the handle is open; the other arguments are numbers.
+        let status = unsafe { set(self.handle.as_ptr(), domid.get(), index, value) };
+        check("xc_hvm_param_set", domid, status)
     }
 
     /// Frames of the domain that are populated on demand and have not been yet. **Mapping such a frame populates it, and

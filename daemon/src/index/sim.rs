@@ -177,6 +177,7 @@ pub fn guest(number: u32, uuid: u8, name: &str, pages: impl IntoIterator<Item = 
                 max_pages: frames.len() as u64,
                 shared_pages: 0,
                 paged_pages: 0,
+                claimed_pages: 0,
                 max_vcpu_id: Some(0),
                 cpu_time_ns: 1,
             },
