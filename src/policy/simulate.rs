@@ -307,7 +307,8 @@ impl<'a> World<'a> {
     fn rounds(&mut self, limits: RoundLimits, filter: &mut Filter, carried: &[Pfn], held: &PageSet) {
         let mut rounds = Rounds::new(limits, self.trace.bound());
         let mut looked = None;
-        while rounds.goes_on(self.time(), filter.expected_downtime(self.time())) {
+        let wait = Duration::from_secs_f64(self.peek_every);
+        while rounds.goes_on(self.time(), &filter.outlook(self.time()), wait) {
             self.pass_time(self.peek_every);
             let dirty = self.dirty.clone();
             filter.looked(self.time(), &dirty);
