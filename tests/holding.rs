@@ -143,7 +143,7 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
         out.write_all(&behind)
     };
     let policy: Box<dyn HoldPolicy> = if case.forecast {
-        Box::new(Forecast::new(case.pages as u64, case.pages as u64, SAMPLE))
+        Box::new(Forecast::new(case.pages as u64, case.pages as u64, SAMPLE, None))
     } else {
         Box::new(Anything {
             dice: Dice(case.seed ^ 5),

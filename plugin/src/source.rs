@@ -455,7 +455,7 @@ impl Agent<'_> {
         let opened = GuestWrites::open(guest).and_then(|log| Ok((log, GuestFrames::open(domain.clone())?)));
         match opened {
             Ok((log, frames)) => Some(Holding {
-                policy: Box::new(Forecast::new(log.bound(), guest_pages, SAMPLE)),
+                policy: Box::new(Forecast::new(log.bound(), guest_pages, SAMPLE, None)),
                 log: Box::new(log),
                 frames: Box::new(frames),
                 // A pipe whose size is not known holds no more than the largest that anybody may have.
