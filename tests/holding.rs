@@ -196,6 +196,34 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
 }
 
 #[test]
+fn what_is_learnt_reaches_hosts_that_keep_it() {
+    for keeps_model in [true, false] {
+        let outcome = migrate(Plan {
+            model: Some(b"of the guest's writes".to_vec()),
+            keeps_model,
+            ..Plan::new(support::build_stream(&support::StreamSpec::default()))
+        });
+        assert!(
+            matches!(outcome.ending, Ending::Completed { status: 0 }),
+            "{:?}",
+            outcome.ending
+        );
+        let expected = keeps_model.then(|| b"of the guest's writes".to_vec());
+        assert_eq!(outcome.model, expected);
+    }
+}
+
+#[test]
+fn nothing_learnt_reaches_a_host_that_does_not_get_the_guest() {
+    let outcome = migrate(Plan {
+        model: Some(b"of the guest's writes".to_vec()),
+        start_status: 1,
+        ..Plan::new(support::build_stream(&support::StreamSpec::default()))
+    });
+    assert!(matches!(outcome.ending, Ending::SourceOwns(_)), "{:?}", outcome.ending);
+}
+
+#[test]
 fn memory_is_right_whatever_is_held() {
     let cases = std::env::var("XENFOLD_CASES").ok().and_then(|cases| cases.parse().ok());
     let mut runner = TestRunner::new(Config {

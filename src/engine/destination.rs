@@ -111,6 +111,8 @@ pub struct DestinationSetup {
     pub hello: Hello,
     /// Called once a second while pages follow the guest, with the newest figures.
     pub watching: Option<Watching>,
+    /// Called at the end with what the source has learnt of how the guest writes, as it came, for the guest's next migration.
+    pub keep_model: Option<KeepModel>,
     /// Called before xl is told to go, to note it where it is found again whatever becomes of the two agents.
     pub before_go: Box<dyn FnOnce() -> io::Result<()> + Send>,
     /// The caller's name, and its processor time and peak memory (ms, bytes) when asked at the end.
@@ -121,6 +123,9 @@ pub struct DestinationSetup {
 /// Begins to wait for connections of a source that lost its own; each goes into the channel. What it returns ends that
 /// when it is dropped.
 pub type Listen = Box<dyn FnOnce(Sender<LinkEnds>) -> io::Result<Box<dyn Send>> + Send>;
+
+/// Keeps a model of the guest's writes ([`crate::policy::Kept`]), which nobody has checked.
+pub type KeepModel = Box<dyn FnOnce(&[u8]) + Send>;
 
 /// Hears how the late pages are.
 pub type Watching = Box<dyn FnMut(&LateFigures) + Send>;
@@ -151,6 +156,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         journal,
         hello,
         watching,
+        keep_model,
         before_go,
         program,
         usage,
@@ -189,7 +195,9 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         listen,
         joining,
     });
+    let model = Arc::new(Mutex::new(None));
     let frames = Arriving {
+        model: model.clone(),
         link: link.clone(),
         events: event_sender,
         landing: landing.clone(),
@@ -255,6 +263,10 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     {
         contents.save_image(&ids);
     }
+    let model = model.lock().take().filter(|_| result.is_ok());
+    if let (Some(keep_model), Some(model)) = (keep_model, model) {
+        keep_model(&model);
+    }
     result.map(|()| status)
 }
 
@@ -309,6 +321,7 @@ pub fn rebuild(
         joined: None,
         watch: None,
         heard: bounded(1).0,
+        model: Arc::default(),
     };
     spawn("xenfold-frames", move || frames.read(reader, receiving))?;
     let destination = Destination {

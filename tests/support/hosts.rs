@@ -48,6 +48,7 @@ pub mod kind {
     pub const LATE: u16 = 8;
     pub const REJOIN: u16 = 9;
     pub const DONE: u16 = 10;
+    pub const MODEL: u16 = 11;
     pub const XL: u16 = 16;
     pub const VERDICT: u16 = 17;
     pub const FIGURES: u16 = 18;
@@ -525,6 +526,9 @@ pub struct Plan {
     pub live: Option<Live>,
     /// With what the source holds pages back.
     pub holding: Option<Holding>,
+    /// What the source has learnt of the guest's writes, and whether the destination keeps it.
+    pub model: Option<Vec<u8>>,
+    pub keeps_model: bool,
     /// What the receiving xl has built.
     pub image: Image,
     /// With what the destination leaves pages behind.
@@ -617,6 +621,8 @@ impl Plan {
             contents: [None, None],
             live: None,
             holding: None,
+            model: None,
+            keeps_model: true,
             image: Image::default(),
             paging: None,
             started: None,
@@ -653,6 +659,8 @@ pub struct Outcome {
     pub given_up: bool,
     /// Strangers that were told to go away.
     pub refused: usize,
+    /// What the destination keeps of the guest's writes.
+    pub model: Option<Vec<u8>>,
 }
 
 impl Outcome {
@@ -846,7 +854,7 @@ pub fn migrate(plan: Plan) -> Outcome {
     }
     .with_key(&key());
     let [source_contents, destination_contents] = plan.contents;
-    let holding = plan.holding;
+    let (holding, model) = (plan.holding, plan.model);
     let (noted, timeout, ended) = (figures.clone(), plan.timeout, link.clone());
     let (source_life, follower) = plan.source_agent.unzip();
     if let Some(agent) = &source_life {
@@ -872,6 +880,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                     frames: None,
                     verify: false,
                     holding,
+                    learnt: model.map(|model| Box::new(move || Some(model)) as source::Learnt),
                     bandwidth: None,
                     contents: source_contents,
                     connect,
@@ -933,9 +942,12 @@ pub fn migrate(plan: Plan) -> Outcome {
         contents: plan.speak_contents[1],
         paces: plan.speak_contents[1],
         rejoins: listen.is_some(),
+        keeps_model: plan.keeps_model,
         ..Hello::default()
     };
     let paging = plan.paging;
+    let kept = Arc::new(Mutex::new(None));
+    let keeping = kept.clone();
     let (journal, gave_up) = (plan.journal, Arc::new(AtomicBool::new(false)));
     let (giving_up, ended) = (gave_up.clone(), link);
     let watched = stdin_pipe.clone();
@@ -968,6 +980,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                 journal,
                 hello: hello.clone(),
                 watching: None,
+                keep_model: Some(Box::new(move |model| *keeping.lock() = Some(model.to_vec()))),
                 before_go: Box::new(|| Ok(())),
                 program: "test".into(),
                 usage: || (1, 2),
@@ -998,7 +1011,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         _ => wait(&destination, deadline, "the destination's agent"),
     };
     let destination_xl = plan.destination_xl.lock().take();
-    let received = received.lock().clone();
+    let (received, model) = (received.lock().clone(), kept.lock().take());
     let (image, figures) = (image.lock().clone(), figures.lock().clone());
     Outcome {
         ending,
@@ -1011,6 +1024,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         elapsed: start.elapsed(),
         given_up: gave_up.load(Ordering::SeqCst),
         refused: refused.load(Ordering::SeqCst),
+        model,
     }
 }
 
@@ -1089,6 +1103,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         journal: None,
         hello: Hello::default(),
         watching: None,
+        keep_model: None,
         before_go: Box::new(|| Ok(())),
         program: "test".into(),
         usage: || (0, 0),
