@@ -434,6 +434,8 @@ fn ours(trace: &Trace, conditions: &Conditions, model: Option<Model>) -> (Outcom
                     Err(_) => held.borrow_mut().remove(pfn),
                 }
                 go.push(pfn);
+                // xl does not know that it went.
+                world.ahead.insert(pfn);
             }
             world.send_live(&go);
             let bytes = world.sent_pages * PAGE_SIZE as u64;
