@@ -43,6 +43,9 @@ const FADE: f32 = 0.5;
 /// An age: seconds since a page's last write. Pages that have not been seen written are [`NEVER`] years old.
 pub const NEVER: f64 = 1e9;
 
+const FRACTION_BITS: u32 = f64::MANTISSA_DIGITS - 1;
+const FRACTION: u64 = (1 << FRACTION_BITS) - 1;
+
 /// The bin of an age.
 pub fn bin(age: f64) -> usize {
     // The place of the highest of the bits and the upper half of a doubling: this is asked for each page.
@@ -50,8 +53,9 @@ pub fn bin(age: f64) -> usize {
     if steps < 1.0 {
         return 0;
     }
-    let doublings = (steps.to_bits() >> (f64::MANTISSA_DIGITS - 1)) as usize + 1 - f64::MAX_EXP as usize;
-    let upper = steps / f64::powi(2.0, doublings as i32) >= std::f64::consts::SQRT_2;
+    let bits = steps.to_bits();
+    let doublings = (bits >> FRACTION_BITS) as usize + 1 - f64::MAX_EXP as usize;
+    let upper = bits & FRACTION >= std::f64::consts::SQRT_2.to_bits() & FRACTION;
     (1 + 2 * doublings + usize::from(upper)).min(BINS - 1)
 }
 
