@@ -111,6 +111,8 @@ pub struct BalloonFigures {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HoldingFigures {
+    /// Pages that earlier migrations of the guest have seen written.
+    pub known_pages: u64,
     /// Pages with data in xl's stream, those that did not travel among them.
     pub pages_from_xl: u64,
     /// How often one of them was held back.

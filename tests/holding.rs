@@ -100,7 +100,7 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
         out.write_all(&behind)
     };
     let policy: Box<dyn HoldPolicy> = if case.forecast {
-        Box::new(Forecast::new(case.pages as u64, case.pages as u64, SAMPLE))
+        Box::new(Forecast::new(case.pages as u64, case.pages as u64, SAMPLE, None))
     } else {
         Box::new(Anything {
             dice: Dice(case.seed ^ 5),
@@ -150,6 +150,34 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
         ));
     }
     Ok((outcome, memory.peeks))
+}
+
+#[test]
+fn what_is_learnt_reaches_hosts_that_keep_it() {
+    for keeps_model in [true, false] {
+        let outcome = migrate(Plan {
+            model: Some(b"of the guest's writes".to_vec()),
+            keeps_model,
+            ..Plan::new(support::build_stream(&support::StreamSpec::default()))
+        });
+        assert!(
+            matches!(outcome.ending, Ending::Completed { status: 0 }),
+            "{:?}",
+            outcome.ending
+        );
+        let expected = keeps_model.then(|| b"of the guest's writes".to_vec());
+        assert_eq!(outcome.model, expected);
+    }
+}
+
+#[test]
+fn nothing_learnt_reaches_a_host_that_does_not_get_the_guest() {
+    let outcome = migrate(Plan {
+        model: Some(b"of the guest's writes".to_vec()),
+        start_status: 1,
+        ..Plan::new(support::build_stream(&support::StreamSpec::default()))
+    });
+    assert!(matches!(outcome.ending, Ending::SourceOwns(_)), "{:?}", outcome.ending);
 }
 
 #[test]

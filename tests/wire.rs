@@ -8,9 +8,14 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::time::Duration;
 use support::{Batch, Guest, Mix, PAGE, Rng, Start, StreamSpec, build_stream, rebuild};
 use xenfold::codec::{CodecError, Compressor, Decompressor, Level, MAX_ROWS, Row, rows};
 use xenfold::page::{ContentId, ContentKey, Pfn};
+use xenfold::page_set::PageSet;
+use xenfold::policy::Kept;
+use xenfold::policy::filter::Filter;
+use xenfold::policy::model::Builder;
 use xenfold::wire::{Frame, FrameReader, FrameWriter, Hello, Kind, LateRow, MAX_FRAME_BODY, Rows, WireError};
 
 /// Cases of each property: `XENFOLD_CASES`, else the 10,000 that CI runs.
@@ -613,6 +618,40 @@ fn the_format_of_another_connection_has_not_changed() {
         xenfold::wire::missing_bodies(pages),
         std::slice::from_ref(&missing.body)
     );
+}
+
+/// What a source has learnt of a guest that writes page 3 all the time and a region of 4 pages by turns with another.
+fn learnt() -> Kept {
+    let mut builder = Builder::new(1024, 1024, Duration::from_millis(50));
+    for turn in 0..40 {
+        let mut written = PageSet::new(1024);
+        let first = if turn % 2 == 0 { 8 } else { 100 };
+        written.insert_run(first..first + 4);
+        written.insert_run(3..4);
+        builder.sample(&written);
+    }
+    Filter::new(Some(builder.finish()), 1024, 1024).learnt()
+}
+
+#[test]
+fn the_format_of_a_model_has_not_changed() {
+    let source = golden("wire-v1-model-source.bin", || {
+        let model = learnt().to_bytes().unwrap();
+        let frames = [(kind::GO, GO.to_vec()), (kind::MODEL, model)];
+        numbered(&source_hello(), &frames)
+    });
+    let destination = golden("wire-v1-model-destination.bin", || {
+        numbered(&hello(r#"{"program":"golden","keeps_model":true,"timeout_s":30}"#), &[])
+    });
+    let (hello, frames) = read(&destination);
+    assert!(hello.keeps_model && frames.is_empty());
+    let (hello, frames) = read(&source);
+    assert!(!hello.keeps_model);
+    let kinds: Vec<Kind> = frames.iter().map(|(_, frame)| frame.kind).collect();
+    assert_eq!(kinds, [Kind::Go, Kind::Model]);
+    let kept = Kept::from_bytes(&frames[1].1.body, 1024).unwrap();
+    assert_eq!(kept, learnt());
+    assert_eq!(kept.pages(), 9);
 }
 
 /// The golden wire up to End, as a migration begins.

@@ -11,7 +11,7 @@ use xenfold::control::{
 use xenfold::engine::chain;
 use xenfold::page::{ContentId, Pfn};
 
-use crate::daemon::{Bound, Daemon, store_failed};
+use crate::daemon::{Bound, Daemon, model_failed, store_failed};
 use crate::server::{Connections, MAX_CONNECTIONS};
 use crate::store::{Group, Image};
 use crate::templates;
@@ -87,7 +87,11 @@ impl Connection<'_> {
         let Message { body, payload } = message;
         let takes_payload = matches!(
             body,
-            Request::Want {} | Request::Put {} | Request::Read {} | Request::SaveImage { .. }
+            Request::Want {}
+                | Request::Put {}
+                | Request::Read {}
+                | Request::SaveImage { .. }
+                | Request::SaveModel { .. }
         );
         if !takes_payload && !payload.is_empty() {
             return Err(bad_request("this request has no payload".into()));
@@ -125,6 +129,17 @@ impl Connection<'_> {
             }
             Request::DedupScan { guest_uuid } => {
                 self.daemon.dedup_scan(&guest_uuid)?;
+                Reply::Done { new: 0 }
+            }
+            Request::Model { guest_uuid } => {
+                return Ok(match self.daemon.models.get(&guest_uuid).map_err(model_failed)? {
+                    Some(bytes) => Answer::One(Reply::Part { last: true }, bytes),
+                    None => Answer::One(Reply::None {}, Vec::new()),
+                });
+            }
+            Request::SaveModel { guest_uuid } => {
+                let models = &self.daemon.models;
+                models.set(&guest_uuid, &payload).map_err(model_failed)?;
                 Reply::Done { new: 0 }
             }
             Request::StoreStats {} => Reply::StoreStats(self.daemon.stats()?),

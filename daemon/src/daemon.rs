@@ -11,18 +11,21 @@ use xenfold::engine::chain;
 use crate::index::{self, Host, Index};
 use crate::keys::Keys;
 use crate::membership::{Members, Membership};
+use crate::models::{ModelError, Models};
 use crate::sharing::Hold;
 use crate::store::{Group, HoldNew, Store, StoreError};
 
 /// Where the store is, inside the state folder. Beside it, not inside: groups are folders of the store by their names.
 const STORE: &str = "store";
 const KEYS: &str = "keys";
+const MODELS: &str = "models";
 
 /// One for the process.
 pub struct Daemon {
     members: Arc<Members>,
     store: Result<Store, Absent>,
     index: Result<Arc<Index>, Absent>,
+    pub(crate) models: Models,
     /// Contents that several guests of a group have had become a template.
     pub(crate) auto_template: bool,
     /// Held from finding a group's key to opening the group with it: the store drops what was kept under another key,
@@ -75,6 +78,7 @@ impl Daemon {
             members,
             store,
             index,
+            models: Models::new(state.join(MODELS)),
             auto_template: config.auto_template,
             binding: Mutex::default(),
             started: Instant::now(),
@@ -246,6 +250,17 @@ impl Daemon {
             log::error!("the store cannot be written: {}", chain(&error));
         }
     }
+}
+
+/// The same of a model that cannot be kept or read.
+pub(crate) fn model_failed(error: ModelError) -> Refusal {
+    let code = match error {
+        ModelError::Io { .. } => ErrorCode::Store,
+        _ => ErrorCode::BadRequest,
+    };
+    let message = chain(&error);
+    log::warn!("{message}");
+    Refusal { code, message }
 }
 
 /// What a failing store is to a caller: one thing less to refer to.

@@ -2,7 +2,7 @@
 //! both, inside sharing groups only.
 //!
 //! [`daemon::Daemon`] is what the service knows, [`server::serve`] its loop; `connection` follows one caller,
-//! `membership` decides which group and key a guest has, `keys` keeps the keys, `store` the contents; `index` knows those
+//! `membership` decides which group and key a guest has, `keys` keeps the keys, `store` the contents, `models` what is known of guests' writes; `index` knows those
 //! of running guests, and `sharing` gives equal ones of a group one frame. [`metrics`] tells the figures of all that, [`forsaken`] looks after guests whose pager
 //! was killed. The protocol is the library's ([`xenfold::control`]).
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ mod index;
 mod keys;
 mod membership;
 pub mod metrics;
+mod models;
 pub mod server;
 mod sharing;
 pub mod socket;

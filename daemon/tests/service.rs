@@ -16,6 +16,9 @@ use xenfold::control::{
 };
 use xenfold::migrations::{Migration, figures_path, record_path};
 use xenfold::page::{ContentId, ContentKey, PAGE_SIZE, Pfn};
+use xenfold::page_set::PageSet;
+use xenfold::policy::filter::Filter;
+use xenfold::policy::model::Builder;
 use xenfold::report::Figures;
 
 const GUEST: &str = "00112233-4455-6677-8899-aabbccddeeff";
@@ -231,6 +234,33 @@ fn contents_and_images_outlive_the_daemon() {
     host.start();
     let (mut client, _) = host.opened(GUEST, "guest", None);
     assert!(client.read(&[opened.key.id(&page)]).unwrap()[0].is_some());
+}
+
+/// Of a guest of 64 pages that writes so many of them.
+fn model(pages: u64) -> Vec<u8> {
+    let mut builder = Builder::new(64, 64, Duration::from_millis(50));
+    let mut written = PageSet::new(64);
+    written.insert_run(0..pages);
+    builder.sample(&written);
+    Filter::new(Some(builder.finish()), 64, 64).learnt().to_bytes().unwrap()
+}
+
+#[test]
+fn models_outlive_the_daemon_and_need_no_store() {
+    let mut host = Host::started("store_size = \"0\"");
+    let mut client = host.client();
+    assert_eq!(client.model(GUEST).unwrap(), None);
+    client.save_model(GUEST, &model(3)).unwrap();
+    client.save_model(GUEST, &model(5)).unwrap();
+    assert_eq!(code(client.save_model(GUEST, b"no model")), ErrorCode::BadRequest);
+    assert_eq!(code(client.save_model("../1", &model(3))), ErrorCode::BadRequest);
+    assert_eq!(code(client.model("../1")), ErrorCode::BadRequest);
+    drop(client);
+    host.end(Signal::TERM);
+    host.start();
+    let mut client = host.client();
+    assert_eq!(client.model(GUEST).unwrap(), Some(model(5)));
+    assert_eq!(client.model(OTHER).unwrap(), None);
 }
 
 #[test]

@@ -26,6 +26,7 @@ mod follow;
 pub mod following;
 pub mod guest;
 pub mod job;
+mod model;
 pub mod paging;
 pub mod process;
 pub mod progress;

@@ -356,6 +356,12 @@ pub fn summary(figures: &Figures) -> String {
             holding.peek_time_us / 1000
         ));
     }
+    if holding.known_pages > 0 {
+        text.push_str(&format!(
+            "\n{} pages were known from earlier migrations to be written",
+            holding.known_pages
+        ));
+    }
     if holding.rounds > 0 {
         text.push_str(&format!(
             "\nxl was held for {} rounds, {} ms, and {} pages went ahead of it; expected downtime then {} ms",

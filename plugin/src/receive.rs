@@ -26,7 +26,7 @@ use xenfold::wire::{Agreement, Hello};
 use crate::contents::DaemonContents;
 use crate::guest::{GuestFrames, INCOMING, KnownDomain, name_of};
 use crate::paging::GuestPager;
-use crate::{arrival, process, rejoin, signals, ssh, takeover, usage};
+use crate::{arrival, model, process, rejoin, signals, ssh, takeover, usage};
 
 /// Room in the pipe to xl.
 const PIPE_BYTES: usize = 256 << 10;
@@ -79,6 +79,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         window_rows: WINDOW_ROWS as u32,
         paces: true,
         contents: true,
+        keeps_model: true,
         timeout_s: config.timeout,
         ..Hello::default()
     };
@@ -91,7 +92,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let (xl, xl_pid) = start_xl(&arguments.command, domain.clone())?;
     let source = negotiated.agreement.peer.clone();
     let journal = journal(&negotiated.agreement, &negotiated.key, xl_pid, domain);
-    let arrived = source.clone();
+    let (arrived, uuid) = (source.clone(), source.guest_uuid.clone());
     let arriving = arrival::Arriving::new(&source);
     let figures = arriving.path();
     let setup = DestinationSetup {
@@ -104,6 +105,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         journal,
         hello,
         watching: Some(arriving.watching()),
+        keep_model: Some(Box::new(move |bytes| model::save(&uuid, bytes))),
         before_go: Box::new(move || arrival::note(&arrived.guest_uuid, &arrived.migration)),
         program: xenfold::VERSION.into(),
         usage: usage::cpu_ms_and_peak_rss_bytes,

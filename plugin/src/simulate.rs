@@ -50,6 +50,10 @@ pub struct Arguments {
     /// Milliseconds for which the guest may stand still.
     #[arg(long, value_name = "MS", default_value_t = 300)]
     downtime_limit: u64,
+    /// The guest has been migrated before, at the beginning of the trace, and what that has shown is known. The migration
+    /// begins in the trace's middle.
+    #[arg(long)]
+    known: bool,
     /// Write the figures to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -94,6 +98,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                     downtime: Duration::from_millis(arguments.downtime_limit),
                     ..usual.rounds
                 },
+                known: arguments.known,
+                begins: trace.interval() * (if arguments.known { trace.len() / 2 } else { 0 }) as u32,
                 ..usual
             };
             for run in simulate(&name, link, &trace, &conditions) {
@@ -195,6 +201,7 @@ mod tests {
             seed: 1,
             model: 2,
             peek: None,
+            known: false,
             json: None,
         };
         let error = run(&arguments).unwrap_err();
@@ -219,6 +226,7 @@ mod tests {
             seed: 1,
             model: 2,
             peek: None,
+            known: false,
             json: Some(json.clone()),
         };
         run(&arguments).unwrap();

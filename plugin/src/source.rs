@@ -18,7 +18,7 @@ use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use xen_sys::{DomainInfo, Xenctrl};
 use xenfold::config::NoConvergence;
 use xenfold::control::{ControlError, SOCKET};
-use xenfold::engine::source::{self, Ending, Event, Left, Negotiated, SourceSetup};
+use xenfold::engine::source::{self, Ending, Event, Learnt, Left, Negotiated, SourceSetup};
 use xenfold::engine::{
     Connect, Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, JournalFile, LateJournal,
     LeaveBehind, NOW_PAGES, SAMPLE, chain,
@@ -26,7 +26,7 @@ use xenfold::engine::{
 use xenfold::late::Mode;
 use xenfold::late::journal::Facts;
 use xenfold::page::{ContentKey, PAGE_SIZE};
-use xenfold::policy::Forecast;
+use xenfold::policy::{Forecast, Kept};
 use xenfold::report::Figures;
 use xenfold::wire::{Agreement, Hello, WireError};
 
@@ -39,7 +39,7 @@ use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
 use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
 use crate::writes::GuestWrites;
-use crate::{balloon, follow, following, guest, repair, signals, usage};
+use crate::{balloon, follow, following, guest, model, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
 const HELPER_EVERY: Duration = Duration::from_millis(100);
@@ -317,7 +317,9 @@ impl Agent<'_> {
             figures.mode = mode_name(mode);
             figures.memory_total_bytes / PAGE_SIZE as u64
         };
-        let holding = self.holding(&seen.domain, &from_xl, guest_pages, mode);
+        let (holding, forecast) = self.holding(&seen.domain, &from_xl, guest_pages, mode).unzip();
+        figures.lock().holding.known_pages = forecast.as_ref().map_or(0, Forecast::known_pages);
+        let learning = forecast.clone();
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
             to_xl: Box::new(to_xl),
@@ -326,6 +328,7 @@ impl Agent<'_> {
             frames: self.frames(&seen.domain),
             verify: self.arguments.config.verify,
             holding,
+            learnt: learning.map(|forecast| Box::new(move || bytes_of(&forecast)) as Learnt),
             bandwidth: NonZeroU64::new(self.arguments.config.bandwidth.bytes()),
             contents: self.contents.take(),
             connect: Some(connecting(
@@ -344,7 +347,11 @@ impl Agent<'_> {
         let mut last = figures.lock().clone();
         last.downtime_ms = downtime.map_or(0, |time| time.as_millis() as u64);
         (last.cpu_ms, last.peak_rss_bytes) = usage::cpu_ms_and_peak_rss_bytes();
+        let stays = !matches!(ending, Ending::Completed { .. });
         let status = self.end(ending, &seen, &mut last);
+        if let (Some(guest), Some(bytes)) = (&self.guest, forecast.filter(|_| stays).as_ref().and_then(bytes_of)) {
+            model::save(&guest.uuid, &bytes);
+        }
         self.write_stats(&last);
         // Nobody waits any more, and a later migration of the guest will find what it left.
         left.iter().for_each(Left::save);
@@ -444,7 +451,14 @@ impl Agent<'_> {
     }
 
     /// What is needed to hold pages back. Where something of it is missing, each pass is sent whole.
-    fn holding(&self, domain: &KnownDomain, from_xl: &File, guest_pages: u64, mode: Mode) -> Option<Holding> {
+    /// With what they are chosen by.
+    fn holding(
+        &self,
+        domain: &KnownDomain,
+        from_xl: &File,
+        guest_pages: u64,
+        mode: Mode,
+    ) -> Option<(Holding, Forecast)> {
         let config = &self.arguments.config;
         let leaves = mode.leaves_pages();
         let guest = self.guest.as_ref().filter(|_| config.hold || leaves)?;
@@ -455,31 +469,35 @@ impl Agent<'_> {
             config.model_seconds
         };
         let opened = GuestWrites::open(guest).and_then(|log| Ok((log, GuestFrames::open(domain.clone())?)));
-        match opened {
-            Ok((log, frames)) => Some(Holding {
-                policy: Box::new(Forecast::new(log.bound(), guest_pages, SAMPLE)),
-                log: Box::new(log),
-                frames: Box::new(frames),
-                // A pipe whose size is not known holds no more than the largest that anybody may have.
-                pipe_bytes: fcntl_getpipe_size(from_xl).map_or(MAX_PIPE_BYTES, |bytes| bytes as u64),
-                downtime: DowntimeLimit {
-                    limit: Duration::from_millis(config.downtime_limit.into()),
-                    abort: config.on_no_convergence == NoConvergence::Abort,
-                },
-                max_rounds: config.max_iterations,
-                max_time: (config.max_time > 0).then(|| Duration::from_secs(config.max_time.into())),
-                model_time: Duration::from_secs(model_seconds.into()),
-                behind: leaves.then_some(LeaveBehind {
-                    mode,
-                    now_pages: NOW_PAGES,
-                    announces: false,
-                }),
-            }),
+        let (log, frames) = match opened {
+            Ok(opened) => opened,
             Err(error) => {
                 log::warn!("no page can be held back: {}", chain(&error));
-                None
+                return None;
             }
-        }
+        };
+        let kept = model::load(&guest.uuid, log.bound());
+        let forecast = Forecast::new(log.bound(), guest_pages, SAMPLE, kept);
+        let holding = Holding {
+            policy: Box::new(forecast.clone()),
+            log: Box::new(log),
+            frames: Box::new(frames),
+            // A pipe whose size is not known holds no more than the largest that anybody may have.
+            pipe_bytes: fcntl_getpipe_size(from_xl).map_or(MAX_PIPE_BYTES, |bytes| bytes as u64),
+            downtime: DowntimeLimit {
+                limit: Duration::from_millis(config.downtime_limit.into()),
+                abort: config.on_no_convergence == NoConvergence::Abort,
+            },
+            max_rounds: config.max_iterations,
+            max_time: (config.max_time > 0).then(|| Duration::from_secs(config.max_time.into())),
+            model_time: Duration::from_secs(model_seconds.into()),
+            behind: leaves.then_some(LeaveBehind {
+                mode,
+                now_pages: NOW_PAGES,
+                announces: false,
+            }),
+        };
+        Some((holding, forecast))
     }
 
     /// Starts the threads that wait for signals, for the end of xl, and for its helper.
@@ -639,6 +657,11 @@ impl Agent<'_> {
             say!("xenfold: the figures cannot be written to {}: {error}", path.display());
         }
     }
+}
+
+/// What a migration has taught of the guest's writes, as it is kept.
+fn bytes_of(forecast: &Forecast) -> Option<Vec<u8>> {
+    forecast.learnt().as_ref().and_then(Kept::to_bytes)
 }
 
 /// Runs ssh again, where the destination's agent still holds the guest. `newest`: the ssh of the newest connection.

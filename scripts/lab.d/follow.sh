@@ -74,6 +74,9 @@ follow_says() { on "$1" "grep -q '$2' /root/follow.log" </dev/null; }
 
 follow_count() { on "$1" "grep -c 'connected again after' /root/follow.log || true" </dev/null; }
 
+# Pages come, by what was said last.
+follow_goes_on() { on "$1" "tail -n 1 /root/follow.log | grep -q ': runs on '" </dev/null; }
+
 # Whoever sends the pages on HOST.
 follow_sender() { on "$1" "pgrep -x xenfold-ssh || pgrep -f '^xenfold follow'" </dev/null >/dev/null; }
 
@@ -110,6 +113,11 @@ follow_disturb() { # KIND SECONDS FROM TO
     if ! kill -0 "$migration" 2>/dev/null; then
       # All pages had come before it was noticed; or there was nothing left to go on with.
       say "follow: $kind: the migration was over"
+      return 0
+    fi
+    if [ "$kind" = cut ] && [ $(($(date +%s%3N) - begin)) -gt 15000 ] && follow_goes_on "$from"; then
+      echo "survived 0" >>"$work/done"
+      say "follow: cut: the connection outlived it, $(wc -l <"$work/done") of $wanted"
       return 0
     fi
     [ $(($(date +%s%3N) - begin)) -lt 300000 ] || {

@@ -162,6 +162,24 @@ impl Client {
         }
     }
 
+    /// The bytes of what is kept of a guest's writes ([`crate::policy::Kept`]); `None`: nothing is.
+    pub fn model(&mut self, guest_uuid: &str) -> Result<Option<Vec<u8>>, ControlError> {
+        let mut bytes = Vec::new();
+        let guest_uuid = guest_uuid.into();
+        let there = self.parts("model", &Request::Model { guest_uuid }, |payload| {
+            // One part is as long as a model may be.
+            bytes = payload.to_vec();
+            Ok(())
+        })?;
+        Ok(there.then_some(bytes))
+    }
+
+    /// Keeps such bytes, in the place of what was kept of the guest.
+    pub fn save_model(&mut self, guest_uuid: &str, bytes: &[u8]) -> Result<(), ControlError> {
+        let guest_uuid = guest_uuid.into();
+        self.done("save_model", &Request::SaveModel { guest_uuid }, bytes)
+    }
+
     pub fn status(&mut self) -> Result<Status, ControlError> {
         match self.ask(&Request::Status {}, &[])?.body {
             Reply::Status(status) => Ok(*status),

@@ -70,6 +70,13 @@ pub enum Request {
     DedupScan {
         guest_uuid: String,
     },
+    /// What earlier migrations have taught of a guest's writes.
+    Model {
+        guest_uuid: String,
+    },
+    SaveModel {
+        guest_uuid: String,
+    },
     StoreStats {},
     StoreVerify {},
     StoreGc {},
@@ -118,7 +125,7 @@ pub enum Reply {
         #[serde(default)]
         new: u64,
     },
-    /// A part of holdings or of an image.
+    /// A part of holdings or of an image, or a model.
     Part {
         last: bool,
     },

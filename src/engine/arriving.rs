@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
+use parking_lot::Mutex;
 
 use super::destination::Event;
 use super::error::peer_words;
@@ -28,6 +29,8 @@ pub(super) struct Arriving {
     pub watch: Option<Arc<Watch>>,
     /// Told when the source has heard all.
     pub heard: Sender<()>,
+    /// What the source has learnt of how the guest writes, when it comes.
+    pub model: Arc<Mutex<Option<Vec<u8>>>>,
 }
 
 /// Why a connection is not read any further.
@@ -67,6 +70,11 @@ impl Arriving {
                 }
                 Kind::Done => {
                     self.done();
+                    continue;
+                }
+                // Before GO it is as wrong as any frame that does not belong there.
+                Kind::Model if let_go => {
+                    *self.model.lock() = Some(frame.body);
                     continue;
                 }
                 Kind::Late => {

@@ -112,6 +112,8 @@ pub struct DestinationSetup {
     pub hello: Hello,
     /// Called once a second while pages follow the guest, with the newest figures.
     pub watching: Option<Watching>,
+    /// Called at the end with what the source has learnt of how the guest writes, as it came, for the guest's next migration.
+    pub keep_model: Option<KeepModel>,
     /// Called before xl is told to go, to note it where it is found again whatever becomes of the two agents.
     pub before_go: Box<dyn FnOnce() -> io::Result<()> + Send>,
     /// The caller's name, and its processor time and peak memory (ms, bytes) when asked at the end.
@@ -122,6 +124,9 @@ pub struct DestinationSetup {
 /// Begins to wait for connections of a source that lost its own; each goes into the channel. What it returns ends that
 /// when it is dropped.
 pub type Listen = Box<dyn FnOnce(Sender<LinkEnds>) -> io::Result<Box<dyn Send>> + Send>;
+
+/// Keeps a model of the guest's writes ([`crate::policy::Kept`]), which nobody has checked.
+pub type KeepModel = Box<dyn FnOnce(&[u8]) + Send>;
 
 /// Hears how the late pages are.
 pub type Watching = Box<dyn FnMut(&LateFigures) + Send>;
@@ -152,6 +157,7 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         journal,
         hello,
         watching,
+        keep_model,
         before_go,
         program,
         usage,
@@ -196,7 +202,9 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         listen,
         joining,
     });
+    let model = Arc::new(Mutex::new(None));
     let frames = Arriving {
+        model: model.clone(),
         link: link.clone(),
         events: event_sender,
         landing: landing.clone(),
@@ -264,6 +272,10 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     {
         contents.save_image(&ids);
     }
+    let model = model.lock().take().filter(|_| result.is_ok());
+    if let (Some(keep_model), Some(model)) = (keep_model, model) {
+        keep_model(&model);
+    }
     result.map(|()| status)
 }
 
@@ -319,6 +331,7 @@ pub fn rebuild(
         joined: None,
         watch: None,
         heard: bounded(1).0,
+        model: Arc::default(),
     };
     spawn("xenfold-frames", move || frames.read(reader, receiving))?;
     let destination = Destination {

@@ -351,7 +351,7 @@ impl Held {
         if self.behind.is_some()
             || unread <= self.holding.pipe_bytes
             || wait > ROUND_WAIT
-            || !self.rounds.goes_on(now, outlook.downtime)
+            || !self.rounds.goes_on(now, &outlook, wait)
         {
             return None;
         }

@@ -10,6 +10,7 @@
 //!      │ ◀── R1 ───────────────────┤ ◀── Xl(R1) ──────────────────────────────┤  wait_received
 //!      ├─ GO ─────────────────────▶├─ Ping ──────────▶ ◀────────────── Pong ──┤  hand_over
 //!      │                           ├─ Go ════ point of no return ════════════▶│
+//!      │                           ├─ Model ─────────────────────────────────▶│
 //!      │                           ├─ Late ─ ─ ─ ─ ─ ─▶ ◀─ ─ Want, Started ─ ─┤  (pages that follow; rejoin.rs)
 //!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤  result
 //! ```
@@ -172,6 +173,7 @@ pub struct Source {
     early_wants: Vec<Vec<u8>>,
     /// What is needed to hold pages back.
     holding: Option<Holding>,
+    learnt: Option<Learnt>,
     bandwidth: Option<NonZeroU64>,
     /// What this host holds beside the guest.
     contents: Option<Arc<dyn Contents>>,
@@ -204,6 +206,9 @@ enum Signal {
     Go(Option<[u8; 44]>),
 }
 
+/// What is known at the end of how the guest writes ([`crate::policy::Kept`]), for its next migration.
+pub type Learnt = Box<dyn FnOnce() -> Option<Vec<u8>> + Send>;
+
 /// Everything the engine needs beside the connection.
 pub struct SourceSetup {
     pub to_xl: Box<dyn Write + Send>,
@@ -217,6 +222,8 @@ pub struct SourceSetup {
     pub verify: bool,
     /// Pages that will be written again are held back with this.
     pub holding: Option<Holding>,
+    /// Asked when the guest has been let go: the other host keeps it.
+    pub learnt: Option<Learnt>,
     /// Bytes a second that the stream may take of the link.
     pub bandwidth: Option<NonZeroU64>,
     /// What this host holds beside the guest.
@@ -351,6 +358,7 @@ pub fn follow(following: Following) -> Result<Ending, EngineError> {
         frames: None,
         verify: false,
         holding: None,
+        learnt: None,
         bandwidth,
         contents: None,
         connect: Some(connect),
@@ -383,6 +391,7 @@ impl Source {
             frames,
             verify,
             holding,
+            learnt,
             bandwidth,
             contents,
             connect,
@@ -431,6 +440,7 @@ impl Source {
                     .map(|plan| LeaveBehind { announces, ..plan }),
                 ..holding
             }),
+            learnt,
             bandwidth,
             contents,
             holdings,
@@ -674,7 +684,17 @@ impl Source {
         if self.may_connect_again() {
             self.watch.shorten(SILENCE);
         }
+        self.tell_learnt();
         self.result()
+    }
+
+    /// The other host keeps what has been learnt of the guest's writes. Behind GO: the guest does not wait for it.
+    fn tell_learnt(&mut self) {
+        let learnt = self.learnt.take().filter(|_| self.agreement.peer.keeps_model);
+        if let Some(model) = learnt.and_then(|learnt| learnt()) {
+            // Only its next migration would miss it.
+            let _ = self.link.send(Kind::Model, &[&model]);
+        }
     }
 
     /// Asks the other host whether it is still there, right before GO.

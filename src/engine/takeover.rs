@@ -113,6 +113,7 @@ pub fn run(taking: TakeOver) -> Result<i32, EngineError> {
         joined: Some(joined),
         watch: None,
         heard: hearing,
+        model: Arc::default(),
     };
     spawn("xenfold-frames", move || arriving.go_on_reading())?;
     let waiting = Waiting {

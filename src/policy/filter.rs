@@ -14,13 +14,17 @@
 //! xl sends a record with fewer than [`RECORD`] pages only as the last of a pass (the first pass, which takes in holes,
 //! excepted), and that is how the end is known while xl still waits for its record to be read.
 //!
-//! What is known comes from a [`Model`] made before the migration, if there is one and it holds, and from peeks.
-//! Memory: 4 bytes and 2 bits for each page below the bound, and the model's regions.
+//! What is known comes from a [`Model`] made before the migration, if there is one and it holds, from earlier migrations
+//! ([`Known`]), and from peeks.
+//! Memory: 4 bytes and 2 bits for each page below the bound, and what is left of the model: its regions, working sets and a
+//! byte a page of earlier migrations.
 use std::time::Duration;
 
 use super::gaps::{self, BINS, Curve, Gaps, NEVER, REGIONS, Regions, Seen};
 use super::hold::Outlook;
-use super::model::Model;
+use super::kept::{self, Kept};
+use super::known::Known;
+use super::model::{Model, State};
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
 
@@ -32,8 +36,9 @@ pub const RECORD: usize = 1024;
 pub const LIVE_PASSES: u32 = 5;
 pub const FEW_DIRTY: u64 = 50;
 
-/// A page likelier to be written again than this is held.
+/// A page likelier to be written again than this is held, and so one of which as many writes are expected as that means.
 const HOLD: f64 = 0.3;
+const HOLD_WRITES: f64 = 0.356_674_943_938_732_4;
 
 /// With more writes expected since its first one in a pass, a page's last one may have been any time.
 const AGAIN: f64 = 0.7;
@@ -72,6 +77,11 @@ pub struct Filter {
     gaps: Gaps,
     /// Whether what is known stems from a model that has not been refuted.
     modelled: bool,
+    /// Of earlier migrations, as long as it holds.
+    known: Option<Known>,
+    /// Only to be kept: the model's states, and the time between its samples.
+    states: Vec<State>,
+    interval: Duration,
     /// Added to times, so that ages from before the migration have a time.
     past_ms: u32,
     /// When each page was written last.
@@ -135,12 +145,17 @@ impl Filter {
         let regions = model.as_ref().map(Model::regions);
         let regions = regions.unwrap_or_else(|| Regions::new(REGIONS, guest_pages, pages_bound));
         let gaps = model.as_ref().map(Model::gaps);
-        Filter {
+        let (modelled, interval) = (model.is_some(), model.as_ref().map_or(Duration::ZERO, Model::interval));
+        let (states, known) = model.map(Model::into_parts).unwrap_or_default();
+        let mut filter = Filter {
             bound: pages_bound,
             guest_pages,
             regions,
             gaps: gaps.unwrap_or_else(|| Gaps::unknown(regions.count())),
-            modelled: model.is_some(),
+            modelled,
+            known: None,
+            states,
+            interval,
             past_ms,
             last,
             pass: 0,
@@ -168,6 +183,83 @@ impl Filter {
                 looked_bytes: 0,
                 held: 0,
             },
+        };
+        filter.remember(known);
+        filter
+    }
+
+    /// Takes in what is known from earlier migrations, and holds it against what was seen before this one.
+    fn remember(&mut self, ages: Vec<u8>) {
+        if ages.is_empty() {
+            return;
+        }
+        let mut known = Known::new(ages, self.guest_pages);
+        let mut counts = vec![(0, 0); self.regions.count()];
+        let mut written: Vec<(f64, usize)> = Vec::new();
+        known.for_each_page(|page| {
+            let Some(last) = self.last.get_mut(page) else { return };
+            let at = last.time();
+            match at {
+                Some(at) => written.push((at, page)),
+                None => *last = Written::EARLIER,
+            }
+            if let Some(count) = counts.get_mut(self.regions.of(page as u64)) {
+                count.0 += 1;
+                count.1 += u32::from(at.is_some());
+            }
+        });
+        // The writes of each second together.
+        written.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (mut written, watched) = (written.into_iter().peekable(), f64::from(self.past_ms) / 1e3);
+        for second in 0..watched as u32 {
+            let second = f64::from(second);
+            while let Some((at, page)) = written.next_if(|(at, _)| *at < second + 1.0) {
+                known.written(page, at);
+            }
+            known.looked(second, 1.0);
+        }
+        self.forecast.passes.push((Written::EARLIER, kept::SPAN));
+        self.known = Some(known);
+        self.weigh(0.0, watched, &counts);
+    }
+
+    /// How many of the pages known from earlier migrations had not been written `from` seconds after the watching began, and
+    /// how many of those were in the next `seconds`, region by region: whether they still are what is written.
+    fn weigh(&mut self, from: f64, seconds: f64, counts: &[(u32, u32)]) {
+        let Some(known) = &mut self.known else { return };
+        let all = counts.iter().enumerate().filter(|(_, (pages, _))| *pages > 0);
+        let (mut expected, mut written) = (0.0, 0.0);
+        for (region, (pages, seen)) in all {
+            let each = self.gaps.curve(region).expected_sometime(from, kept::SPAN, seconds);
+            expected += f64::from(*pages) * (1.0 - (-each).exp());
+            written += f64::from(*seen);
+        }
+        known.weigh(expected, written);
+        self.forecast.earlier = known.factor();
+        if !known.holds() {
+            log::debug!("what earlier migrations have shown of the guest's writes does not hold any more");
+            self.known = None;
+            self.gaps.doubt();
+            let earlier = self.last.iter_mut().filter(|last| **last == Written::EARLIER);
+            earlier.for_each(|last| *last = Written::UNKNOWN);
+        }
+    }
+
+    /// What the migration has taught so far, for the guest's next one.
+    pub fn learnt(&self) -> Kept {
+        let now = self.peeked.max(self.pass_began).max(f64::from(self.past_ms) / 1e3);
+        let before = |page: usize| self.known.as_ref().map_or(0, |known| known.age(page));
+        let age = |(page, last): (usize, &Written)| match *last {
+            Written::UNKNOWN | Written::EARLIER => kept::older_byte(before(page), now),
+            last => kept::age_byte(Some(last.age(now))),
+        };
+        Kept {
+            bound: self.bound,
+            regions: self.regions,
+            interval: self.interval,
+            seen: self.gaps.seen().to_vec(),
+            ages: self.last.iter().enumerate().map(age).collect(),
+            states: self.states.clone(),
         }
     }
 
@@ -248,7 +340,12 @@ impl Filter {
                 false => Written::at(first),
             };
         }
-        let hold = dirty || 1.0 - (-self.forecast.expected(*last, curve, region, self.peeked, ahead)).exp() > HOLD;
+        let usual = self.forecast.expected(*last, curve, region, self.peeked, ahead);
+        let expected = match &self.known {
+            Some(known) if *last == Written::EARLIER => known.expect(pfn.get() as usize, self.peeked, ahead, usual),
+            _ => usual,
+        };
+        let hold = dirty || expected > HOLD_WRITES;
         if hold != self.held.contains(pfn) {
             if hold {
                 self.held.insert(pfn);
@@ -280,6 +377,7 @@ impl Filter {
         let seconds = now - from;
         let middle = Written::at((now + from) / 2.0);
         let mut counts = vec![[(0u32, 0u32); BINS]; self.regions.count()];
+        let mut earlier = vec![(0u32, 0u32); self.regions.count()];
         let words = peek.words().iter().zip(self.dirty.words()).zip(0u64..);
         let mut newly = 0;
         let parts = self.last.chunks_mut(64);
@@ -287,15 +385,29 @@ impl Filter {
             if *old == u64::MAX {
                 continue;
             }
+            let first = word * 64;
+            // Nearly always one for all of them.
+            let all = Some(self.regions.of(first)).filter(|region| *region == self.regions.of(first + 63));
             for (last, bit) in pages.iter_mut().zip(0..) {
                 if old >> bit & 1 == 1 {
                     continue;
                 }
                 let written = new >> bit & 1 == 1;
-                if !last.is_sometime() {
-                    let region = counts.get_mut(self.regions.of(word * 64 + bit));
-                    let bin = gaps::bin(last.age(from));
-                    if let Some(count) = region.and_then(|region| region.get_mut(bin)) {
+                let region = all.unwrap_or_else(|| self.regions.of(first + bit));
+                if *last == Written::EARLIER {
+                    if let Some(count) = earlier.get_mut(region) {
+                        count.0 += 1;
+                        count.1 += u32::from(written);
+                    }
+                    if let Some(known) = self.known.as_mut().filter(|_| written) {
+                        known.written((first + bit) as usize, (now + from) / 2.0);
+                    }
+                } else if !last.is_sometime() {
+                    let bin = match *last {
+                        Written::UNKNOWN => BINS - 1,
+                        last => gaps::bin(last.age(from)),
+                    };
+                    if let Some(count) = counts.get_mut(region).and_then(|region| region.get_mut(bin)) {
                         count.0 += 1;
                         count.1 += u32::from(written);
                     }
@@ -325,6 +437,8 @@ impl Filter {
             }
         }
         self.gaps.learn(&seen);
+        self.known.iter_mut().for_each(|known| known.looked(from, seconds));
+        self.weigh(from, seconds, &earlier);
         self.forecast.remembered = None;
     }
 
@@ -369,9 +483,15 @@ impl Filter {
             let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
             let region = self.regions.of(pfn.get());
             let curve = self.gaps.curve(region);
-            let expected = last.map_or(0.0, |last| {
+            let usual = last.map_or(0.0, |last| {
                 self.forecast.expected(*last, curve, region, self.peeked, ahead)
             });
+            let expected = match &self.known {
+                Some(known) if last == Some(&Written::EARLIER) => {
+                    known.expect(pfn.get() as usize, self.peeked, ahead, usual)
+                }
+                _ => usual,
+            };
             if let Some(heat) = heats.get_mut(heat(expected)) {
                 heat.push((pfn, (expected / ahead) as f32));
             }
@@ -381,7 +501,7 @@ impl Filter {
         let chosen = if self.may_be_last {
             worth_releasing(&sorted, self.rate.pages)
         } else {
-            let quiet = |writes: f32| f64::from(writes) * ahead < -(1.0 - HOLD).ln();
+            let quiet = |writes: f32| f64::from(writes) * ahead < HOLD_WRITES;
             sorted.iter().take_while(|(_, writes)| quiet(*writes)).count()
         };
         self.queue = sorted.iter().take(chosen).map(|(pfn, _)| *pfn).collect();
@@ -512,6 +632,9 @@ struct Written(u32);
 impl Written {
     const UNKNOWN: Written = Written(0);
 
+    /// Sometime before this migration: when it was watched first, at the earliest time that there is.
+    const EARLIER: Written = Written(1);
+
     /// Times past 24 days stay there.
     fn at(seconds: f64) -> Written {
         Written(((seconds * 1e3).max(1.0) as u32).min(u32::MAX / 2) << 1)
@@ -541,6 +664,8 @@ impl Written {
 struct Forecast {
     /// The passes so far, by their end and their length.
     passes: Vec<(Written, f64)>,
+    /// How much is written of what was written earlier, in parts of what was then.
+    earlier: f64,
     remembered: Option<(Written, usize, f64, f64)>,
     answer: f64,
 }
@@ -560,6 +685,9 @@ impl Forecast {
             let pass = self.passes.iter().rev().find(|(ended, _)| *ended == last);
             let span = pass.map_or(1.0, |(_, span)| *span);
             self.answer = curve.expected_sometime(last.age(now), span, seconds);
+            if last == Written::EARLIER {
+                self.answer *= self.earlier;
+            }
             self.remembered = Some(question);
         }
         self.answer

@@ -103,6 +103,55 @@ fn a_model_of_another_size_is_not_used() {
     assert!(!Filter::new(Some(model()), 4097, 4096).model_holds());
 }
 
+/// What a migration leaves of a guest that writes pages 1000 to 2999 in a circle of 10 s.
+fn circled() -> Kept {
+    let mut filter = Filter::new(None, 4096, 4096);
+    let mut dirty = PageSet::new(4096);
+    for tick in 0..300 {
+        let first = 1000 + tick * 20 % 2000;
+        dirty.insert_run(first..first + 20);
+        let page = Pfn::new(tick * 10).unwrap();
+        filter.hold(Duration::from_millis(tick * 100), &[page], Some(&dirty));
+        if tick % 100 == 99 {
+            // A pass of xl's ends.
+            filter.previous = None;
+            filter.begin_pass(tick as f64 / 10.0, 1);
+            dirty.clear();
+        }
+    }
+    filter.learnt()
+}
+
+#[test]
+fn pages_known_from_an_earlier_migration_are_held_where_they_are_still_written() {
+    let kept = circled();
+    assert_eq!(kept.pages(), 2000);
+    let begin = |samples: &[(u64, u64)]| {
+        let mut builder = Builder::after(kept.clone(), INTERVAL);
+        for (start, end) in samples {
+            builder.sample(&set(4096, &[(*start, *end)]));
+        }
+        Filter::new(Some(builder.finish()), 4096, 4096)
+    };
+    // Two seconds of the same circle: a page that was not seen in them is known all the same.
+    let seen: Vec<(u64, u64)> = (0..40).map(|sample| (2000 + sample * 10, 2010 + sample * 10)).collect();
+    let mut filter = begin(&seen);
+    assert!(filter.known.is_some(), "{}", filter.forecast.earlier);
+    filter.rate.pages = 400.0;
+    let held = filter.hold(Duration::ZERO, &pfns(2600..2700), None);
+    assert!(held.iter().all(|held| *held), "{:?}", filter.ahead());
+    let quiet = filter.hold(Duration::ZERO, &pfns(3100..3200), None);
+    assert_eq!(quiet, [false; 100]);
+    // It is passed on, whether it was seen this time or not.
+    assert_eq!(filter.learnt().pages(), 2000);
+    // The guest does nothing, or something else: all of that is forgotten.
+    for samples in [[(0, 0); 40], [(100, 110); 40]] {
+        let filter = begin(&samples);
+        assert!(filter.known.is_none(), "{}", filter.forecast.earlier);
+        assert!(filter.learnt().pages() <= 10);
+    }
+}
+
 proptest! {
     /// Whatever xl offers and peeks show: dirty pages are held, held ones are released once, and none but those.
     #[test]

@@ -4,11 +4,23 @@
 //! page just written is the one that stays as it is the longest; where a burst is over, pages that were the hottest stay;
 //! stacks and counters are never old. All three are curves of the same kind: writes a second, by age (a hazard curve).
 //! Regions of memory have curves of their own, leaning on the whole guest's where they have been seen too little.
-use serde::{Deserialize, Serialize};
+/// Ages up to these, in seconds, and all above: two for each doubling, since pages that are written in a circle are all of
+/// one age when they are written again, and as far as a circle can be long that a migration shows twice.
+const AGES: [f64; BINS - 1] = ages();
+pub const BINS: usize = 26;
 
-/// Ages up to these, in seconds, and all above.
-const AGES: [f64; BINS - 1] = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8];
-pub const BINS: usize = 10;
+const fn ages() -> [f64; BINS - 1] {
+    let mut ages = [0.05; BINS - 1];
+    let mut at = 1;
+    while at < ages.len() {
+        ages[at] = match at % 2 {
+            0 => ages[at - 2] * 2.0,
+            _ => ages[at - 1] * std::f64::consts::SQRT_2,
+        };
+        at += 1;
+    }
+    ages
+}
 
 /// How much more a region must have been seen for its own curve to count half: seconds of one page.
 const REGION_PRIOR: f64 = 4.0;
@@ -31,9 +43,20 @@ const FADE: f32 = 0.5;
 /// An age: seconds since a page's last write. Pages that have not been seen written are [`NEVER`] years old.
 pub const NEVER: f64 = 1e9;
 
+const FRACTION_BITS: u32 = f64::MANTISSA_DIGITS - 1;
+const FRACTION: u64 = (1 << FRACTION_BITS) - 1;
+
 /// The bin of an age.
 pub fn bin(age: f64) -> usize {
-    AGES.iter().position(|end| age < *end).unwrap_or(BINS - 1)
+    // The place of the highest of the bits and the upper half of a doubling: this is asked for each page.
+    let steps = age / AGES[0];
+    if steps < 1.0 {
+        return 0;
+    }
+    let bits = steps.to_bits();
+    let doublings = (bits >> FRACTION_BITS) as usize + 1 - f64::MAX_EXP as usize;
+    let upper = bits & FRACTION >= std::f64::consts::SQRT_2.to_bits() & FRACTION;
+    (1 + 2 * doublings + usize::from(upper)).min(BINS - 1)
 }
 
 /// An age that stands for all of a bin.
@@ -47,7 +70,7 @@ pub fn typical(bin: usize) -> f64 {
 }
 
 /// What has been seen: seconds that pages spent at each age, and writes that ended them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Seen {
     pub seconds: [f32; BINS],
     pub writes: [f32; BINS],
@@ -259,6 +282,11 @@ impl Gaps {
         self.draw();
     }
 
+    /// What was seen so far in each region.
+    pub fn seen(&self) -> &[Seen] {
+        &self.seen
+    }
+
     /// Lets all that was seen so far count for little beside what comes.
     pub fn doubt(&mut self) {
         for seen in &mut self.seen {
@@ -280,7 +308,7 @@ impl Gaps {
 }
 
 /// Memory cut into regions of equal size (paper, section 3.1), the last one reaching to the guest's end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Regions {
     pages_each: u64,
     count: u16,
@@ -302,6 +330,15 @@ impl Regions {
         }
     }
 
+    /// As kept: neither may be 0.
+    pub(super) fn from_parts(pages_each: u64, count: u16) -> Regions {
+        Regions { pages_each, count }
+    }
+
+    pub(super) fn pages_each(&self) -> u64 {
+        self.pages_each
+    }
+
     pub fn count(&self) -> usize {
         self.count.into()
     }
@@ -309,7 +346,6 @@ impl Regions {
     /// The region of a page.
     pub fn of(&self, page: u64) -> usize {
         let last = u64::from(self.count.saturating_sub(1));
-        // A region of no pages can only come from damaged bytes.
         (page / self.pages_each.max(1)).min(last) as usize
     }
 }
@@ -363,11 +399,23 @@ mod tests {
         }
         // A circle of 0.4 s: half of the pages are written in half of it, the rest in the other half.
         let (mut seconds, mut writes) = ([100.0; BINS], [0.0; BINS]);
-        (seconds[3], writes[3]) = (1.0, 1000.0);
+        (seconds[bin(0.2)], writes[bin(0.2)]) = (1.0, 1000.0);
         let circle = Curve::new(&Seen { seconds, writes }, |_, older| older, 0.0);
         let half = 1.0 - (-circle.expected_sometime(0.0, 5.0, 0.1)).exp();
         assert!((half - 0.5).abs() < 0.05, "{half}");
         assert!(circle.expected_sometime(0.1, 5.0, 0.15) > 3.0);
+    }
+
+    #[test]
+    fn ages_are_told_apart_by_their_bins() {
+        for index in 0..BINS {
+            let start = if index == 0 { 0.0 } else { AGES[index - 1] };
+            let end = AGES.get(index).copied().unwrap_or(NEVER);
+            for age in [start * 1.000_001, typical(index), end * 0.999_999] {
+                assert_eq!(bin(age), index, "{age}");
+            }
+        }
+        assert_eq!((bin(0.0), bin(NEVER)), (0, BINS - 1));
     }
 
     #[test]

@@ -1,7 +1,11 @@
 //! What the engine asks while a guest runs: which pages wait, and which have waited long enough.
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::filter::Filter;
+use super::kept::Kept;
 use super::model::Builder;
 use crate::page::Pfn;
 use crate::page_set::PageSet;
@@ -48,28 +52,60 @@ pub struct Outlook {
     pub page_wire_bytes: f64,
 }
 
-/// Holds back what a [`Filter`] forecasts, with a model of the guest's writes if they were watched before.
-pub struct Forecast {
+/// Holds back what a [`Filter`] forecasts, with a model of the guest's writes if they were watched before, or in an earlier
+/// migration. Clones are the same one.
+#[derive(Clone)]
+pub struct Forecast(Arc<Mutex<Inner>>);
+
+struct Inner {
     bound: u64,
     guest_pages: u64,
     interval: Duration,
+    kept: Option<Kept>,
     builder: Option<Builder>,
     filter: Option<Filter>,
 }
 
 impl Forecast {
-    /// The guest's pages lie below `bound`; `guest_pages` of them hold memory. `interval`: time between samples.
-    pub fn new(bound: u64, guest_pages: u64, interval: Duration) -> Forecast {
-        Forecast {
+    /// The guest's pages lie below `bound`; `guest_pages` of them hold memory. `interval`: time between samples. `kept`: of
+    /// earlier migrations of this guest; of another size it is of no use.
+    pub fn new(bound: u64, guest_pages: u64, interval: Duration, kept: Option<Kept>) -> Forecast {
+        Forecast(Arc::new(Mutex::new(Inner {
             bound,
             guest_pages,
             interval,
+            kept: kept.filter(|kept| kept.bound() == bound),
             builder: None,
             filter: None,
-        }
+        })))
+    }
+
+    /// How many pages are known from earlier migrations. To be asked before the first sample.
+    pub fn known_pages(&self) -> u64 {
+        self.0.lock().kept.as_ref().map_or(0, Kept::pages)
+    }
+
+    /// What is known by now, for the guest's next migration; `None` before xl has sent a page.
+    pub fn learnt(&self) -> Option<Kept> {
+        self.0.lock().filter.as_ref().map(Filter::learnt)
+    }
+}
+
+impl Inner {
+    fn builder(&mut self) -> &mut Builder {
+        let (kept, interval) = (&mut self.kept, self.interval);
+        let new = || match kept.take() {
+            Some(kept) => Builder::after(kept, interval),
+            None => Builder::new(self.bound, self.guest_pages, interval),
+        };
+        self.builder.get_or_insert_with(new)
     }
 
     fn filter(&mut self) -> &mut Filter {
+        if self.kept.is_some() {
+            // The guest was not watched before this migration.
+            self.builder();
+        }
         let (builder, bound, guest_pages) = (&mut self.builder, self.bound, self.guest_pages);
         self.filter.get_or_insert_with(|| {
             let model = builder.take().map(Builder::finish);
@@ -80,31 +116,30 @@ impl Forecast {
 
 impl HoldPolicy for Forecast {
     fn sampled(&mut self, written: &PageSet) {
-        let new = || Builder::new(self.bound, self.guest_pages, self.interval);
-        self.builder.get_or_insert_with(new).sample(written);
+        self.0.lock().builder().sample(written);
     }
 
     fn hold(&mut self, now: Duration, pfns: &[Pfn], peek: Option<&PageSet>) -> Vec<bool> {
-        self.filter().hold(now, pfns, peek)
+        self.0.lock().filter().hold(now, pfns, peek)
     }
 
     fn release(&mut self, limit: usize) -> Vec<Pfn> {
-        self.filter().release(limit)
+        self.0.lock().filter().release(limit)
     }
 
     fn sent(&mut self, now: Duration, pages: u64, wire_bytes: u64) {
-        self.filter().sent(now, pages, wire_bytes);
+        self.0.lock().filter().sent(now, pages, wire_bytes);
     }
 
     fn outlook(&self, now: Duration) -> Option<Outlook> {
-        self.filter.as_ref().map(|filter| filter.outlook(now))
+        self.0.lock().filter.as_ref().map(|filter| filter.outlook(now))
     }
 
     fn looked(&mut self, now: Duration, peek: &PageSet) {
-        self.filter().looked(now, peek);
+        self.0.lock().filter().looked(now, peek);
     }
 
     fn stays(&mut self, pfns: &[Pfn], unchanged: Duration, waiting: u64) -> Vec<bool> {
-        self.filter().stays(pfns, unchanged, waiting)
+        self.0.lock().filter().stays(pfns, unchanged, waiting)
     }
 }

@@ -3,13 +3,15 @@
 //! - [`LevelPolicy`]: how strongly blocks are compressed.
 //! - [`HoldPolicy`]: what the engine asks about pages while the guest runs. [`Forecast`] answers with a
 //!   [`Filter`](filter::Filter), which knows what a [`model`] learnt before the migration and goes on learning from the
-//!   passes ([`gaps`]).
+//!   passes ([`gaps`]). What a migration has taught is [`kept`] for the guest's next one.
 //! - [`Rounds`]: how long xl is held at the end of its passes, and which pages go ahead of it meanwhile.
 //! - [`simulate`]: the filter and others over [`trace`]s, recorded or [`generate`]d.
 pub mod filter;
 pub mod gaps;
 pub mod generate;
 mod hold;
+pub mod kept;
+mod known;
 mod level;
 pub mod model;
 pub mod packed;
@@ -18,5 +20,6 @@ pub mod simulate;
 pub mod trace;
 
 pub use hold::{Forecast, HoldPolicy, Outlook};
+pub use kept::{Kept, KeptError};
 pub use level::{LevelPolicy, Spent};
 pub use rounds::{Look, RoundLimits, Rounds, is_hopeful};

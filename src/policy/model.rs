@@ -7,14 +7,16 @@
 //! least half of its samples: its local writable working set. The paper names no threshold for "frequent"; half means
 //! that the page is likelier written than not while the state lasts.
 //!
+//! Where the guest has been migrated before, what is kept of that ([`Kept`]) is gone on with: states, transitions and ages
+//! seen then count half beside what is seen now.
+//!
 //! Memory: at most 4 bytes for each page below the bound, while it is built and after; beside that what regions and
 //! states take (2 KiB each while it is built, a tenth after). The working sets of a guest that writes so much that they do not fit are left out,
 //! those of the rarest states first.
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use super::gaps::{self, BINS, Gaps, NEVER, Regions, Seen};
+use super::kept::Kept;
 use super::packed;
 use crate::page_set::PageSet;
 
@@ -33,18 +35,23 @@ const SHORT: Duration = Duration::from_secs(1);
 /// Writes that a pass must have, or be expected to have, to tell anything about the model.
 const FEW_WRITES: f64 = 64.0;
 
-/// Model bounds that are trusted when read back.
-const MOST_BOUND: u64 = super::trace::MOST_PAGES;
-
 /// A state: the region that was the hottest; the number of regions when nothing was written.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct State {
-    region: u16,
-    samples: u16,
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct State {
+    pub region: u16,
+    pub samples: u16,
     /// States that followed, by their place in the list, and how often: the state's row of the transition matrix.
-    next: Vec<(u16, u16)>,
+    pub next: Vec<(u16, u16)>,
     /// The working set, packed; empty: left out.
-    working_set: Vec<u8>,
+    pub working_set: Vec<u8>,
+}
+
+impl State {
+    /// Earlier samples count half.
+    fn fade(&mut self) {
+        self.samples = self.samples.div_ceil(2);
+        self.next.iter_mut().for_each(|(_, times)| *times = times.div_ceil(2));
+    }
 }
 
 /// Takes samples and becomes a [`Model`].
@@ -66,6 +73,9 @@ pub struct Builder {
     states: Vec<State>,
     previous: Option<u16>,
     hits: Vec<u32>,
+    /// What earlier migrations have left: how pages age, and which were written how long before their end.
+    seen: Vec<Seen>,
+    known: Vec<u8>,
 }
 
 impl Builder {
@@ -86,7 +96,33 @@ impl Builder {
             states: Vec::new(),
             previous: None,
             hits: vec![0; regions.count()],
+            seen: Vec::new(),
+            known: Vec::new(),
         }
+    }
+
+    /// Goes on with what is kept of the same guest.
+    pub fn after(kept: Kept, interval: Duration) -> Builder {
+        let mut builder = Builder::new(kept.bound, kept.bound, interval);
+        builder.regions = kept.regions;
+        let regions = kept.regions.count();
+        builder.gaps.resize(regions, Vec::new());
+        builder.firsts.resize(regions, Vec::new());
+        builder.hits.resize(regions, 0);
+        // States of samples of another length tell of something else.
+        if kept.interval == interval {
+            builder.states = kept.states;
+            builder.states.iter_mut().for_each(State::fade);
+        }
+        (builder.seen, builder.known) = (kept.seen, kept.ages);
+        builder
+    }
+
+    /// Whether the page was written in earlier migrations: how long it had not been written when this one began cannot be
+    /// said.
+    fn is_known(&self, page: u64) -> bool {
+        let age = usize::try_from(page).ok().and_then(|page| self.known.get(page));
+        age.is_some_and(|age| *age > 0)
     }
 
     /// Takes the pages written in the next interval. False: the model has all the samples that it can take.
@@ -101,14 +137,16 @@ impl Builder {
             if let Some(hits) = self.hits.get_mut(region) {
                 *hits += 1;
             }
+            let known = self.is_known(page);
             let Some(last) = usize::try_from(page).ok().and_then(|page| self.last.get_mut(page)) else {
                 continue;
             };
-            let (counts, at) = match *last {
+            let before = std::mem::replace(last, self.taken);
+            let (counts, at) = match before {
+                0 if known => continue,
                 0 => (&mut self.firsts, self.taken),
                 last => (&mut self.gaps, self.taken - last),
             };
-            *last = self.taken;
             if let Some(counts) = counts.get_mut(region) {
                 count(counts, at.into());
             }
@@ -131,15 +169,15 @@ impl Builder {
             });
             self.states.len() - 1
         });
-        // As many states as samples at most.
+        // One for each region at most, and the one of no writes.
         let place = index as u16;
         if let Some(state) = self.states.get_mut(index) {
-            state.samples += 1;
+            state.samples = state.samples.saturating_add(1);
         }
         let previous = self.previous.replace(place);
         if let Some(state) = previous.and_then(|previous| self.states.get_mut(usize::from(previous))) {
             match state.next.iter_mut().find(|(next, _)| *next == place) {
-                Some((_, times)) => *times += 1,
+                Some((_, times)) => *times = times.saturating_add(1),
                 None => state.next.push((place, 1)),
             }
         }
@@ -158,9 +196,10 @@ impl Builder {
         }
     }
 
-    /// A byte a page is for the ages; samples and working sets share the rest.
+    /// Of four bytes a page the ages have two, those before this migration one of them; samples have the third, working
+    /// sets the fourth.
     fn most_packed(&self) -> u64 {
-        self.bound + self.bound / 2
+        self.bound
     }
 
     /// The model, once there are enough samples (with none, it says that nothing is written).
@@ -171,7 +210,8 @@ impl Builder {
         let mut ages = std::mem::take(&mut self.last);
         let mut alive = vec![vec![0u32; usize::from(taken) + 1]; self.regions.count()];
         for (page, age) in ages.iter_mut().enumerate() {
-            let region = alive.get_mut(self.regions.of(page as u64));
+            let unknown = *age == 0 && self.is_known(page as u64);
+            let region = alive.get_mut(self.regions.of(page as u64)).filter(|_| !unknown);
             let place = match *age {
                 0 => usize::from(taken),
                 last => usize::from(taken - last),
@@ -193,6 +233,14 @@ impl Builder {
                 seen.watched_old(f64::from(*never) * f64::from(taken) * seconds, 0.0);
             }
         }
+        let seen = match self.seen.is_empty() {
+            true => seen,
+            false => {
+                let mut all = Gaps::new(std::mem::take(&mut self.seen));
+                all.learn(&seen);
+                all.seen().to_vec()
+            }
+        };
         self.fill_working_sets();
         Model {
             regions: self.regions,
@@ -203,6 +251,7 @@ impl Builder {
             ages,
             seen,
             states: self.states,
+            known: self.known,
         }
     }
 
@@ -210,7 +259,15 @@ impl Builder {
     fn fill_working_sets(&mut self) {
         let mut order: Vec<usize> = (0..self.states.len()).collect();
         order.sort_by_key(|index| std::cmp::Reverse(self.states.get(*index).map(|state| state.samples)));
-        let mut left = self.most_packed();
+        let sampled: std::collections::BTreeSet<u16> = self.samples.iter().map(|(state, _)| *state).collect();
+        for state in sampled.into_iter().map(usize::from) {
+            self.states
+                .get_mut(state)
+                .into_iter()
+                .for_each(|state| state.working_set.clear());
+        }
+        let before: usize = self.states.iter().map(|state| state.working_set.len()).sum();
+        let mut left = self.most_packed().saturating_sub(before as u64);
         // A count for each page, for one state at a time: the pages are gone through in parts, to stay within bounds.
         const PART: u64 = 1 << 16;
         for index in order {
@@ -220,10 +277,13 @@ impl Builder {
                 .filter(|(state, _)| usize::from(*state) == index)
                 .map(|(_, set)| set.as_slice())
                 .collect();
+            if sets.is_empty() {
+                continue;
+            }
             let frequent = sets.len().div_ceil(2).max(1);
             let mut working_set = PageSet::new(self.bound);
             let mut from = 0;
-            while from < self.bound && !sets.is_empty() {
+            while from < self.bound {
                 let to = (from + PART).min(self.bound);
                 let mut counts = vec![0u8; (to - from) as usize];
                 for set in &sets {
@@ -271,8 +331,7 @@ fn hottest(hits: &[u32]) -> Option<usize> {
 }
 
 /// What is known of a guest's writes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Stored", into = "Stored")]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Model {
     regions: Regions,
     bound: u64,
@@ -285,6 +344,8 @@ pub struct Model {
     /// Of each region.
     seen: Vec<Seen>,
     states: Vec<State>,
+    /// How long before the end of an earlier migration each page was written last, as in [`super::kept`]; empty: there was none.
+    known: Vec<u8>,
 }
 
 /// How far the pages written in a time are from what the model expects.
@@ -326,6 +387,11 @@ impl Model {
     /// How many states were seen.
     pub fn states(&self) -> usize {
         self.states.len()
+    }
+
+    /// The states, and what is known of each page from earlier migrations.
+    pub(super) fn into_parts(self) -> (Vec<State>, Vec<u8>) {
+        (self.states, self.known)
     }
 
     /// How pages of each region age.
@@ -424,78 +490,6 @@ impl Model {
             over,
             deviation: if all > 0.0 { apart / all } else { 0.0 },
         }
-    }
-}
-
-/// A model as it is kept: ages compressed.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Stored {
-    version: u32,
-    regions: Regions,
-    bound: u64,
-    interval_ms: u32,
-    samples: u16,
-    last: Option<u16>,
-    ages: Vec<u8>,
-    seen: Vec<Seen>,
-    states: Vec<State>,
-}
-
-const STORED_VERSION: u32 = 1;
-
-impl From<Model> for Stored {
-    fn from(model: Model) -> Stored {
-        Stored {
-            version: STORED_VERSION,
-            regions: model.regions,
-            bound: model.bound,
-            interval_ms: model.interval.as_millis() as u32,
-            samples: model.samples,
-            last: model.last,
-            ages: zstd::bulk::compress(&model.ages, 1).unwrap_or_default(),
-            seen: model.seen,
-            states: model.states,
-        }
-    }
-}
-
-impl TryFrom<Stored> for Model {
-    type Error = String;
-
-    /// Takes nothing that could lead outside of a guest's memory.
-    fn try_from(stored: Stored) -> Result<Model, String> {
-        let wrong = |what: &str| Err(format!("a kept model of writes is damaged: {what}"));
-        if stored.version != STORED_VERSION {
-            return wrong("unknown version");
-        }
-        if stored.bound > MOST_BOUND || stored.interval_ms == 0 || stored.samples > MOST_SAMPLES {
-            return wrong("numbers out of bounds");
-        }
-        let ages = zstd::bulk::decompress(&stored.ages, stored.bound as usize);
-        let Some(ages) = ages.ok().filter(|ages| ages.len() as u64 == stored.bound) else {
-            return wrong("ages");
-        };
-        let regions = stored.regions.count();
-        if stored.seen.len() != regions || stored.states.len() > usize::from(MOST_SAMPLES) {
-            return wrong("regions or states");
-        }
-        for state in &stored.states {
-            let set = &state.working_set;
-            let whole = set.is_empty() || packed::for_each_run(set, stored.bound, |_| {}).is_ok();
-            if usize::from(state.region) > regions || !whole {
-                return wrong("a state");
-            }
-        }
-        Ok(Model {
-            regions: stored.regions,
-            bound: stored.bound,
-            interval: Duration::from_millis(stored.interval_ms.into()),
-            samples: stored.samples,
-            last: stored.last,
-            ages,
-            seen: stored.seen,
-            states: stored.states,
-        })
     }
 }
 

@@ -7,10 +7,11 @@
 //! empty it: their contents do.
 //!
 //! A page goes ahead when the forecast expects it to stay. One that was found changed since the look before waits until two looks
-//! in a row find the same in it. xl is let go when the guest would not stand still for longer than it may, when a
+//! in a row find the same in it. xl is not held where the guest writes so fast that it cannot help, and let go when the guest would not stand still for longer than it may, when a
 //! round has not lowered that time by a tenth, or after so many rounds, or so much time, as are allowed.
 use std::time::Duration;
 
+use super::hold::Outlook;
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 
@@ -92,15 +93,20 @@ impl Rounds {
         self.expected
     }
 
-    /// Whether another round is to begin. `expected`: the downtime if xl were let go now and none had been made.
-    pub fn goes_on(&self, now: Duration, expected: Duration) -> bool {
+    /// Whether another round is to begin. `outlook`: as it is if xl were let go now and no round had been made; `wait`: what
+    /// passes before the round's look.
+    pub fn goes_on(&self, now: Duration, outlook: &Outlook, wait: Duration) -> bool {
         let worth = match (self.before, self.expected) {
             (Some(before), Some(after)) => after <= before.mul_f64(WORTH),
             _ => true,
         };
         let in_time = self.limits.until.is_none_or(|until| now < until);
-        let expected = self.expected.unwrap_or(expected);
-        worth && in_time && self.made < self.limits.rounds && expected > self.limits.downtime
+        let expected = self.expected.unwrap_or(outlook.downtime);
+        // Were all that is dirty sent, what is written meanwhile would still be left.
+        let newly = outlook.dirty_pages_rate / outlook.sent_pages_rate.max(1.0);
+        let best = (wait + expected).as_secs_f64() * newly;
+        let can_help = best < expected.as_secs_f64();
+        worth && can_help && in_time && self.made < self.limits.rounds && expected > self.limits.downtime
     }
 
     /// Whether the time for holding xl is over in the middle of a round.
@@ -171,6 +177,33 @@ mod tests {
         }
     }
 
+    /// Of a guest that writes nothing.
+    fn outlook(downtime: Duration) -> Outlook {
+        Outlook {
+            downtime,
+            sent_pages_rate: 1000.0,
+            ..Outlook::default()
+        }
+    }
+
+    fn goes_on(rounds: &Rounds, now: Duration, expected: Duration) -> bool {
+        rounds.goes_on(now, &outlook(expected), Duration::ZERO)
+    }
+
+    #[test]
+    fn a_guest_that_writes_faster_than_it_is_sent_is_not_helped() {
+        let rounds = Rounds::new(limits(9, None), 100);
+        let writes = |rate, wait| {
+            let outlook = Outlook {
+                dirty_pages_rate: rate,
+                ..outlook(400 * MS)
+            };
+            rounds.goes_on(MS, &outlook, wait)
+        };
+        assert!(writes(900.0, Duration::ZERO) && !writes(1000.0, Duration::ZERO));
+        assert!(writes(280.0, 1000 * MS) && !writes(300.0, 1000 * MS));
+    }
+
     fn pfn(page: u64) -> Pfn {
         Pfn::new(page).unwrap()
     }
@@ -195,22 +228,22 @@ mod tests {
     #[test]
     fn xl_is_held_while_it_helps() {
         let mut rounds = Rounds::new(limits(9, None), 100);
-        assert!(!rounds.goes_on(MS, 300 * MS), "it would not stand still for too long");
-        assert!(rounds.goes_on(MS, 301 * MS));
+        assert!(!goes_on(&rounds, MS, 300 * MS), "it would not stand still for too long");
+        assert!(goes_on(&rounds, MS, 301 * MS));
         for (full, more) in [(2000.0, true), (1000.0, true), (890.0, true), (802.0, false)] {
             rounds.begin();
             rounds.end(full, MS, 10.0, Duration::ZERO);
-            assert_eq!(rounds.goes_on(MS, MS), more, "{full}");
+            assert_eq!(goes_on(&rounds, MS, MS), more, "{full}");
         }
         assert_eq!((rounds.made(), rounds.expected()), (4, Some(802 * MS)));
         rounds.begin();
         // What comes again costs its time, too.
         rounds.end(100.0, MS, 210.0, MS);
         assert_eq!(rounds.expected(), Some(310 * MS));
-        assert!(rounds.goes_on(MS, MS));
+        assert!(goes_on(&rounds, MS, MS));
         rounds.begin();
         rounds.end(100.0, MS, 100.0, MS);
-        assert!(!rounds.goes_on(MS, MS), "now it is short enough");
+        assert!(!goes_on(&rounds, MS, MS), "now it is short enough");
     }
 
     #[test]
@@ -220,15 +253,15 @@ mod tests {
 
     #[test]
     fn rounds_and_time_are_limited() {
-        assert!(!Rounds::new(limits(0, None), 100).goes_on(MS, 900 * MS));
+        assert!(!goes_on(&Rounds::new(limits(0, None), 100), MS, 900 * MS));
         let timed = Rounds::new(limits(9, Some(5 * MS)), 100);
-        assert!(timed.goes_on(4 * MS, 900 * MS) && !timed.goes_on(5 * MS, 900 * MS));
+        assert!(goes_on(&timed, 4 * MS, 900 * MS) && !goes_on(&timed, 5 * MS, 900 * MS));
         assert!(timed.is_over(5 * MS) && !timed.is_over(4 * MS));
         let mut two = Rounds::new(limits(2, None), 100);
         for (full, more) in [(9000.0, true), (4000.0, false)] {
             two.begin();
             two.end(full, MS, 0.0, MS);
-            assert_eq!(two.goes_on(MS, MS), more, "{full}");
+            assert_eq!(goes_on(&two, MS, MS), more, "{full}");
         }
         assert_eq!(two.made(), 2);
     }

@@ -33,6 +33,8 @@ pub enum Kind {
     Rejoin = 9,
     /// The source has heard how it ended: nobody will connect again.
     Done = 10,
+    /// What the source's migrations have learnt of how the guest writes.
+    Model = 11,
     /// Bytes that the destination's xl wrote for the source's xl.
     Xl = 16,
     /// The destination's answer to End.
@@ -65,8 +67,8 @@ impl Kind {
     fn from_wire(raw: u16) -> Option<Kind> {
         use Kind::*;
         [
-            Bytes, Guest, Rows, Forget, End, Go, Contents, Late, Rejoin, Done, Xl, Verdict, Figures, Exit, Have, Need,
-            Settled, Want, Started, Missing, Ping, Pong, Abort,
+            Bytes, Guest, Rows, Forget, End, Go, Contents, Late, Rejoin, Done, Model, Xl, Verdict, Figures, Exit, Have,
+            Need, Settled, Want, Started, Missing, Ping, Pong, Abort,
         ]
         .into_iter()
         .find(|kind| *kind as u16 == raw)

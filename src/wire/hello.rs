@@ -49,6 +49,8 @@ pub struct Hello {
     pub rejoin_token: Option<String>,
     /// Destination: it waits for a new connection then.
     pub rejoins: bool,
+    /// Destination: it keeps what the source has learnt of how the guest writes.
+    pub keeps_model: bool,
     /// Source: the guest's uuid and name, and the sharing group whose key this is.
     pub guest_uuid: String,
     pub guest_name: String,

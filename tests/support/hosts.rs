@@ -49,6 +49,7 @@ pub mod kind {
     pub const LATE: u16 = 8;
     pub const REJOIN: u16 = 9;
     pub const DONE: u16 = 10;
+    pub const MODEL: u16 = 11;
     pub const XL: u16 = 16;
     pub const VERDICT: u16 = 17;
     pub const FIGURES: u16 = 18;
@@ -534,6 +535,9 @@ pub struct Plan {
     pub holding: Option<Holding>,
     /// What the source may take of the link in a second.
     pub bandwidth: Option<NonZeroU64>,
+    /// What the source has learnt of the guest's writes, and whether the destination keeps it.
+    pub model: Option<Vec<u8>>,
+    pub keeps_model: bool,
     /// What the receiving xl has built.
     pub image: Image,
     /// With what the destination leaves pages behind.
@@ -633,6 +637,8 @@ impl Plan {
             live: None,
             holding: None,
             bandwidth: None,
+            model: None,
+            keeps_model: true,
             image: Image::default(),
             paging: None,
             early: None,
@@ -672,6 +678,8 @@ pub struct Outcome {
     pub given_up: bool,
     /// Strangers that were told to go away.
     pub refused: usize,
+    /// What the destination keeps of the guest's writes.
+    pub model: Option<Vec<u8>>,
 }
 
 impl Outcome {
@@ -867,7 +875,7 @@ pub fn migrate(plan: Plan) -> Outcome {
     }
     .with_key(&key());
     let [source_contents, destination_contents] = plan.contents;
-    let (holding, bandwidth) = (plan.holding, plan.bandwidth);
+    let (holding, model, bandwidth) = (plan.holding, plan.model, plan.bandwidth);
     let (noted, timeout, ended) = (figures.clone(), plan.timeout, link.clone());
     let (source_life, follower) = plan.source_agent.unzip();
     if let Some(agent) = &source_life {
@@ -893,6 +901,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                     frames: None,
                     verify: false,
                     holding,
+                    learnt: model.map(|model| Box::new(move || Some(model)) as source::Learnt),
                     bandwidth,
                     contents: source_contents,
                     connect,
@@ -957,9 +966,12 @@ pub fn migrate(plan: Plan) -> Outcome {
         contents: plan.speak_contents[1],
         paces: plan.speak_contents[1],
         rejoins: listen.is_some(),
+        keeps_model: plan.keeps_model,
         ..Hello::default()
     };
     let paging = plan.paging;
+    let kept = Arc::new(Mutex::new(None));
+    let keeping = kept.clone();
     let (journal, gave_up) = (plan.journal, Arc::new(AtomicBool::new(false)));
     let (giving_up, ended) = (gave_up.clone(), link);
     let watched = stdin_pipe.clone();
@@ -992,6 +1004,7 @@ pub fn migrate(plan: Plan) -> Outcome {
                 journal,
                 hello: hello.clone(),
                 watching: None,
+                keep_model: Some(Box::new(move |model| *keeping.lock() = Some(model.to_vec()))),
                 before_go: Box::new(|| Ok(())),
                 program: "test".into(),
                 usage: || (1, 2),
@@ -1022,7 +1035,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         _ => wait(&destination, deadline, "the destination's agent"),
     };
     let destination_xl = plan.destination_xl.lock().take();
-    let received = received.lock().clone();
+    let (received, model) = (received.lock().clone(), kept.lock().take());
     let (image, figures) = (image.lock().clone(), figures.lock().clone());
     Outcome {
         ending,
@@ -1035,6 +1048,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         elapsed: start.elapsed(),
         given_up: gave_up.load(Ordering::SeqCst),
         refused: refused.load(Ordering::SeqCst),
+        model,
     }
 }
 
@@ -1114,6 +1128,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         journal: None,
         hello: Hello::default(),
         watching: None,
+        keep_model: None,
         before_go: Box::new(|| Ok(())),
         program: "test".into(),
         usage: || (0, 0),

@@ -203,6 +203,7 @@ fn send(arguments: &SideArguments, wire: Box<dyn Write + Send>, gate: Gate) -> R
         frames: None,
         verify: false,
         holding: None,
+        learnt: None,
         bandwidth: None,
         contents,
         connect: None,
