@@ -55,8 +55,8 @@ follow_migrate() { # FROM TO ROUND
   done
   while kill -0 $migration 2>/dev/null && [ "$(wc -l <"$work/done")" -lt "$wanted" ]; do
     sleep $((2 + RANDOM % 15)).$((RANDOM % 10))
-    # Drawn in any case: the same seed then means the same moments.
-    follow_disturb "${kinds[RANDOM % ${#kinds[@]}]}" $((1 + RANDOM % 30)) "$from" "$to"
+    # In turn. The time is drawn in any case: the same seed then means the same moments.
+    follow_disturb "${kinds[$(wc -l <"$work/done") % ${#kinds[@]}]}" $((1 + RANDOM % 30)) "$from" "$to"
   done
   wait $migration || status=$?
   if [ $status != 0 ]; then

@@ -324,6 +324,12 @@ taken_whole() { # FROM
   fi
 }
 
+# Two cuts, and two kills of xenfold on either host, at random moments while pages follow the guest.
+lab_disturbed_while_pages_follow() {
+  without_other_guests
+  lab follow 6 --memory 128
+}
+
 # Frames that guests share while they write to them, with the daemon killed and a guest destroyed on the way: no wrong byte,
 # and the table is what Xen counts. Needs sharing, which Debian's hypervisor lacks.
 lab_share() {
