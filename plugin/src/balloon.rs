@@ -195,8 +195,11 @@ pub fn shrink(
     }
     // What it could not give up it is not pressed for any more.
     let target_kib = goal.max(before_kib.saturating_sub(gave * KIB_PER_PAGE));
-    if target_kib != goal {
-        guest.set_target(target_kib)?;
+    if target_kib != goal
+        && let Err(error) = guest.set_target(target_kib)
+    {
+        guest.set_target(before_kib)?;
+        return Err(error);
     }
     Ok(Ok(Shrunk {
         before_kib,
@@ -239,8 +242,8 @@ pub fn restore_left(guest: &dyn GuestSize, before_kib: u64) -> Result<bool> {
     Ok(small)
 }
 
-/// The same, and says what came of it. Whether the guest was small.
-pub fn give_back_left(guest: &Guest, before_kib: u64) -> bool {
+/// The same, and says what came of it. Whether the guest was small; `None`: it may be so still.
+pub fn give_back_left(guest: &Guest, before_kib: u64) -> Option<bool> {
     let (name, mib) = (&guest.name, before_kib >> 10);
     match HostGuest::open(guest.domid).and_then(|size| restore_left(&size, before_kib)) {
         Ok(small) => {
@@ -249,14 +252,14 @@ pub fn give_back_left(guest: &Guest, before_kib: u64) -> bool {
                     "xenfold: an earlier migration of guest {name} was killed and left it small; it has its {mib} MiB back"
                 );
             }
-            small
+            Some(small)
         }
         Err(error) => {
             say!(
                 "xenfold: an earlier migration of guest {name} was killed and may have left it small: {error:#}. Give it its size \
                  back with `xl mem-set {name} {mib}`."
             );
-            false
+            None
         }
     }
 }
@@ -275,11 +278,15 @@ impl Ballooning {
         stop: &dyn Fn() -> bool,
     ) -> Option<(Shrunk, u64)> {
         let size = HostGuest::open(guest.domid);
-        let shrunk = size.and_then(|size| Ok((shrink(&size, floor_kib, note, stop)?, size.pages()?)));
+        let shrunk = size.and_then(|size| Ok((shrink(&size, floor_kib, note, stop)?, size)));
         let why = match shrunk {
-            Ok((Ok(shrunk), pages)) => {
+            Ok((Ok(shrunk), size)) => {
                 *self.0.lock() = Some((guest.domid, shrunk));
-                return Some((shrunk, pages));
+                match size.pages() {
+                    Ok(pages) => return Some((shrunk, pages)),
+                    Err(error) => log::warn!("how large guest {} is now is not known: {error:#}", guest.name),
+                }
+                return None;
             }
             Ok((Err(kept), _)) => kept.to_string(),
             Err(error) => format!("{error:#}"),

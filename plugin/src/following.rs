@@ -18,6 +18,7 @@ use xenfold::wire::Hello;
 use crate::guest::{self, AWAY, Guest, GuestFrames, KnownDomain};
 use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
+use crate::rejoin::NOBODY;
 use crate::{repair, signals, source as agent};
 
 #[derive(Debug, clap::Args)]
@@ -142,13 +143,12 @@ fn end(
             say!("xenfold: {host} gave guest {name} back ({}): {done}.", chain(&error));
             Ok(1)
         }
-        Ending::Unknown(error @ EngineError::PeerAborted(_)) => {
-            // Nobody there waits for pages; trying again is of no use.
+        Ending::Unknown(EngineError::PeerAborted(why)) if why.starts_with(NOBODY) => {
             let _ = fs::remove_file(journal);
             say!(
                 "xenfold: {host} does not take the pages of guest {name}: {}. Type `xenfold resume {name}`: it asks {host}, and \
                  resumes the guest here only if it is not there.",
-                chain(&error)
+                why
             );
             Ok(1)
         }

@@ -45,7 +45,8 @@ impl Record {
                 Ok(()) if is_at(&file, &path)? => break file,
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => bail!(
-                    "guest {} is being migrated already; this second migration is refused and the guest is not touched",
+                    "guest {} is being migrated already; this second migration is refused and the guest is not touched; \
+                     `xenfold jobinfo {0}` shows the first, `xenfold abort {0}` ends it",
                     guest.name
                 ),
                 Err(TryLockError::Error(error)) => bail!("{} cannot be locked: {error}", path.display()),

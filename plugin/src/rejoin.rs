@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use crossbeam_channel::Sender;
 use rustix::io::fcntl_dupfd_cloexec;
 use xenfold::engine::destination::Listen;
 use xenfold::engine::{LinkEnds, refuse};
+use xenfold::late::journal::JournalError;
 use xenfold::migrations::FOLDER;
 
 use crate::{receive, takeover};
@@ -105,6 +106,9 @@ fn ends(stream: UnixStream) -> io::Result<LinkEnds> {
     })
 }
 
+/// What a source is told, to begin with, that need not send pages any more.
+pub const NOBODY: &str = "no xenfold receives that guest here any more";
+
 /// Brings a source together with whoever has its guest here.
 pub fn run(migration: &str) -> Result<i32> {
     let until = Instant::now() + PATIENCE;
@@ -113,12 +117,18 @@ pub fn run(migration: &str) -> Result<i32> {
             return pass_on(agent);
         }
         match takeover::take(migration) {
-            Ok(Some((journal, found))) => return takeover::run(journal, found, receive::link()?),
-            Ok(None) if Instant::now() < until => thread::sleep(RETRY),
-            Ok(None) => {
-                return nobody("no xenfold receives that guest here any more: it was not started, or is here whole");
+            Ok((journal, found)) => return takeover::run(journal, found, receive::link()?),
+            Err(_) if Instant::now() < until => thread::sleep(RETRY),
+            Err(JournalError::Absent) => {
+                return nobody(&format!("{NOBODY}: it was not started, or is here whole"));
             }
-            Err(error) => return nobody(&format!("no xenfold receives that guest here any more: {error:#}")),
+            Err(error @ JournalError::Damaged { .. }) => {
+                return nobody(&format!(
+                    "xenfold was ended while pages followed that guest, and cannot go on: {error}"
+                ));
+            }
+            // Somebody is about to go on with the guest, or a later attempt can: the source tries again.
+            Err(error) => bail!("nobody can be reached who receives that guest: {error}"),
         }
     }
 }

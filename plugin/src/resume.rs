@@ -86,6 +86,14 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
     };
     let info = Xenctrl::open()?.domain(found.domid)?;
     if !info.as_ref().is_some_and(guest::is_suspended) {
+        if let Ok(Some(left)) = record::left_behind(&found.uuid)
+            && let Some(kib) = left.memory_target_kib
+            && left.domid == found.domid.get()
+            && balloon::give_back_left(&found, kib) == Some(true)
+        {
+            record::forget(&found.uuid);
+            return Ok(());
+        }
         bail!("guest {} is not suspended: there is nothing to resume", found.name);
     }
     let migration = record::left_behind(&found.uuid)?;

@@ -88,10 +88,13 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         None => None,
     };
     if let (Some(guest), Some(kib)) = (&guest, record.as_ref().and_then(Record::left_target))
-        && balloon::give_back_left(guest, kib)
+        && let given_back = balloon::give_back_left(guest, kib)
+        && given_back != Some(false)
     {
         // xl has read its configuration, with the small size, which it would have on the other host.
-        record.into_iter().for_each(Record::close);
+        if given_back.is_some() {
+            record.into_iter().for_each(Record::close);
+        }
         say!(
             "xenfold: guest {} is not migrated now, since it would stay small on {}. It runs on here; try again with the same \
              command.",
@@ -317,7 +320,7 @@ impl Agent<'_> {
             figures.mode = mode_name(mode);
             figures.memory_total_bytes / PAGE_SIZE as u64
         };
-        let (holding, forecast) = self.holding(&seen.domain, &from_xl, guest_pages, mode).unzip();
+        let (holding, forecast) = self.holding(&seen, &from_xl, guest_pages, mode).unzip();
         figures.lock().holding.known_pages = forecast.as_ref().map_or(0, Forecast::known_pages);
         let learning = forecast.clone();
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
@@ -452,13 +455,7 @@ impl Agent<'_> {
 
     /// What is needed to hold pages back. Where something of it is missing, each pass is sent whole.
     /// With what they are chosen by.
-    fn holding(
-        &self,
-        domain: &KnownDomain,
-        from_xl: &File,
-        guest_pages: u64,
-        mode: Mode,
-    ) -> Option<(Holding, Forecast)> {
+    fn holding(&self, seen: &Seen, from_xl: &File, guest_pages: u64, mode: Mode) -> Option<(Holding, Forecast)> {
         let config = &self.arguments.config;
         let leaves = mode.leaves_pages();
         let guest = self.guest.as_ref().filter(|_| config.hold || leaves)?;
@@ -468,7 +465,8 @@ impl Agent<'_> {
         } else {
             config.model_seconds
         };
-        let opened = GuestWrites::open(guest).and_then(|log| Ok((log, GuestFrames::open(domain.clone())?)));
+        let opened = GuestWrites::open(guest, seen.stopped.clone())
+            .and_then(|log| Ok((log, GuestFrames::open(seen.domain.clone())?)));
         let (log, frames) = match opened {
             Ok(opened) => opened,
             Err(error) => {

@@ -23,16 +23,9 @@ pub fn path(migration: &str) -> Option<PathBuf> {
     journal_path(Path::new(FOLDER), migration, PAGER)
 }
 
-/// Takes the journal of a pager that was killed. `None`: there is none, or its owner lives.
-pub fn take(migration: &str) -> Result<Option<(Journal, Found)>> {
-    let Some(path) = path(migration) else {
-        return Ok(None);
-    };
-    match Journal::take(&path) {
-        Ok(taken) => Ok(Some(taken)),
-        Err(JournalError::Absent | JournalError::Owned) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
+/// Takes the journal of a pager that was killed. Errors: there is none, its owner lives, or it cannot be read.
+pub fn take(migration: &str) -> Result<(Journal, Found), JournalError> {
+    Journal::take(&path(migration).ok_or(JournalError::Absent)?)
 }
 
 /// Goes on, with the source at the other end of `ends`. When that is lost others may come, as with the former agent. Errors:
@@ -104,6 +97,9 @@ fn looked(facts: &Facts, domid: DomId) -> Result<Start> {
         ));
     };
     let name = name_of(&Xenstore::open()?, domid)?.unwrap_or_default();
+    if name.is_empty() || !name.ends_with(INCOMING) && info.cpu_time_ns == 0 {
+        bail!("it is called {name:?}, and has not run");
+    }
     if !name.ends_with(INCOMING) {
         return Ok(Start::Started);
     }

@@ -1,4 +1,6 @@
 //! Which pages the guest writes, as the engine wants to know it.
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,11 +16,14 @@ pub struct GuestWrites {
     log: LogDirty,
     guest: Guest,
     bitmap: Bitmap,
+    /// xl has ended: log-dirty mode may be another one's by now, who would lose what is read or turned off here.
+    stopped: Arc<AtomicBool>,
 }
 
 impl GuestWrites {
-    /// Errors: Xen's libraries are missing or of another version, this is no dom0, or the guest is gone.
-    pub fn open(guest: &Guest) -> Result<GuestWrites, XenError> {
+    /// `stopped` says when xl has ended: then nothing is read any more. Errors: Xen's libraries are missing or of another
+    /// version, this is no dom0, or the guest is gone.
+    pub fn open(guest: &Guest, stopped: Arc<AtomicBool>) -> Result<GuestWrites, XenError> {
         let xen = Xenctrl::open()?;
         let pages = xen.maximum_gpfn(guest.domid)?.saturating_add(1);
         let log = xen.log_dirty(guest.domid, pages)?;
@@ -27,7 +32,15 @@ impl GuestWrites {
             log,
             guest: guest.clone(),
             bitmap: Bitmap::default(),
+            stopped,
         })
+    }
+
+    fn ours(&self) -> Result<(), FrameError> {
+        match self.stopped.load(Ordering::Relaxed) {
+            true => Err(FrameError::Xen("xl has ended, or the migration was aborted".into())),
+            false => Ok(()),
+        }
     }
 
     fn pages(&self, read: Peek) -> Option<PageSet> {
@@ -54,6 +67,7 @@ impl DirtyLog for GuestWrites {
     }
 
     fn peek(&mut self) -> Result<Option<PageSet>, FrameError> {
+        self.ours()?;
         let read = self.log.peek(&mut self.bitmap).map_err(refused)?;
         Ok(self.pages(read))
     }
@@ -64,6 +78,7 @@ impl DirtyLog for GuestWrites {
         if count == 0 {
             return Ok(());
         }
+        self.ours()?;
         self.log.enable().map_err(refused)?;
         let watched = self.watch(every, count, each);
         let off = self.log.off().map_err(refused);
@@ -77,6 +92,7 @@ impl GuestWrites {
         for _ in 0..count {
             due += every;
             thread::sleep(due.saturating_duration_since(Instant::now()));
+            self.ours()?;
             let read = self.log.clean(&mut self.bitmap).map_err(refused)?;
             if let Some(written) = self.pages(read) {
                 each(&written);

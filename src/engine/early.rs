@@ -9,7 +9,8 @@
 //! - pages that the toolstack itself writes to, behind the stream, are never taken out ([`EarlyOut`]);
 //! - a record that is not looked into brings all pages back, and none goes out any more ([`Early::give_up`]);
 //! - none goes out before the guest has (nearly) all of its memory: the ring needs its page, and what is kept back of the
-//!   host's memory for the pages that are out would go to those that the helper still allocates.
+//!   host's memory for the pages that are out would go to those that the helper still allocates. So a page of a second pass
+//!   has to be applied before.
 //!
 //! A row refers to no late page, on either side, so nobody reads one; the assembler refuses a source that does.
 use std::sync::Arc;
@@ -43,6 +44,9 @@ struct State {
     /// Late pages whose records may not be applied, the newest of these records, and late pages that can go out.
     fresh: PageSet,
     newest: u64,
+    /// The highest late page so far, and whether one below such a page came later: in another pass.
+    highest: Option<Pfn>,
+    again: bool,
     ready: PageSet,
     out: PageSet,
     /// Paging is on.
@@ -85,6 +89,8 @@ impl Early {
                 source,
                 fresh: PageSet::new(bound),
                 newest: 0,
+                highest: None,
+                again: false,
                 ready: PageSet::new(bound),
                 out: PageSet::new(bound),
                 on: false,
@@ -114,7 +120,10 @@ impl Early {
         if state.over {
             return;
         }
+        let before = state.highest;
         for pfn in pfns {
+            state.again |= Some(pfn) < before;
+            state.highest = state.highest.max(Some(pfn));
             if !state.never.contains(&pfn) && !state.out.contains(pfn) {
                 state.fresh.insert(pfn);
             }
@@ -178,7 +187,7 @@ impl Early {
             if state.over {
                 return;
             }
-            let newest = state.newest;
+            let (newest, again) = (state.newest, state.again);
             let fresh = std::mem::replace(&mut state.fresh, PageSet::new(0));
             state.fresh = PageSet::new(fresh.bound());
             state.ready.union(&fresh);
@@ -186,7 +195,7 @@ impl Early {
                 // The stream has ended.
                 return;
             }
-            if let Err(error) = self.take_out(&mut state) {
+            if again && let Err(error) = self.take_out(&mut state) {
                 state.failed = Some(error);
                 state.end();
             }

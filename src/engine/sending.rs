@@ -172,7 +172,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             contents,
         });
         let back = Back {
-            give_back: give_back.clone(),
+            give_back,
             link: link.clone(),
             policy,
             figures: figures.clone(),
@@ -194,7 +194,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             figures: figures.clone(),
             pass: 0,
             last_pfn: None,
-            give_back,
+            spare: None,
             next: to_classifier,
         };
         let read = front.run();
@@ -227,8 +227,8 @@ struct Front<R> {
     /// Passes of xl's that were seen to begin.
     pass: u32,
     last_pfn: Option<Pfn>,
-    /// Where buffers come back to that were not needed.
-    give_back: Sender<Vec<u8>>,
+    /// A buffer that was not needed. It does not go back by a sender of our own: when all others are gone, that shows.
+    spare: Option<Vec<u8>>,
     next: Sender<FromXl>,
 }
 
@@ -277,8 +277,14 @@ impl<R: Read> Front<R> {
         }
     }
 
+    /// Room for the pages of a record.
+    fn buffer(&mut self) -> Result<Vec<u8>, EngineError> {
+        let spare = self.spare.take();
+        spare.map_or_else(|| self.buffers.recv().map_err(|_| EngineError::WorkerLost), Ok)
+    }
+
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
-        let mut buffer = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
+        let mut buffer = self.buffer()?;
         if header.length as usize > MAX_RECORD_BODY {
             self.pass(FromXl::Forget)?;
             return self.other_record(header);
@@ -310,8 +316,7 @@ impl<R: Read> Front<R> {
             record = record.retain(&keep)?;
         }
         if record.list.is_empty() {
-            // There is room: it came from there.
-            let _ = self.give_back.try_send(record.into_buffer());
+            self.spare = Some(record.into_buffer());
             return Ok(());
         }
         self.pages(record)
@@ -365,7 +370,7 @@ impl<R: Read> Front<R> {
                     held.look_at(&pfns, &carried, &mut ahead)?;
                 }
                 if ahead.is_full() || pfns.is_empty() && !ahead.is_empty() {
-                    let buffer = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
+                    let buffer = self.buffer()?;
                     self.pages(ahead.record(buffer)?)?;
                 }
                 if pfns.is_empty() {
@@ -423,8 +428,8 @@ impl<R: Read> Front<R> {
 
     /// Sends these held pages as they are in the guest's frames.
     fn held_pages(&mut self, pfns: &[Pfn]) -> Result<(), EngineError> {
+        let body = self.buffer()?;
         let Some(held) = &mut self.held else { return Ok(()) };
-        let body = self.buffers.recv().map_err(|_| EngineError::WorkerLost)?;
         let record = held.read(pfns, body)?;
         self.pages(record)
     }

@@ -684,7 +684,10 @@ impl Source {
         if self.may_connect_again() {
             self.watch.shorten(SILENCE);
         }
-        self.tell_learnt();
+        // With pages that follow these come first.
+        if self.serving.is_none() {
+            self.tell_learnt();
+        }
         self.result()
     }
 
@@ -743,6 +746,11 @@ impl Source {
             ));
         }
         if started {
+            // Whoever took the guest over after an outage does not keep it.
+            let outages = self.figures.lock().late.as_ref().map_or(0, |late| late.outages);
+            if self.serving.is_some() && outages == 0 {
+                self.tell_learnt();
+            }
             return Ending::Completed {
                 status: self.exit_status(),
             };

@@ -28,6 +28,9 @@ use super::model::{Model, State};
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
 
+/// The time between samples where there were none: as long as any.
+const UNSAMPLED: Duration = Duration::from_millis(50);
+
 /// Pages of a full record (MAX_BATCH_SIZE in xg_sr_common.h).
 pub const RECORD: usize = 1024;
 
@@ -145,7 +148,7 @@ impl Filter {
         let regions = model.as_ref().map(Model::regions);
         let regions = regions.unwrap_or_else(|| Regions::new(REGIONS, guest_pages, pages_bound));
         let gaps = model.as_ref().map(Model::gaps);
-        let (modelled, interval) = (model.is_some(), model.as_ref().map_or(Duration::ZERO, Model::interval));
+        let (modelled, interval) = (model.is_some(), model.as_ref().map_or(UNSAMPLED, Model::interval));
         let (states, known) = model.map(Model::into_parts).unwrap_or_default();
         let mut filter = Filter {
             bound: pages_bound,
