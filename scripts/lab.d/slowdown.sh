@@ -29,6 +29,8 @@ lab_slowdown() {
     '  [[ $line != *"guest compiled: "* ]] || echo "$EPOCHREALTIME ${line##*: }" | tr -d "\r"' 'done >/root/compiled' |
     on a 'cat >/root/compiled.sh'
   on a "setsid bash /root/compiled.sh /var/log/xen/console/guest-$guest.log >/dev/null 2>&1 & echo \$! >/root/compiled.pid" </dev/null
+  # What the first ones need is read from the disk.
+  until [ "$(on a 'wc -l </root/compiled' </dev/null)" -ge 10 ]; do sleep 10; done
   for ((pair = 1; pair <= pairs; pair++)); do
     # What changes with time is the same for both.
     for phase in $( ((pair % 2)) && echo without with || echo with without); do slowdown_phase "$phase"; done
@@ -79,16 +81,14 @@ slowdown_result() { # WORK
 import json, statistics, sys
 work = sys.argv[1]
 compiled = [(float(t), int(n)) for t, n in (line.split() for line in open(f"{work}/compiled"))]
-def count(at):
-    """How many had been compiled then, with a part of the one that was under way."""
-    for (t, n), (u, m) in zip(compiled, compiled[1:]):
-        if t <= at <= u:
-            return n + (m - n) * (at - t) / (u - t)
-    sys.exit(f"nothing was compiled around {at}")
 phases = []
 for line in open(f"{work}/phases"):
     name, begin, end, *more = line.split()
-    phases.append((name, 60 * (count(float(end)) - count(float(begin))) / (float(end) - float(begin)), [int(x) for x in more]))
+    inside = [(t, n) for t, n in compiled if float(begin) <= t <= float(end)]
+    if len(inside) < 5:
+        sys.exit(f"only {len(inside)} programs were compiled in a phase: longer ones are needed (--seconds)")
+    (t, n), (u, m) = inside[0], inside[-1]
+    phases.append((name, 60 * (m - n) / (u - t), [int(x) for x in more]))
 pairs = [dict((name, rate) for name, rate, _ in phases[i:i + 2]) for i in range(0, len(phases), 2)]
 slower = [100 * (1 - pair["with"] / pair["without"]) for pair in pairs]
 without = [pair["without"] for pair in pairs]
