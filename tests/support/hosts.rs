@@ -31,7 +31,7 @@ use xenfold::report::Figures;
 use xenfold::wire::{EarlyOut, FrameReader, Hello, Kind};
 
 /// Longer than anything here takes; whoever is not done then hangs.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(120);
 
 const R0: &[u8] = b"xl migration receiver ready, send binary domain data.\n";
 const R1: &[u8] = b"domain received, ready to unpause\0";
