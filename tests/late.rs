@@ -40,6 +40,8 @@ struct Case {
     seed: u64,
     pages: u64,
     batch: usize,
+    /// What each batch takes xl to read.
+    batch_time: Duration,
     passes: usize,
     mode: Mode,
     now_pages: usize,
@@ -56,6 +58,7 @@ impl Default for Case {
             seed: 1,
             pages: 1500,
             batch: 200,
+            batch_time: Duration::ZERO,
             passes: 3,
             mode: Mode::Postcopy,
             now_pages: 40,
@@ -69,7 +72,8 @@ impl Default for Case {
 /// The plan, the source's memory, and the guest at the destination.
 fn plan(case: &Case) -> (Plan, Arc<Mutex<Memory>>, Paged) {
     let memory = Arc::new(Mutex::new(Memory::new(case.seed, case.pages, 20)));
-    let (xls, passes, batch, pages) = (memory.clone(), case.passes, case.batch, case.pages);
+    let (xls, passes, pages) = (memory.clone(), case.passes, case.pages);
+    let (batch, batch_time) = (case.batch, case.batch_time);
     let live = move |out: &mut dyn Write| {
         let (before, behind) = around_pages();
         out.write_all(&before)?;
@@ -81,7 +85,7 @@ fn plan(case: &Case) -> (Plan, Arc<Mutex<Memory>>, Paged) {
                 list = memory.dirty.iter().map(Pfn::get).collect();
                 memory.dirty.clear();
             }
-            send_pages(&xls, out, &list, batch, Duration::ZERO)?;
+            send_pages(&xls, out, &list, batch, batch_time)?;
         }
         out.write_all(&behind)
     };
@@ -172,6 +176,7 @@ fn a_guest_finds_its_memory_while_it_follows() {
             seed,
             pages: 1 + dice.throw(1500),
             batch: 1 + dice.throw(300) as usize,
+            batch_time: Duration::ZERO,
             passes: 1 + dice.throw(4) as usize,
             mode: [Mode::Postcopy, Mode::Hybrid][dice.throw(2) as usize],
             now_pages: dice.throw(100) as usize,
@@ -227,6 +232,7 @@ fn late_pages_go_out_while_the_guest_runs_at_its_source() {
                 early,
                 passes: 5,
                 batch: 40,
+                batch_time: Duration::from_millis(4),
                 pages: 4000,
                 ..Case::default()
             };

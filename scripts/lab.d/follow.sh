@@ -25,6 +25,7 @@ lab_follow() {
   IFS=, read -ra kinds <<<"$kinds"
   say "follow: $wanted disturbances, seed $seed (the same seed disturbs in the same way)"
   RANDOM=$seed
+  rm -rf "$STATE"/follow.* # of a run that failed
   work=$(mktemp -d "$STATE/follow.XXXXXX")
   : >"$work/done"
   guest_host $FOLLOW_GUEST >/dev/null || guest_create $FOLLOW_GUEST --memory "$memory"

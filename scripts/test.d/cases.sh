@@ -252,7 +252,7 @@ lab_pages_follow() {
   must_be_well_on "$to" ci
   migrate "$to" ci --mode postcopy
   said "$to"
-  figures "$to" "$followed" 'f["mode"] == "postcopy"' 'f["late"]["pages"] > 40000' \
+  figures "$to" "$followed" 'f["mode"] == "postcopy"' 'f["late"]["pages"] > 40000' 'f["late"]["early"] > 0' \
     'f["late"]["fetched"] < f["late"]["pages"] * 0.1' # more the longer it takes
   must_be_well_on "$from" ci
   migrate "$from" ci --mode hybrid --downtime-limit 1

@@ -9,7 +9,7 @@
 //! - pages that the toolstack itself writes to, behind the stream, are never taken out ([`EarlyOut`]);
 //! - a record that is not looked into brings all pages back, and none goes out any more ([`Early::give_up`]);
 //! - none goes out before the guest has (nearly) all of its memory: the ring needs its page, and what is kept back of the
-//!   host's memory for the pages that are out would go to those that the helper still allocates. So a page of a second pass
+//!   host's memory for the pages that are out would go to those that the helper still allocates. So a record of a second pass
 //!   has to be applied before.
 //!
 //! A row refers to no late page, on either side, so nobody reads one; the assembler refuses a source that does.
@@ -41,13 +41,14 @@ struct State {
     paging: Option<Box<dyn GuestPaging>>,
     source: EarlyOut,
     never: Vec<Pfn>,
-    /// Late pages whose records may not be applied, the newest of these records, and late pages that can go out.
+    /// Late pages whose records may not be applied, and those that can go out.
     fresh: PageSet,
-    newest: u64,
-    /// The highest late page so far, and whether one below such a page came later: in another pass.
+    ready: PageSet,
+    /// The newest record that has to be applied: one with late pages, or the first of a second pass.
+    newest: Option<u64>,
+    /// The highest page so far, and whether a record began below it: in another pass.
     highest: Option<Pfn>,
     again: bool,
-    ready: PageSet,
     out: PageSet,
     /// Paging is on.
     on: bool,
@@ -88,10 +89,10 @@ impl Early {
                 never: source.never().collect(),
                 source,
                 fresh: PageSet::new(bound),
-                newest: 0,
+                ready: PageSet::new(bound),
+                newest: None,
                 highest: None,
                 again: false,
-                ready: PageSet::new(bound),
                 out: PageSet::new(bound),
                 on: false,
                 over: false,
@@ -114,23 +115,28 @@ impl Early {
         self.state.lock().out.bound()
     }
 
-    /// A record was written that says of these pages that they are late.
-    pub fn late(&self, record: u64, pfns: impl Iterator<Item = Pfn>) {
+    /// A record of pages in ascending order was written: the first and the last of them, and those that it says are late.
+    pub fn written(&self, record: u64, first: Pfn, last: Pfn, late: impl Iterator<Item = Pfn>) {
         let mut state = self.state.lock();
         if state.over {
             return;
         }
-        let before = state.highest;
-        for pfn in pfns {
-            state.again |= Some(pfn) < before;
-            state.highest = state.highest.max(Some(pfn));
+
+        let second = !state.again && Some(first) < state.highest;
+        state.again |= second;
+        state.highest = state.highest.max(Some(last));
+        let mut news = second;
+        for pfn in late {
+            news = true;
             if !state.never.contains(&pfn) && !state.out.contains(pfn) {
                 state.fresh.insert(pfn);
             }
         }
-        state.newest = record;
-        drop(state);
-        self.changed.notify_all();
+        if news {
+            state.newest = Some(record);
+            drop(state);
+            self.changed.notify_all();
+        }
     }
 
     /// A record is about to be written that has these pages, or says that there are none. Errors: of taking pages out, too.
@@ -180,14 +186,15 @@ impl Early {
 
     fn run(&self, applied: &Applied) {
         let mut state = self.state.lock();
+        let mut applied_until = None;
         loop {
-            while state.fresh.is_empty() && !state.over {
+            while state.newest == applied_until && !state.over {
                 self.changed.wait(&mut state);
             }
-            if state.over {
+            let (Some(newest), false) = (state.newest, state.over) else {
                 return;
-            }
-            let (newest, again) = (state.newest, state.again);
+            };
+            let again = state.again;
             let fresh = std::mem::replace(&mut state.fresh, PageSet::new(0));
             state.fresh = PageSet::new(fresh.bound());
             state.ready.union(&fresh);
@@ -195,6 +202,7 @@ impl Early {
                 // The stream has ended.
                 return;
             }
+            applied_until = Some(newest);
             if again && let Err(error) = self.take_out(&mut state) {
                 state.failed = Some(error);
                 state.end();

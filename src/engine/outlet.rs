@@ -167,8 +167,13 @@ impl Outlet {
             .partition(|entry| page_type(**entry) == Some(PageType::XAlloc));
         early.comes(here.into_iter().map(pfn_of))?;
         self.write(&record.bytes)?;
-        if !frozen && !late.is_empty() {
-            early.late(record.number, late.into_iter().map(pfn_of));
+        if let (false, Some(first), Some(last)) = (frozen, entries.first(), entries.last()) {
+            early.written(
+                record.number,
+                pfn_of(*first),
+                pfn_of(*last),
+                late.into_iter().map(pfn_of),
+            );
         }
         Ok(())
     }
