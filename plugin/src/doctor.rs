@@ -10,7 +10,7 @@ use xenfold::control::{Client, SOCKET};
 use xenfold::engine::chain;
 
 use crate::guest::name_of;
-use crate::{follow, ssh};
+use crate::{may_follow, ssh};
 
 /// How long the daemon may take to answer.
 const DAEMON: Duration = Duration::from_secs(5);
@@ -82,7 +82,7 @@ fn guest(info: &DomainInfo) -> String {
         .ok()
         .and_then(|store| name_of(&store, info.domid).ok()?);
     let name = name.unwrap_or_else(|| info.domid.to_string());
-    match follow::of_kind(info) {
+    match may_follow::of_kind(info) {
         _ if info.paged_pages > 0 => format!(
             "guest {name} cannot be migrated or saved yet: {} of its pages have not come from where it was before",
             info.paged_pages

@@ -39,7 +39,7 @@ use crate::progress::{Progress, summary};
 use crate::record::{self, Record};
 use crate::ssh::{self, COMMAND_NOT_FOUND, Ssh};
 use crate::writes::GuestWrites;
-use crate::{balloon, follow, following, guest, model, repair, signals, usage};
+use crate::{balloon, following, guest, may_follow, model, repair, signals, usage};
 
 /// How often xl's children are looked at until its helper is there.
 const HELPER_EVERY: Duration = Duration::from_millis(100);
@@ -72,7 +72,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         None
     });
     if let Some(guest) = &guest
-        && let missing @ 1.. = follow::still_late(guest)
+        && let missing @ 1.. = may_follow::still_late(guest)
     {
         say!(
             "xenfold: {missing} pages of guest {} have not come yet from where it was before: migrated now it would lose them. It is \
@@ -81,7 +81,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         );
         return Ok(1);
     }
-    let cannot_follow = follow::refusal(guest.as_ref(), &process::arguments(xl));
+    let cannot_follow = may_follow::refusal(guest.as_ref(), &process::arguments(xl));
     let migration = hexadecimal(random::<16>()?);
     let record = match &guest {
         Some(guest) => Some(Record::take(guest, &arguments.host, ssh.clone(), &migration)?),
@@ -114,7 +114,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     let hello = Hello {
         migration: migration.clone(),
         late: hello.late && cannot_follow.is_none(),
-        early: guest.as_ref().filter(|_| hello.late).and_then(follow::early),
+        early: guest.as_ref().filter(|_| hello.late).and_then(may_follow::early),
         rejoin_token: Some(hexadecimal(random::<16>()?)),
         ..hello
     };
