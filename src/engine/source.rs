@@ -691,7 +691,8 @@ impl Source {
         self.result()
     }
 
-    /// The other host keeps what has been learnt of the guest's writes. Behind GO: the guest does not wait for it.
+    /// The other host keeps what has been learnt of the guest's writes. Behind GO and behind late pages: the guest does not wait
+    /// for it.
     fn tell_learnt(&mut self) {
         let learnt = self.learnt.take().filter(|_| self.agreement.peer.keeps_model);
         if let Some(model) = learnt.and_then(|learnt| learnt()) {
