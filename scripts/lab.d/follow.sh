@@ -146,12 +146,12 @@ follow_judge() { # FROM TO ROUND
 
 follow_result() { # DONE ROUNDS
   python3 - "$@" <<'P'
-import json, sys
+import json, statistics, sys
 done = [line.split() for line in open(sys.argv[1])]
 result = {"migrations": int(sys.argv[2]), "disturbances": len(done)}
 for kind in sorted({kind for kind, _ in done}):
     times = sorted(int(ms) for of, ms in done if of == kind)
-    result[kind] = {"count": len(times), "again_ms_median": times[len(times) // 2], "again_ms_longest": times[-1]}
+    result[kind] = {"count": len(times), "again_ms_median": statistics.median(times), "again_ms_longest": times[-1]}
 print(json.dumps(result, indent=1))
 P
 }
