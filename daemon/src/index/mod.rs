@@ -10,6 +10,7 @@
 //! What a guest that has just arrived has in common with others is shared before any round ([`arrivals`]).
 //! Everything but `xen` runs without Xen.
 mod arrivals;
+mod helpers;
 mod host;
 mod pace;
 mod scanner;

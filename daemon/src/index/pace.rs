@@ -9,6 +9,10 @@ const FLOOR: f64 = 0.01;
 /// Pages become due in portions of this time, so that neither the thread wakes for each page nor a portion is felt.
 const PORTION: Duration = Duration::from_millis(50);
 
+/// On a busy host portions of fewer pages than these wait for more, up to a second: what is asked of Xen and xenstore for each
+/// portion costs as much as some tens of pages.
+const FEW_PAGES: f64 = 64.0;
+
 /// Idle times that were taken closer together than this say nothing.
 const SHORTEST: Duration = Duration::from_millis(100);
 
@@ -86,8 +90,9 @@ impl Pace {
         self.limit_time * self.idle_share.unwrap_or(0.0).max(FLOOR / self.limit_time.min(1.0))
     }
 
-    fn portion(&self, most: usize) -> f64 {
-        (self.rate() * PORTION.as_secs_f64()).clamp(1.0, most as f64)
+    fn portion(&self) -> f64 {
+        let of_a_second = self.rate().min(FEW_PAGES);
+        (self.rate() * PORTION.as_secs_f64()).max(of_a_second).max(1.0)
     }
 
     /// How many pages may be hashed now, at most `most`, or how long to wait until some may.
@@ -97,9 +102,9 @@ impl Pace {
         let time = self.time_rate();
         self.due_time = (self.due_time + time * passed.as_secs_f64()).min(0.0);
         // What could not be used in time is not made up for.
-        let most_due = (self.rate() * PORTION.as_secs_f64() * 2.0).max(1.0);
-        self.due_pages = (self.due_pages + self.rate() * passed.as_secs_f64()).min(most_due);
-        let portion = self.portion(most);
+        let portion = self.portion();
+        self.due_pages = (self.due_pages + self.rate() * passed.as_secs_f64()).min(portion * 2.0);
+        let portion = portion.min(most as f64);
         if self.due_pages < portion {
             let missing = (portion - self.due_pages) / self.rate();
             // Never zero, whatever is rounded.
@@ -147,19 +152,38 @@ mod tests {
     fn busy_processors_slow_it_down() {
         let mut pace = Pace::new(20_000, 0);
         let near = |pages: usize, expected: usize| pages.abs_diff(expected) <= expected / 10 + 5;
-        assert!(near(hashed(&mut pace, ms(0), 1), 200), "nothing is known yet");
-        pace.observe(ms(1000), vec![SECOND * 5; 4]);
+        assert!(near(hashed(&mut pace, ms(0), 10), 2000), "nothing is known yet");
+        pace.observe(SECOND * 10, vec![SECOND * 50; 4]);
         assert_eq!(pace.idle_share(), None, "one look is no difference");
-        for (at, gained, share) in [(2000, 1000, 1.0), (3000, 500, 0.5), (4000, 0, 0.0), (5000, 1500, 1.0)] {
+        for (at, gained, share) in [(20, 10, 1.0), (30, 5, 0.5), (40, 0, 0.0), (50, 15, 1.0)] {
             let (_, before) = pace.last_idle.clone().unwrap();
-            pace.observe(ms(at), before.iter().map(|idle| *idle + ms(gained)).collect());
+            pace.observe(SECOND * at, before.iter().map(|idle| *idle + SECOND * gained).collect());
             assert_eq!(pace.idle_share(), Some(share));
-            let pages = hashed(&mut pace, ms(at), 1);
-            let expected = 20_000.0 * f64::max(share, 0.01);
+            let pages = hashed(&mut pace, SECOND * at, 10);
+            let expected = 200_000.0 * f64::max(share, 0.01);
             assert!(near(pages, expected as usize), "{pages} at {share}");
         }
         pace.observe_nothing();
-        assert!(near(hashed(&mut pace, ms(7000), 1), 200));
+        assert!(near(hashed(&mut pace, SECOND * 70, 10), 2000));
+    }
+
+    /// Ten pages each twentieth of a second would cost as much as the pages in what is asked for each portion.
+    #[test]
+    fn a_slow_pace_has_few_portions() {
+        for (limit, portions) in [(20_000, 28..=32), (100_000, 140..=160), (6000, 9..=10)] {
+            let mut pace = Pace::new(limit, 0);
+            let (mut now, mut all) = (ms(0), 0);
+            while now < SECOND * 10 {
+                match pace.due(now, 1024) {
+                    Ok(pages) => {
+                        pace.spend(pages as f64, Duration::ZERO);
+                        all += 1;
+                    }
+                    Err(wait) => now += wait,
+                }
+            }
+            assert!(portions.contains(&all), "{all} in ten seconds");
+        }
     }
 
     #[test]

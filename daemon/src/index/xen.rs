@@ -9,6 +9,7 @@ use xen_sys::{
 use xenfold::engine::chain;
 use xenfold::page::Pfn;
 
+use super::helpers::Helpers;
 use super::host::{Host, Page, Seen};
 use crate::sharing::{GuestPage, MemShr, Nominated};
 
@@ -21,6 +22,7 @@ pub struct XenHost {
     memory: ForeignMemory,
     store: Xenstore,
     rings: BTreeMap<DomId, SharingRing>,
+    helpers: Helpers,
 }
 
 impl XenHost {
@@ -32,6 +34,7 @@ impl XenHost {
             memory: ForeignMemory::open()?,
             store: Xenstore::open()?,
             rings: BTreeMap::new(),
+            helpers: Helpers::new("/proc"),
         })
     }
 
@@ -163,46 +166,6 @@ impl MemShr for XenHost {
     }
 
     fn departing(&mut self) -> Vec<DomId> {
-        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-        let lines = processes.filter_map(|process| {
-            let is_pid = process.file_name().to_str()?.bytes().all(|byte| byte.is_ascii_digit());
-            is_pid.then(|| std::fs::read(process.path().join("cmdline")).ok())?
-        });
-        lines.filter_map(|line| saved_domain(&line)).collect()
-    }
-}
-
-/// The domain that this process saves: `libxl-save-helper --save-domain STREAM_FD BACK_FD DOMID…`
-/// (tools/libs/light/libxl_save_callout.c), each word ended by a NUL.
-fn saved_domain(command_line: &[u8]) -> Option<DomId> {
-    let mut words = command_line.split(|byte| *byte == 0);
-    let helper = words.next()?.ends_with(b"libxl-save-helper");
-    let saves = words.next()? == b"--save-domain";
-    let domid = std::str::from_utf8(words.nth(2)?).ok()?.parse().ok()?;
-    DomId::new(domid).filter(|_| helper && saves)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_guest_that_xl_saves_is_known_by_its_helper() {
-        let line = |what: &str| {
-            let words = [
-                "/usr/lib/xen-4.17/bin/libxl-save-helper",
-                what,
-                "12",
-                "13",
-                "7",
-                "0",
-                "",
-            ];
-            saved_domain(words.join("\0").as_bytes())
-        };
-        assert_eq!(line("--save-domain"), DomId::new(7));
-        assert_eq!(line("--restore-domain"), None);
-        assert_eq!(saved_domain(b"xl\0save\0"), None);
-        assert_eq!(saved_domain(b""), None);
+        self.helpers.look()
     }
 }
