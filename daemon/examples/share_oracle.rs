@@ -1,7 +1,8 @@
 //! The oracle of `scripts/lab share`: which pages of guests are equal, and which of them Xen shares. `share_oracle
 //! GUEST…`, in a dom0, for guests that are paused: all their frames are read and compared by a hash of 128 bits. Prints
 //! JSON: `pages` read, of them `zero`; `shareable`: those whose content another page has; `shared`: those of them whose
-//! frame has several pages; `spare`: frames that could be spared; `saved`: frames that are, by Xen's counter.
+//! frame has several pages; `foreign`: pages whose frame has more pages than these guests have of that content, so that a
+//! guest that is not named has it as well; `spare`: frames that could be spared; `saved`: frames that are, by Xen's counter.
 #[path = "support/frames.rs"]
 mod frames;
 
@@ -23,17 +24,19 @@ fn main() -> Result<(), Failure> {
             found.entry(key.id(page)).or_default().push((domid, gfn));
         })?;
     }
-    let [mut shareable, mut shared, mut spare] = [0_u64; 3];
-    for equal in found.values().filter(|equal| equal.len() > 1) {
-        shareable += equal.len() as u64;
-        spare += equal.len() as u64 - 1;
+    let [mut shareable, mut shared, mut spare, mut foreign] = [0_u64; 4];
+    for equal in found.values() {
+        let count = equal.len() as u64;
         for (domid, gfn) in equal {
-            let references = sharing.references(*domid, *gfn)?;
-            shared += u64::from(references.is_some_and(|references| references > 1));
+            let references = sharing.references(*domid, *gfn)?.map_or(1, u64::from);
+            foreign += u64::from(references > count);
+            shared += u64::from(count > 1 && references > 1);
         }
+        spare += count - 1;
+        shareable += if count > 1 { count } else { 0 };
     }
     println!(
-        r#"{{"pages": {pages}, "zero": {zero}, "shareable": {shareable}, "shared": {shared}, "spare": {spare}, "saved": {}}}"#,
+        r#"{{"pages": {pages}, "zero": {zero}, "shareable": {shareable}, "shared": {shared}, "foreign": {foreign}, "spare": {spare}, "saved": {}}}"#,
         sharing.memory()?.saved
     );
     Ok(())
