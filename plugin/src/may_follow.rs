@@ -56,6 +56,8 @@ fn info(guest: &Guest) -> Option<DomainInfo> {
 
 #[cfg(test)]
 mod tests {
+    use xen_sys::{DomId, DomainState};
+
     use super::*;
 
     #[test]
@@ -65,5 +67,32 @@ mod tests {
         assert!(debug.is_some_and(|why| why.contains("--debug")), "{debug:?}");
         let unknown = refusal(None, &words("xl migrate g h"));
         assert!(unknown.is_some_and(|why| why.contains("does not know")), "{unknown:?}");
+        let of = |hvm, hap| of_kind(&guest(hvm, hap));
+        assert!(of(false, false).is_some_and(|why| why.starts_with("it is a PV guest")));
+        assert!(
+            of(true, false).is_some_and(|why| why.contains("set hap=1")),
+            "on shadow page tables"
+        );
+        assert_eq!(of(true, true), None);
+    }
+
+    fn guest(hvm: bool, hap: bool) -> DomainInfo {
+        DomainInfo {
+            domid: DomId::new(7).unwrap(),
+            uuid: [7; 16],
+            hvm,
+            hap,
+            state: DomainState::Running,
+            paused: false,
+            shutdown: None,
+            dying: false,
+            total_pages: 100,
+            max_pages: 100,
+            shared_pages: 0,
+            paged_pages: 0,
+            claimed_pages: 0,
+            max_vcpu_id: Some(0),
+            cpu_time_ns: 1,
+        }
     }
 }

@@ -195,17 +195,21 @@ lab_return_trip() {
 lab_hvm_guest() { other_kind hvm; }
 
 # Needs shadow paging, which Debian's hypervisor lacks.
-lab_pv_guest() { other_kind pv; }
+lab_pv_guest() {
+  other_kind pv --mode postcopy
+  # Of this kind none can follow: it went whole.
+  must_say a 'none of it can follow: it is a PV guest'
+}
 
 # A host has one processor: the guest of the other steps would slow the start of these to minutes.
 without_other_guests() {
   if lab guest where ci >/dev/null 2>&1; then lab guest destroy ci; fi
 }
 
-other_kind() { # TYPE
+other_kind() { # TYPE [OPTIONS of xenfold-ssh]
   without_other_guests
   lab guest create "ci-$1" --type "$1" --on a
-  migrate a "ci-$1"
+  migrate a "ci-$1" "${@:2}"
   figures a "$COMPLETED" "$SAVED"
   must_be_well_on b "ci-$1"
   lab guest destroy "ci-$1"
@@ -270,6 +274,9 @@ lab_cut_while_pages_follow() {
   start_migration "$from" ci --mode postcopy
   within 300 log_has "$from" ': runs on '
   on "$to" 'xenfold jobinfo ci' | grep 'runs here'
+  # With pages missing it goes nowhere else.
+  if on "$to" "xl migrate -s xenfold-ssh ci $from >/root/migrate.log 2>&1"; then die 'it went on with pages missing'; fi
+  must_say "$to" 'have not come yet from where it was before: .* It is untouched and runs on here'
   lab link cut
   within 60 log_has "$from" 'no connection for'
   # The cable is out; each host is still reached from here.
