@@ -108,6 +108,7 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
             release_percent: case.release_percent,
             stay_percent: case.stay_percent,
             asked: Vec::new(),
+            known: Vec::new(),
         })
     };
     let outcome = migrate(Plan {
@@ -309,6 +310,7 @@ fn quiet_at_the_end(rounds: u32, max_time: Option<Duration>) -> Outcome {
                 release_percent: 0,
                 stay_percent: 100,
                 asked: Vec::new(),
+                known: Vec::new(),
             }),
             pipe_bytes: PIPE_BYTES,
             max_rounds: rounds,

@@ -244,6 +244,7 @@ fn late_pages_go_out_while_the_guest_runs_at_its_source() {
                     release_percent: 10,
                     stay_percent: 0,
                     asked: Vec::new(),
+                    known: Vec::new(),
                 });
             }
             // As xl's helper needs its time, so that some have gone out when others come again.

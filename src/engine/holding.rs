@@ -17,7 +17,7 @@ use super::{DirtyLog, EngineError, FrameSource, read_or_gone};
 use crate::codec::MAX_ROWS;
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
-use crate::policy::{HoldPolicy, Look, RoundLimits, Rounds, is_hopeful};
+use crate::policy::{HoldPolicy, Hope, Look, RoundLimits, Rounds};
 use crate::report::Figures;
 use crate::stream::{Entry, PageType};
 
@@ -359,20 +359,24 @@ impl Held {
         let began = Instant::now();
         let dirty = self.look(unread)?;
         let policy = &mut self.holding.policy;
-        policy.looked(self.start.elapsed(), &dirty);
+        let quiet = policy.looked(self.start.elapsed(), &dirty);
         // Where nearly all is likely written again there is no need to look at it.
         if self.round.began.is_none() {
-            let (mut stay, mut pages) = (0, dirty.iter().peekable());
+            let outlook = policy.outlook(self.start.elapsed())?;
+            let both = self.held.words().iter().zip(dirty.words());
+            let mut hope = Hope {
+                waiting: both.map(|(held, dirty)| u64::from((held | dirty).count_ones())).sum(),
+                quiet,
+                stay: 0,
+            };
+            let mut pages = dirty.iter().peekable();
             while pages.peek().is_some() {
                 let pfns: Vec<Pfn> = pages.by_ref().take(RELEASE_PAGES).collect();
                 let stays = policy.stays(&pfns, Duration::ZERO, dirty.len());
-                stay += stays.iter().filter(|stays| **stays).count() as u64;
+                hope.stay += stays.iter().filter(|stays| **stays).count() as u64;
             }
-            if !is_hopeful(stay, dirty.len()) {
-                log::debug!(
-                    "xl is not held: {stay} of {} dirty pages are expected to stay as they are",
-                    dirty.len()
-                );
+            if !hope.is_any(&outlook) {
+                log::debug!("xl is not held: {hope:?}, {outlook:?}");
                 return None;
             }
         }

@@ -333,12 +333,8 @@ impl<R: Read> Front<R> {
         let Some(held) = &mut self.held else { return Ok(None) };
         let runs = held.guest_runs();
         let mut keep = held.keep(&list, runs.then(|| self.stream.body_left()));
-        while let Some(held) = self.held.as_mut().filter(|_| runs) {
-            let due = held.due(self.link.bytes());
-            if due.is_empty() {
-                break;
-            }
-            self.held_pages(&due)?;
+        if runs {
+            self.release()?;
         }
         if let (Some(held), Some(keep)) = (&self.held, &mut keep) {
             held.unannounce(&list, keep);
@@ -352,6 +348,18 @@ impl<R: Read> Front<R> {
         Ok(keep)
     }
 
+    /// Sends held pages that need not wait any longer.
+    fn release(&mut self) -> Result<(), EngineError> {
+        while let Some(held) = &mut self.held {
+            let due = held.due(self.link.bytes());
+            if due.is_empty() {
+                break;
+            }
+            self.held_pages(&due)?;
+        }
+        Ok(())
+    }
+
     /// Holds xl, which waits with the last record of its passes over the running guest, while pages go ahead of it.
     fn rounds(&mut self, list: &[Entry], keep: Option<&[Fate]>) -> Result<(), EngineError> {
         let carries = |at: usize| {
@@ -363,6 +371,7 @@ impl<R: Read> Front<R> {
         carried.sort_unstable();
         let (unread, mut ahead) = (self.stream.body_left(), Ahead::default());
         while let Some(dirty) = self.held.as_mut().and_then(|held| held.begin_round(unread)) {
+            self.release()?;
             let mut pages = dirty.iter();
             loop {
                 let pfns: Vec<Pfn> = pages.by_ref().take(LOOK_PAGES).collect();

@@ -548,9 +548,12 @@ impl Filter {
         rate.held = 0;
     }
 
-    /// Takes in what was written since the pass began, with xl waiting at its end.
-    pub fn looked(&mut self, now: Duration, peek: &PageSet) {
+    /// Takes in what was written since the pass began, with xl waiting at its end. Returns how many pages are to be released
+    /// now.
+    pub fn looked(&mut self, now: Duration, peek: &PageSet) -> u64 {
         self.learn(self.time(now), peek);
+        self.end_pass();
+        self.queue.len() as u64
     }
 
     /// Whether each of these pages is likely to stay as it is for as long as half of `waiting` pages take the link. They have

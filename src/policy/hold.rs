@@ -31,8 +31,9 @@ pub trait HoldPolicy: Send {
     /// How the migration stands; `None`: nothing is known of it yet.
     fn outlook(&self, now: Duration) -> Option<Outlook>;
 
-    /// The dirty bitmap was read while xl waits at the end of its passes.
-    fn looked(&mut self, now: Duration, peek: &PageSet);
+    /// The dirty bitmap was read while xl waits at the end of its passes. Returns how many held pages
+    /// [`HoldPolicy::release`] has now.
+    fn looked(&mut self, now: Duration, peek: &PageSet) -> u64;
 
     /// Whether each of `pfns`, which are dirty and have not changed for `unchanged`, is expected to stay as it is until the
     /// guest is suspended, `waiting` pages having to go before.
@@ -135,8 +136,8 @@ impl HoldPolicy for Forecast {
         self.0.lock().filter.as_ref().map(|filter| filter.outlook(now))
     }
 
-    fn looked(&mut self, now: Duration, peek: &PageSet) {
-        self.0.lock().filter().looked(now, peek);
+    fn looked(&mut self, now: Duration, peek: &PageSet) -> u64 {
+        self.0.lock().filter().looked(now, peek)
     }
 
     fn stays(&mut self, pfns: &[Pfn], unchanged: Duration, waiting: u64) -> Vec<bool> {

@@ -22,4 +22,4 @@ pub mod trace;
 pub use hold::{Forecast, HoldPolicy, Outlook};
 pub use kept::{Kept, KeptError};
 pub use level::{LevelPolicy, Spent};
-pub use rounds::{Look, RoundLimits, Rounds, is_hopeful};
+pub use rounds::{Hope, Look, RoundLimits, Rounds};

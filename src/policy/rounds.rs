@@ -29,13 +29,33 @@ pub struct RoundLimits {
 /// A round has to leave at most this part of the downtime that was expected before it.
 const WORTH: f64 = 0.9;
 
-/// xl is held only where at least one dirty page of so many is expected to stay as it is.
+/// xl is held only where at least one waiting page of so many is expected to stay as it is.
 const HOPE: u64 = 8;
 
-/// Whether holding xl can be worth it at all, when `stay` of `all` dirty pages are expected to stay as they are: where a
-/// guest writes in a circle none is, and there is no need to look at them.
-pub fn is_hopeful(stay: u64, all: u64) -> bool {
-    stay.saturating_mul(HOPE) >= all
+/// What the first look at the dirty bitmap says, with xl waiting at the end of its passes. In pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hope {
+    /// Held and dirty.
+    pub waiting: u64,
+    /// Held, not written since the pass began, and expected to stay.
+    pub quiet: u64,
+    /// Dirty, and expected to stay as they are now.
+    pub stay: u64,
+}
+
+impl Hope {
+    /// Whether holding xl can be worth it at all. Where a guest writes in a circle nothing stays, and there is no need to look at
+    /// it. Pages that were held and are quiet can go however fast it writes elsewhere.
+    pub fn is_any(&self, outlook: &Outlook) -> bool {
+        let enough = |pages: u64| pages.saturating_mul(HOPE) >= self.waiting;
+        enough(self.quiet) || can_help(outlook, outlook.downtime, Duration::ZERO) && enough(self.quiet + self.stay)
+    }
+}
+
+/// Were all that is dirty sent, what is written meanwhile would still be left.
+fn can_help(outlook: &Outlook, expected: Duration, wait: Duration) -> bool {
+    let newly = outlook.dirty_pages_rate / outlook.sent_pages_rate.max(1.0);
+    (wait + expected).as_secs_f64() * newly < expected.as_secs_f64()
 }
 
 /// What is known of the pages that xl will send in the last pass. Memory: 4 bytes and 2 bits for each page below the bound.
@@ -102,10 +122,8 @@ impl Rounds {
         };
         let in_time = self.limits.until.is_none_or(|until| now < until);
         let expected = self.expected.unwrap_or(outlook.downtime);
-        // Were all that is dirty sent, what is written meanwhile would still be left.
-        let newly = outlook.dirty_pages_rate / outlook.sent_pages_rate.max(1.0);
-        let best = (wait + expected).as_secs_f64() * newly;
-        let can_help = best < expected.as_secs_f64();
+        // As a pass begins all that the guest writes is newly dirty: how fast it goes on after that the first look shows.
+        let can_help = self.made == 0 || can_help(outlook, expected, wait);
         worth && can_help && in_time && self.made < self.limits.rounds && expected > self.limits.downtime
     }
 
@@ -192,16 +210,18 @@ mod tests {
 
     #[test]
     fn a_guest_that_writes_faster_than_it_is_sent_is_not_helped() {
-        let rounds = Rounds::new(limits(9, None), 100);
-        let writes = |rate, wait| {
+        let mut rounds = Rounds::new(limits(9, None), 100);
+        let writes = |rounds: &Rounds, rate, wait| {
             let outlook = Outlook {
                 dirty_pages_rate: rate,
                 ..outlook(400 * MS)
             };
             rounds.goes_on(MS, &outlook, wait)
         };
-        assert!(writes(900.0, Duration::ZERO) && !writes(1000.0, Duration::ZERO));
-        assert!(writes(280.0, 1000 * MS) && !writes(300.0, 1000 * MS));
+        assert!(writes(&rounds, 9000.0, Duration::ZERO), "the first look shows how fast");
+        rounds.begin();
+        assert!(writes(&rounds, 900.0, Duration::ZERO) && !writes(&rounds, 1000.0, Duration::ZERO));
+        assert!(writes(&rounds, 280.0, 1000 * MS) && !writes(&rounds, 300.0, 1000 * MS));
     }
 
     fn pfn(page: u64) -> Pfn {
@@ -248,7 +268,18 @@ mod tests {
 
     #[test]
     fn where_all_is_written_again_xl_is_not_held() {
-        assert!(is_hopeful(0, 0) && is_hopeful(1, 8) && !is_hopeful(1, 9));
+        let any = |quiet, stay, dirty_pages_rate| {
+            let outlook = Outlook {
+                dirty_pages_rate,
+                ..outlook(400 * MS)
+            };
+            let waiting = 80;
+            Hope { waiting, quiet, stay }.is_any(&outlook)
+        };
+        assert!(any(0, 10, 900.0) && any(5, 5, 900.0) && !any(0, 9, 900.0));
+        assert!(!any(9, 71, 1000.0), "it writes faster than is sent");
+        assert!(any(10, 0, 1000.0), "what is quiet can go all the same");
+        assert!(Hope::default().is_any(&outlook(400 * MS)));
     }
 
     #[test]

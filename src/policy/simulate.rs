@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::filter::{FEW_DIRTY, Filter, LIVE_PASSES, RECORD};
 use super::kept::Kept;
 use super::model::{Builder, Model};
-use super::rounds::{Look, RoundLimits, Rounds, is_hopeful};
+use super::rounds::{Hope, Look, RoundLimits, Rounds};
 use super::trace::Trace;
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
@@ -328,23 +328,46 @@ impl<'a> World<'a> {
         self.stop(&left)
     }
 
+    /// Sends held pages that were not written since the pass began and are expected to stay.
+    fn release(&mut self, filter: &mut Filter, held: &mut PageSet) {
+        loop {
+            let released = filter.release(RELEASED);
+            if released.is_empty() {
+                return;
+            }
+            for pfn in &released {
+                held.remove(*pfn);
+                self.ahead.insert(*pfn);
+            }
+            self.send_live(&released);
+        }
+    }
+
     /// xl waits with the last record of its last live pass, of which `carried` go with it: pages go ahead of it.
-    fn rounds(&mut self, limits: RoundLimits, filter: &mut Filter, carried: &[Pfn], held: &PageSet) {
+    fn rounds(&mut self, limits: RoundLimits, filter: &mut Filter, carried: &[Pfn], mut held: PageSet) {
         let mut rounds = Rounds::new(limits, self.trace.bound());
         let mut looked = None;
         let wait = Duration::from_secs_f64(self.peek_every);
         while rounds.goes_on(self.time(), &filter.outlook(self.time()), wait) {
             self.pass_time(self.peek_every);
             let dirty = self.dirty.clone();
-            filter.looked(self.time(), &dirty);
+            let quiet = filter.looked(self.time(), &dirty);
             let waiting = dirty.len();
             let pfns: Vec<Pfn> = dirty.iter().collect();
             if looked.is_none() {
                 let stays = filter.stays(&pfns, Duration::ZERO, waiting);
-                if !is_hopeful(stays.iter().filter(|stays| **stays).count() as u64, waiting) {
+                let mut all = dirty.clone();
+                all.union(&held);
+                let hope = Hope {
+                    waiting: all.len(),
+                    quiet,
+                    stay: stays.iter().filter(|stays| **stays).count() as u64,
+                };
+                if !hope.is_any(&filter.outlook(self.time())) {
                     return;
                 }
             }
+            self.release(filter, &mut held);
             let unchanged = looked.map_or(Duration::ZERO, |before| self.time().saturating_sub(before));
             looked = Some(self.time());
             rounds.begin();
@@ -452,7 +475,7 @@ fn ours(trace: &Trace, conditions: &Conditions, model: Option<Model>) -> (Outcom
             for (_, pfn) in held_here {
                 waiting.insert(*pfn);
             }
-            world.rounds(conditions.rounds, &mut filter, &carried, &waiting);
+            world.rounds(conditions.rounds, &mut filter, &carried, waiting);
         }
         answers
     };

@@ -103,6 +103,8 @@ pub struct Anything {
     pub stay_percent: u64,
     /// Pages it was asked about since the last release.
     pub asked: Vec<Pfn>,
+    /// All that it was ever asked about.
+    pub known: Vec<Pfn>,
 }
 
 impl HoldPolicy for Anything {
@@ -110,6 +112,7 @@ impl HoldPolicy for Anything {
 
     fn hold(&mut self, _: Duration, pfns: &[Pfn], _: Option<&PageSet>) -> Vec<bool> {
         self.asked.extend(pfns);
+        self.known.extend(pfns);
         pfns.iter().map(|_| self.dice.throw(100) < self.hold_percent).collect()
     }
 
@@ -130,7 +133,10 @@ impl HoldPolicy for Anything {
         })
     }
 
-    fn looked(&mut self, _: Duration, _: &PageSet) {}
+    fn looked(&mut self, _: Duration, _: &PageSet) -> u64 {
+        self.asked.clone_from(&self.known);
+        self.asked.len() as u64
+    }
 
     fn stays(&mut self, pfns: &[Pfn], _: Duration, _: u64) -> Vec<bool> {
         pfns.iter().map(|_| self.dice.throw(100) < self.stay_percent).collect()
