@@ -100,7 +100,13 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
         out.write_all(&behind)
     };
     let policy: Box<dyn HoldPolicy> = if case.forecast {
-        Box::new(Forecast::new(case.pages as u64, case.pages as u64, SAMPLE, None))
+        Box::new(Forecast::new(
+            case.pages as u64,
+            case.pages as u64,
+            SAMPLE,
+            None,
+            Duration::from_millis(300),
+        ))
     } else {
         Box::new(Anything {
             dice: Dice(case.seed ^ 5),

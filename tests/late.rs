@@ -118,7 +118,13 @@ fn plan(case: &Case) -> (Plan, Arc<Mutex<Memory>>, Paged) {
             max_time: None,
             log: Box::new(Log(memory.clone())),
             frames: Box::new(SourceFrames(memory.clone())),
-            policy: Box::new(Forecast::new(case.pages, case.pages, SAMPLE, None)),
+            policy: Box::new(Forecast::new(
+                case.pages,
+                case.pages,
+                SAMPLE,
+                None,
+                Duration::from_millis(300),
+            )),
             pipe_bytes: PIPE_BYTES,
             model_time: Duration::from_millis(200),
             downtime: DowntimeLimit {

@@ -475,7 +475,8 @@ impl Agent<'_> {
             }
         };
         let kept = model::load(&guest.uuid, log.bound());
-        let forecast = Forecast::new(log.bound(), guest_pages, SAMPLE, kept);
+        let downtime = Duration::from_millis(config.downtime_limit.into());
+        let forecast = Forecast::new(log.bound(), guest_pages, SAMPLE, kept, downtime);
         let holding = Holding {
             policy: Box::new(forecast.clone()),
             log: Box::new(log),
@@ -483,7 +484,7 @@ impl Agent<'_> {
             // A pipe whose size is not known holds no more than the largest that anybody may have.
             pipe_bytes: fcntl_getpipe_size(from_xl).map_or(MAX_PIPE_BYTES, |bytes| bytes as u64),
             downtime: DowntimeLimit {
-                limit: Duration::from_millis(config.downtime_limit.into()),
+                limit: downtime,
                 abort: config.on_no_convergence == NoConvergence::Abort,
             },
             max_rounds: config.max_iterations,

@@ -26,7 +26,7 @@ use super::threads::{first_cause, join, spawn};
 use super::{Contents, EngineError};
 use crate::codec::MAX_ROWS;
 use crate::page::{ContentKey, PAGE_SIZE, Pfn};
-use crate::policy::filter::LIVE_PASSES;
+use crate::policy::filter::{FEW_DIRTY, LIVE_PASSES};
 use crate::policy::{LevelPolicy, Spent};
 use crate::report::{Figures, Pages};
 use crate::stream::{Entry, Event, GuestType, Layer, PageDataHead, Reader, RecordHeader, libxc, libxl};
@@ -193,6 +193,7 @@ impl<R: Read + Send + 'static> Sending<R> {
             held: holding.map(|holding| Held::new(holding, figures.clone())),
             figures: figures.clone(),
             pass: 0,
+            pass_pages: 0,
             last_pfn: None,
             spare: None,
             next: to_classifier,
@@ -226,6 +227,8 @@ struct Front<R> {
     figures: Arc<Mutex<Figures>>,
     /// Passes of xl's that were seen to begin.
     pass: u32,
+    /// Pages of the present one so far.
+    pass_pages: u64,
     last_pfn: Option<Pfn>,
     /// A buffer that was not needed. It does not go back by a sender of our own: when all others are gone, that shows.
     spare: Option<Vec<u8>>,
@@ -339,7 +342,7 @@ impl<R: Read> Front<R> {
         if let (Some(held), Some(keep)) = (&self.held, &mut keep) {
             held.unannounce(&list, keep);
         }
-        if runs && self.held.is_some() && self.pass >= LIVE_PASSES && list.len() < MAX_ROWS {
+        if runs && self.held.is_some() && self.ends_passes(&list) {
             self.rounds(&list, keep.as_deref())?;
             if let Some(held) = &mut self.held {
                 held.last_pass()?;
@@ -396,6 +399,7 @@ impl<R: Read> Front<R> {
         let first = list.first().map(|entry| entry.pfn);
         if first <= self.last_pfn || self.last_pfn.is_none() {
             self.pass += 1;
+            self.pass_pages = 0;
             let mut figures = self.figures.lock();
             (figures.iteration, figures.iteration_pages) = (self.pass, 0);
             drop(figures);
@@ -404,6 +408,13 @@ impl<R: Read> Front<R> {
             }
         }
         self.last_pfn = list.last().map(|entry| entry.pfn);
+        self.pass_pages = self.pass_pages.saturating_add(list.len() as u64);
+    }
+
+    /// Whether this record is the last of xl's last pass over the running guest: its fifth, or one of few pages.
+    fn ends_passes(&self, list: &[Entry]) -> bool {
+        let is_last = self.pass >= LIVE_PASSES || self.pass > 1 && self.pass_pages < FEW_DIRTY;
+        is_last && list.len() < MAX_ROWS
     }
 
     fn pages(&self, record: PageRecord) -> Result<(), EngineError> {

@@ -100,6 +100,8 @@ pub struct Filter {
     previous: Option<Pfn>,
     /// Whether the pass under way can be the last live one.
     may_be_last: bool,
+    /// How long the guest may stand still.
+    downtime: Duration,
     /// Written since the pass began, as far as is known.
     dirty: PageSet,
     /// The time of all that knowledge: of the last peek, or when the pass began. What has been written since is not known,
@@ -168,6 +170,7 @@ impl Filter {
             offered: 0,
             previous: None,
             may_be_last: false,
+            downtime: Duration::MAX,
             dirty: PageSet::new(pages_bound),
             peeked: 0.0,
             dirtying: 0.0,
@@ -189,6 +192,12 @@ impl Filter {
         };
         filter.remember(known);
         filter
+    }
+
+    /// More is not held, as far as can be seen, than goes in this time while the guest is suspended. Without a limit only xl's
+    /// last pass is seen to.
+    pub fn limit_downtime(&mut self, limit: Duration) {
+        self.downtime = limit;
     }
 
     /// Takes in what is known from earlier migrations, and holds it against what was seen before this one.
@@ -501,7 +510,10 @@ impl Filter {
         }
         // Pages and the writes a second that each expects, the quietest first.
         let sorted: Vec<(Pfn, f32)> = heats.into_iter().flatten().collect();
-        let chosen = if self.may_be_last {
+        // With so few that are dirty xl makes the next pass its last, and is through with it before much of what is held can go.
+        let next_is_last = self.dirty.len() < FEW_DIRTY && self.expected_downtime_at(self.peeked) > self.downtime;
+        let is_last = self.may_be_last || next_is_last;
+        let chosen = if is_last {
             worth_releasing(&sorted, self.rate.pages)
         } else {
             let quiet = |writes: f32| f64::from(writes) * ahead < HOLD_WRITES;
@@ -588,9 +600,13 @@ impl Filter {
     /// Downtime if xl suspended the guest now: what is held or dirty has to be sent at the measured rate. What suspending
     /// and resuming take by themselves is not in it.
     pub fn expected_downtime(&self, now: Duration) -> Duration {
+        self.expected_downtime_at(self.time(now))
+    }
+
+    fn expected_downtime_at(&self, now: f64) -> Duration {
         let both = self.held.words().iter().zip(self.dirty.words());
         let known: u64 = both.map(|(held, dirty)| u64::from((held | dirty).count_ones())).sum();
-        let since = (self.time(now) - self.peeked.max(self.pass_began)).max(0.0);
+        let since = (now - self.peeked.max(self.pass_began)).max(0.0);
         let pages = (known as f64 + self.dirtying * since).min(self.bound as f64);
         Duration::try_from_secs_f64(pages / self.rate.pages).unwrap_or(Duration::MAX)
     }

@@ -63,19 +63,21 @@ struct Inner {
     guest_pages: u64,
     interval: Duration,
     kept: Option<Kept>,
+    downtime: Duration,
     builder: Option<Builder>,
     filter: Option<Filter>,
 }
 
 impl Forecast {
     /// The guest's pages lie below `bound`; `guest_pages` of them hold memory. `interval`: time between samples. `kept`: of
-    /// earlier migrations of this guest; of another size it is of no use.
-    pub fn new(bound: u64, guest_pages: u64, interval: Duration, kept: Option<Kept>) -> Forecast {
+    /// earlier migrations of this guest; of another size it is of no use. `downtime`: how long the guest may stand still.
+    pub fn new(bound: u64, guest_pages: u64, interval: Duration, kept: Option<Kept>, downtime: Duration) -> Forecast {
         Forecast(Arc::new(Mutex::new(Inner {
             bound,
             guest_pages,
             interval,
             kept: kept.filter(|kept| kept.bound() == bound),
+            downtime,
             builder: None,
             filter: None,
         })))
@@ -110,7 +112,9 @@ impl Inner {
         let (builder, bound, guest_pages) = (&mut self.builder, self.bound, self.guest_pages);
         self.filter.get_or_insert_with(|| {
             let model = builder.take().map(Builder::finish);
-            Filter::new(model, bound, guest_pages)
+            let mut filter = Filter::new(model, bound, guest_pages);
+            filter.limit_downtime(self.downtime);
+            filter
         })
     }
 }

@@ -20,6 +20,9 @@ use crate::page_set::PageSet;
 /// Bytes a second that xl writes and an agent reads through a pipe.
 const PIPE: f64 = 1e9;
 
+/// Pages that the pipe takes.
+const PIPE_PAGES: usize = 16;
+
 /// Time that the paper's filter waits for a sample in each round (section 5.2), the link idle.
 const PAPER_WAIT: Duration = Duration::from_millis(60);
 
@@ -196,6 +199,8 @@ struct World<'a> {
     sent_pages: u64,
     repeat_pages: u64,
     passes: u32,
+    /// This pass of xl's is the last while the guest runs.
+    last: bool,
 }
 
 type Hold<'h> = dyn FnMut(&mut World<'_>, &[Pfn], Option<&PageSet>) -> Vec<bool> + 'h;
@@ -223,6 +228,7 @@ impl<'a> World<'a> {
             sent_pages: 0,
             repeat_pages: 0,
             passes: 0,
+            last: false,
         }
     }
 
@@ -294,7 +300,7 @@ impl<'a> World<'a> {
         let mut peeked = 0.0;
         loop {
             self.passes += 1;
-            let last = self.passes == LIVE_PASSES || (list.len() as u64) < FEW_DIRTY;
+            self.last = self.passes == LIVE_PASSES || (list.len() as u64) < FEW_DIRTY;
             for record in list.chunks(RECORD) {
                 let peek = (self.now - peeked >= self.peek_every).then(|| self.dirty.clone());
                 if peek.is_some() {
@@ -315,7 +321,7 @@ impl<'a> World<'a> {
                 self.send_live(&go);
                 self.pass_time(held_here as f64 * self.pipe_time);
             }
-            if last {
+            if self.last {
                 break;
             }
             list = self.dirty.iter().collect();
@@ -437,6 +443,7 @@ fn dirty_again(trace: &Trace, conditions: &Conditions) -> Outcome {
 /// What came of it, and what it leaves for the next migration.
 fn ours(trace: &Trace, conditions: &Conditions, model: Option<Model>) -> (Outcome, Kept) {
     let mut filter = Filter::new(model, trace.bound(), trace.guest_pages());
+    filter.limit_downtime(conditions.rounds.downtime);
     let held = HeldCell::new(PageSet::new(trace.bound()));
     let hold = |world: &mut World<'_>, record: &[Pfn], peek: Option<&PageSet>| {
         let answers = filter.hold(world.time(), record, peek);
@@ -466,7 +473,8 @@ fn ours(trace: &Trace, conditions: &Conditions, model: Option<Model>) -> (Outcom
         }
         let bytes = world.sent_pages * PAGE_SIZE as u64;
         filter.sent(world.time(), world.sent_pages, bytes);
-        if world.passes >= LIVE_PASSES && record.len() < RECORD {
+        // xl can be held only while more is left of its record than its pipe takes.
+        if world.last && (PIPE_PAGES + 1..RECORD).contains(&record.len()) {
             let carries = |at: usize| answers.get(at) != Some(&true);
             let carried = record.iter().enumerate().filter(|(at, _)| carries(*at));
             let carried: Vec<Pfn> = carried.map(|(_, pfn)| *pfn).collect();
