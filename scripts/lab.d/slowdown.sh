@@ -59,12 +59,13 @@ slowdown_phase() { # with|without
   esac
   sleep 5
   local begin end ticks
-  begin=$(on a 'date +%s.%N' </dev/null)
+  # Seconds since the epoch, and of processor time that Xen has given to the guest.
+  begin=$(on a "date +%s.%N; xl list $guest | awk 'NR == 2 { print \$NF }'" </dev/null)
   ticks=$(emulator_ticks)
   sleep "$seconds"
   ticks=$(($(emulator_ticks) - ticks))
-  end=$(on a 'date +%s.%N' </dev/null)
-  echo "$1 $begin $end $((ticks * 1000 / $(getconf CLK_TCK))) $([ "$1" = without ] || { dedup_figure pages; dedup_figure broken; } | tr '\n' ' ')" >>"$work/phases"
+  end=$(on a "date +%s.%N; xl list $guest | awk 'NR == 2 { print \$NF }'" </dev/null)
+  echo "$1 ${begin//$'\n'/ } ${end//$'\n'/ } $((ticks * 1000 / $(getconf CLK_TCK))) $([ "$1" = without ] || { dedup_figure pages; dedup_figure broken; } | tr '\n' ' ')" >>"$work/phases"
   say "slowdown: $1 the daemon: $(tail -n 1 "$work/phases")"
 }
 
@@ -93,22 +94,23 @@ work = sys.argv[1]
 compiled = [(float(t), int(n)) for t, n in (line.split() for line in open(f"{work}/compiled"))]
 phases = []
 for line in open(f"{work}/phases"):
-    name, begin, end, emulator_ms, *more = line.split()
+    name, begin, had_before, end, had_after, emulator_ms, *more = line.split()
     inside = [(t, n) for t, n in compiled if float(begin) <= t <= float(end)]
     if len(inside) < 5:
         sys.exit(f"only {len(inside)} programs were compiled in a phase: longer ones are needed (--seconds)")
     (t, n), (u, m) = inside[0], inside[-1]
-    a_minute = 60 * (m - n) / (u - t)
-    had = int(emulator_ms) / 1000 / (float(end) - float(begin))
-    phases.append((name, {"wall": a_minute, "processor": a_minute / had}, [int(x) for x in more]))
+    a_minute, seconds = 60 * (m - n) / (u - t), float(end) - float(begin)
+    emulated, share = int(emulator_ms) / 1000 / seconds, 100 * (float(had_after) - float(had_before)) / seconds
+    phases.append((name, {"wall": a_minute, "processor": a_minute / emulated, "share": share}, [int(x) for x in more]))
 pairs = [dict((name, rates) for name, rates, _ in phases[i:i + 2]) for i in range(0, len(phases), 2)]
 result = {"shared_pages_and_written": [more for _, _, more in phases if more]}
-# By the clock, and by the processor time that the emulated host has had.
-for by in "wall", "processor":
+# Programs by the clock, and by the processor time that the emulated host has had; and the part of that host's processor that the
+# guest has had, which does not depend on how fast it is emulated.
+for by in "wall", "processor", "share":
     slower = [100 * (1 - pair["with"][by] / pair["without"][by]) for pair in pairs]
     without = [pair["without"][by] for pair in pairs]
     result[by] = {
-        "programs_a_minute": [{name: round(rates[by], 2) for name, rates in pair.items()} for pair in pairs],
+        "percent" if by == "share" else "programs_a_minute": [{name: round(rates[by], 2) for name, rates in pair.items()} for pair in pairs],
         "slower_percent": [round(x, 2) for x in slower],
         "slower_percent_mean": round(statistics.mean(slower), 2),
         "slower_percent_median": round(statistics.median(slower), 2),
