@@ -41,7 +41,8 @@ pub struct Arguments {
     /// Seconds for which the guest is watched before each migration; 0: not at all.
     #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=12))]
     model: u64,
-    /// Milliseconds between two looks at the dirty pages; a second for each GiB if not given, as an emulated host needs.
+    /// Milliseconds between two looks at the dirty pages; 100 for each GiB and at least 50 if not given. An emulated host needs
+    /// some 1000.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=60_000))]
     peek: Option<u64>,
     /// Rounds for which xenfold holds xl after its passes, while more than --downtime-limit is expected.

@@ -362,7 +362,6 @@ impl Held {
         let quiet = policy.looked(self.start.elapsed(), &dirty);
         // Where nearly all is likely written again there is no need to look at it.
         if self.round.began.is_none() {
-            let outlook = policy.outlook(self.start.elapsed())?;
             let both = self.held.words().iter().zip(dirty.words());
             let mut hope = Hope {
                 waiting: both.map(|(held, dirty)| u64::from((held | dirty).count_ones())).sum(),
@@ -375,7 +374,7 @@ impl Held {
                 let stays = policy.stays(&pfns, Duration::ZERO, dirty.len());
                 hope.stay += stays.iter().filter(|stays| **stays).count() as u64;
             }
-            if !hope.is_any(&outlook) {
+            if !hope.is_any(&outlook, wait) {
                 log::debug!("xl is not held: {hope:?}, {outlook:?}");
                 return None;
             }

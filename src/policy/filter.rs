@@ -56,6 +56,9 @@ const FIRST_RATE: f64 = 30_000.0;
 const LOOK_EVERY: f64 = 0.1;
 const WEIGHT: f64 = 0.3;
 
+/// How much time peeks cover together before the curves learn from them.
+const LEARN_EVERY: f64 = 1.0;
+
 /// The shortest time ahead that is reckoned with, in seconds.
 const SOON: f64 = 0.05;
 
@@ -109,6 +112,7 @@ pub struct Filter {
     peeked: f64,
     /// Newly dirty pages a second, at the last peek.
     dirtying: f64,
+    shown: Shown,
     /// Of each region, writes that were expected and that were seen, in so many seconds.
     judged: Vec<(f64, f64)>,
     judged_seconds: f64,
@@ -118,6 +122,51 @@ pub struct Filter {
     queue: Vec<Pfn>,
     rate: Rate,
     forecast: Forecast,
+}
+
+/// What peeks have shown that the curves have not learnt yet: pages that could be written since `from`, and how many of them
+/// were.
+#[derive(Debug, Default)]
+struct Shown {
+    from: f64,
+    /// Of each region, by the pages' ages then.
+    counts: Vec<[(u32, u32); BINS]>,
+    /// The same of pages that are only known from earlier migrations.
+    earlier: Vec<(u32, u32)>,
+}
+
+impl Shown {
+    fn new(from: f64, regions: usize) -> Shown {
+        Shown {
+            from,
+            counts: vec![[(0, 0); BINS]; regions],
+            earlier: vec![(0, 0); regions],
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.counts.is_empty()
+    }
+
+    /// `last`: as it was before.
+    fn count(&mut self, region: usize, last: Written, written: bool) {
+        let count = match last {
+            Written::EARLIER => self.earlier.get_mut(region),
+            last if last.is_sometime() => None,
+            last => {
+                let bin = if last == Written::UNKNOWN {
+                    BINS - 1
+                } else {
+                    gaps::bin(last.age(self.from))
+                };
+                self.counts.get_mut(region).and_then(|region| region.get_mut(bin))
+            }
+        };
+        if let Some(count) = count {
+            count.0 += 1;
+            count.1 += u32::from(written);
+        }
+    }
 }
 
 /// Pages and wire bytes a second, while the link is what is waited for.
@@ -174,6 +223,7 @@ impl Filter {
             dirty: PageSet::new(pages_bound),
             peeked: 0.0,
             dirtying: 0.0,
+            shown: Shown::default(),
             judged: Vec::new(),
             judged_seconds: 0.0,
             held: PageSet::new(pages_bound),
@@ -303,13 +353,13 @@ impl Filter {
         }
         self.previous = last.or(self.previous);
         if let Some(peek) = peek {
-            self.learn(now, peek);
+            self.see(now, peek);
         }
         self.offered += pfns.len() as u64;
         let ahead = self.ahead();
         let answers = pfns.iter().map(|pfn| self.hold_one(ahead, *pfn)).collect();
         if self.pass > 1 && pfns.len() < RECORD {
-            self.end_pass();
+            self.end_pass(now);
         }
         answers
     }
@@ -319,6 +369,7 @@ impl Filter {
     }
 
     fn begin_pass(&mut self, now: f64, pages: usize) {
+        self.learn();
         self.pass += 1;
         self.may_be_last = self.pass >= LIVE_PASSES || self.pass > 1 && (pages as u64) < FEW_DIRTY;
         if self.pass > 1 {
@@ -383,62 +434,75 @@ impl Filter {
         (live / self.rate.pages).max(SOON)
     }
 
-    /// Takes in what was written since the pass began.
-    fn learn(&mut self, now: f64, peek: &PageSet) {
+    /// Takes in what was written since the pass began. That costs as much as there are pages newly written.
+    fn see(&mut self, now: f64, peek: &PageSet) {
         let from = self.peeked.max(self.pass_began);
         let seconds = now - from;
-        let middle = Written::at((now + from) / 2.0);
-        let mut counts = vec![[(0u32, 0u32); BINS]; self.regions.count()];
-        let mut earlier = vec![(0u32, 0u32); self.regions.count()];
-        let words = peek.words().iter().zip(self.dirty.words()).zip(0u64..);
+        let middle = (now + from) / 2.0;
+        if self.shown.is_empty() {
+            self.shown = Shown::new(from, self.regions.count());
+        }
         let mut newly = 0;
-        let parts = self.last.chunks_mut(64);
-        for (((new, old), word), pages) in words.zip(parts) {
-            if *old == u64::MAX {
-                continue;
-            }
-            let first = word * 64;
-            // Nearly always one for all of them.
-            let all = Some(self.regions.of(first)).filter(|region| *region == self.regions.of(first + 63));
-            for (last, bit) in pages.iter_mut().zip(0..) {
-                if old >> bit & 1 == 1 {
-                    continue;
+        let words = peek
+            .words()
+            .iter()
+            .zip(self.dirty.words())
+            .zip(self.last.chunks_mut(64));
+        for (((new, old), pages), first) in words.zip((0u64..).step_by(64)) {
+            let mut fresh = new & !old;
+            while fresh != 0 {
+                let bit = fresh.trailing_zeros();
+                fresh &= fresh - 1;
+                let Some(last) = pages.get_mut(bit as usize) else { break };
+                let page = first + u64::from(bit);
+                self.shown.count(self.regions.of(page), *last, true);
+                if *last == Written::EARLIER
+                    && let Some(known) = &mut self.known
+                {
+                    known.written(page as usize, middle);
                 }
-                let written = new >> bit & 1 == 1;
-                let region = all.unwrap_or_else(|| self.regions.of(first + bit));
-                if *last == Written::EARLIER {
-                    if let Some(count) = earlier.get_mut(region) {
-                        count.0 += 1;
-                        count.1 += u32::from(written);
-                    }
-                    if let Some(known) = self.known.as_mut().filter(|_| written) {
-                        known.written((first + bit) as usize, (now + from) / 2.0);
-                    }
-                } else if !last.is_sometime() {
-                    let bin = match *last {
-                        Written::UNKNOWN => BINS - 1,
-                        last => gaps::bin(last.age(from)),
-                    };
-                    if let Some(count) = counts.get_mut(region).and_then(|region| region.get_mut(bin)) {
-                        count.0 += 1;
-                        count.1 += u32::from(written);
-                    }
-                }
-                if written {
-                    newly += 1;
-                    *last = middle;
-                }
+                *last = Written::at(middle);
+                newly += 1;
             }
         }
         self.dirty.union(peek);
         self.peeked = now;
-        if seconds < SOON / 2.0 {
+        if seconds >= SOON / 2.0 {
+            self.dirtying = f64::from(newly) / seconds;
+        }
+        if now - self.shown.from >= LEARN_EVERY {
+            self.learn();
+        }
+    }
+
+    /// Learns from what was written and what was not since it learnt last in this pass. That goes over all pages.
+    fn learn(&mut self) {
+        let mut shown = std::mem::take(&mut self.shown);
+        let (from, seconds) = (shown.from, self.peeked - shown.from);
+        if shown.is_empty() || seconds < SOON / 2.0 {
             return;
         }
-        self.dirtying = f64::from(newly) / seconds;
-        self.compare(seconds, &counts);
+        for ((old, pages), first) in self
+            .dirty
+            .words()
+            .iter()
+            .zip(self.last.chunks(64))
+            .zip((0u64..).step_by(64))
+        {
+            if *old == u64::MAX {
+                continue;
+            }
+            // Nearly always one for all of them.
+            let all = Some(self.regions.of(first)).filter(|region| *region == self.regions.of(first + 63));
+            for (last, bit) in pages.iter().zip(0..) {
+                if old >> bit & 1 == 0 {
+                    shown.count(all.unwrap_or_else(|| self.regions.of(first + bit)), *last, false);
+                }
+            }
+        }
+        self.compare(seconds, &shown.counts);
         let mut seen = vec![Seen::default(); self.regions.count()];
-        for (region, (seen, counts)) in seen.iter_mut().zip(&counts).enumerate() {
+        for (region, (seen, counts)) in seen.iter_mut().zip(&shown.counts).enumerate() {
             let curve = self.gaps.curve(region);
             for (bin, (pages, written)) in counts.iter().enumerate().filter(|(_, (pages, _))| *pages > 0) {
                 let (pages, written) = (f64::from(*pages), f64::from(*written));
@@ -450,7 +514,7 @@ impl Filter {
         }
         self.gaps.learn(&seen);
         self.known.iter_mut().for_each(|known| known.looked(from, seconds));
-        self.weigh(from, seconds, &earlier);
+        self.weigh(from, seconds, &shown.earlier);
         self.forecast.remembered = None;
     }
 
@@ -488,7 +552,7 @@ impl Filter {
     }
 
     /// Queues what is to be released now that xl waits with the last record of a pass.
-    fn end_pass(&mut self) {
+    fn end_pass(&mut self, now: f64) {
         let ahead = (self.held_pages as f64 / 2.0 / self.rate.pages).max(SOON);
         let mut heats: Vec<Vec<(Pfn, f32)>> = vec![Vec::new(); HEATS];
         for pfn in self.held.iter().filter(|pfn| !self.dirty.contains(*pfn)) {
@@ -510,9 +574,7 @@ impl Filter {
         }
         // Pages and the writes a second that each expects, the quietest first.
         let sorted: Vec<(Pfn, f32)> = heats.into_iter().flatten().collect();
-        // With so few that are dirty xl makes the next pass its last, and is through with it before much of what is held can go.
-        let next_is_last = self.dirty.len() < FEW_DIRTY && self.expected_downtime_at(self.peeked) > self.downtime;
-        let is_last = self.may_be_last || next_is_last;
+        let is_last = self.may_be_last || self.next_is_last(now, &sorted);
         let chosen = if is_last {
             worth_releasing(&sorted, self.rate.pages)
         } else {
@@ -521,6 +583,19 @@ impl Filter {
         };
         self.queue = sorted.iter().take(chosen).map(|(pfn, _)| *pfn).collect();
         self.queue.reverse();
+    }
+
+    /// Whether so little has been written in this pass that xl makes the next one its last, and the guest would stand still for
+    /// too long with what is held: xl is through with such a pass before much can go. `held`: pages and the writes a second that
+    /// each expects.
+    fn next_is_last(&self, now: f64, held: &[(Pfn, f32)]) -> bool {
+        let lasted = now - self.pass_began;
+        let unseen: f64 = held
+            .iter()
+            .map(|(_, writes)| (f64::from(*writes) * lasted).min(1.0))
+            .sum();
+        let dirty = self.dirty.len() as f64 + unseen;
+        dirty < FEW_DIRTY as f64 && self.expected_downtime_at(self.peeked) > self.downtime
     }
 
     /// Pages that were held and are to be sent now from the guest's frames, at most `limit` of them, in the order in
@@ -563,8 +638,10 @@ impl Filter {
     /// Takes in what was written since the pass began, with xl waiting at its end. Returns how many pages are to be released
     /// now.
     pub fn looked(&mut self, now: Duration, peek: &PageSet) -> u64 {
-        self.learn(self.time(now), peek);
-        self.end_pass();
+        let now = self.time(now);
+        self.see(now, peek);
+        self.learn();
+        self.end_pass(now);
         self.queue.len() as u64
     }
 

@@ -29,7 +29,8 @@ pub struct RoundLimits {
 /// A round has to leave at most this part of the downtime that was expected before it.
 const WORTH: f64 = 0.9;
 
-/// xl is held only where at least one waiting page of so many is expected to stay as it is.
+/// xl is held only where at least one waiting page of so many is expected to stay as it is, and not to look at it when one in so
+/// many more would be dirty until then.
 const HOPE: u64 = 8;
 
 /// What the first look at the dirty bitmap says, with xl waiting at the end of its passes. In pages.
@@ -45,10 +46,11 @@ pub struct Hope {
 
 impl Hope {
     /// Whether holding xl can be worth it at all. Where a guest writes in a circle nothing stays, and there is no need to look at
-    /// it. Pages that were held and are quiet can go however fast it writes elsewhere.
-    pub fn is_any(&self, outlook: &Outlook) -> bool {
+    /// it. Pages that were held and are quiet can go however fast it writes elsewhere. `outlook`: from
+    /// before the look; `wait`: what passed before it.
+    pub fn is_any(&self, outlook: &Outlook, wait: Duration) -> bool {
         let enough = |pages: u64| pages.saturating_mul(HOPE) >= self.waiting;
-        enough(self.quiet) || can_help(outlook, outlook.downtime, Duration::ZERO) && enough(self.quiet + self.stay)
+        enough(self.quiet) || can_help(outlook, outlook.downtime, wait) && enough(self.quiet + self.stay)
     }
 }
 
@@ -122,8 +124,11 @@ impl Rounds {
         };
         let in_time = self.limits.until.is_none_or(|until| now < until);
         let expected = self.expected.unwrap_or(outlook.downtime);
-        // As a pass begins all that the guest writes is newly dirty: how fast it goes on after that the first look shows.
-        let can_help = self.made == 0 || can_help(outlook, expected, wait);
+        // However fast it writes, what is quiet can go: the first look shows whether there is any ([`Hope`]), if not much more is
+        // written until then.
+        let soon = wait.as_secs_f64() * outlook.dirty_pages_rate * HOPE as f64;
+        let may_look = self.made == 0 && soon < expected.as_secs_f64() * outlook.sent_pages_rate;
+        let can_help = may_look || can_help(outlook, expected, wait);
         worth && can_help && in_time && self.made < self.limits.rounds && expected > self.limits.downtime
     }
 
@@ -218,7 +223,10 @@ mod tests {
             };
             rounds.goes_on(MS, &outlook, wait)
         };
-        assert!(writes(&rounds, 9000.0, Duration::ZERO), "the first look shows how fast");
+        assert!(
+            writes(&rounds, 9000.0, Duration::ZERO),
+            "the first look shows what is quiet"
+        );
         rounds.begin();
         assert!(writes(&rounds, 900.0, Duration::ZERO) && !writes(&rounds, 1000.0, Duration::ZERO));
         assert!(writes(&rounds, 280.0, 1000 * MS) && !writes(&rounds, 300.0, 1000 * MS));
@@ -274,12 +282,12 @@ mod tests {
                 ..outlook(400 * MS)
             };
             let waiting = 80;
-            Hope { waiting, quiet, stay }.is_any(&outlook)
+            Hope { waiting, quiet, stay }.is_any(&outlook, Duration::ZERO)
         };
         assert!(any(0, 10, 900.0) && any(5, 5, 900.0) && !any(0, 9, 900.0));
         assert!(!any(9, 71, 1000.0), "it writes faster than is sent");
         assert!(any(10, 0, 1000.0), "what is quiet can go all the same");
-        assert!(Hope::default().is_any(&outlook(400 * MS)));
+        assert!(Hope::default().is_any(&outlook(400 * MS), 300 * MS));
     }
 
     #[test]

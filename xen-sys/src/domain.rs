@@ -278,7 +278,8 @@ impl Xenctrl {
     ///
     /// Domains that come or go between two batches of 256 may be missing, none is listed twice.
     pub fn domains(&self) -> Result<Vec<DomainInfo>, XenError> {
-        const BATCH: usize = 256;
+        // As many as libxenctrl carries in one page, of which it keeps some at hand.
+        const BATCH: usize = 4096 / size_of::<ctrl::xc_domaininfo_t>();
         let mut found = Vec::new();
         let mut first = 0;
         loop {
@@ -307,7 +308,7 @@ impl Xenctrl {
         self.check_version()?;
         let getinfolist = symbol!(self.handle.library, xc_domain_getinfolist);
         let mut buffer: Vec<MaybeUninit<ctrl::xc_domaininfo_t>> = vec![MaybeUninit::zeroed(); count];
-        // SAFETY: the handle is open; the buffer has room for `count` (at most 256) structures of the ABI that
+        // SAFETY: the handle is open; the buffer has room for `count` structures of the ABI that
         // check_version has just confirmed.
         let written = unsafe { getinfolist(self.handle.as_ptr(), first, count as u32, buffer.as_mut_ptr().cast()) };
         let Ok(written) = usize::try_from(written) else {

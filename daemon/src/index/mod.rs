@@ -45,7 +45,7 @@ use crate::sharing::{self, Sharing};
 const BATCH_PAGES: usize = 1024;
 
 /// The longest that the thread sleeps: how late it may be to notice that it shall end.
-const LONGEST_SLEEP: Duration = Duration::from_millis(500);
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
 /// The nice value of the thread: guests' backends in dom0 go first.
 const NICE: i32 = 19;

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 /// What is done on a host without any idle processor: this share of the configured rate, and this part of a processor. The index
 /// must not die out.
-const FLOOR: f64 = 0.01;
+const FLOOR: f64 = 0.005;
 
 /// Pages become due in portions of this time, so that neither the thread wakes for each page nor a portion is felt.
 const PORTION: Duration = Duration::from_millis(50);
 
 /// On a busy host portions of fewer pages than these wait for more, up to a second: what is asked of Xen and xenstore for each
-/// portion costs as much as some tens of pages.
-const FEW_PAGES: f64 = 64.0;
+/// portion costs as much as some tens of pages, and every time the thread wakes it takes the place of a guest.
+const FEW_PAGES: f64 = 256.0;
 
 /// Idle times that were taken closer together than this say nothing.
 const SHORTEST: Duration = Duration::from_millis(100);
@@ -152,7 +152,7 @@ mod tests {
     fn busy_processors_slow_it_down() {
         let mut pace = Pace::new(20_000, 0);
         let near = |pages: usize, expected: usize| pages.abs_diff(expected) <= expected / 10 + 5;
-        assert!(near(hashed(&mut pace, ms(0), 10), 2000), "nothing is known yet");
+        assert!(near(hashed(&mut pace, ms(0), 10), 1000), "nothing is known yet");
         pace.observe(SECOND * 10, vec![SECOND * 50; 4]);
         assert_eq!(pace.idle_share(), None, "one look is no difference");
         for (at, gained, share) in [(20, 10, 1.0), (30, 5, 0.5), (40, 0, 0.0), (50, 15, 1.0)] {
@@ -160,17 +160,17 @@ mod tests {
             pace.observe(SECOND * at, before.iter().map(|idle| *idle + SECOND * gained).collect());
             assert_eq!(pace.idle_share(), Some(share));
             let pages = hashed(&mut pace, SECOND * at, 10);
-            let expected = 200_000.0 * f64::max(share, 0.01);
+            let expected = 200_000.0 * f64::max(share, FLOOR);
             assert!(near(pages, expected as usize), "{pages} at {share}");
         }
         pace.observe_nothing();
-        assert!(near(hashed(&mut pace, SECOND * 70, 10), 2000));
+        assert!(near(hashed(&mut pace, SECOND * 70, 10), 1000));
     }
 
     /// Ten pages each twentieth of a second would cost as much as the pages in what is asked for each portion.
     #[test]
     fn a_slow_pace_has_few_portions() {
-        for (limit, portions) in [(20_000, 28..=32), (100_000, 140..=160), (6000, 9..=10)] {
+        for (limit, portions) in [(20_000, 9..=10), (100_000, 18..=20), (6000, 9..=10)] {
             let mut pace = Pace::new(limit, 0);
             let (mut now, mut all) = (ms(0), 0);
             while now < SECOND * 10 {
@@ -212,8 +212,8 @@ mod tests {
         assert!(pace.due(ms(5), 1024).is_err());
 
         let mut slow = Pace::new(1, 0);
-        assert_eq!(slow.due(ms(0), 1024), Err(SECOND * 100));
-        assert_eq!(slow.due(SECOND * 100, 1024), Ok(1));
+        assert_eq!(slow.due(ms(0), 1024), Err(SECOND * 200));
+        assert_eq!(slow.due(SECOND * 200, 1024), Ok(1));
     }
 
     /// Each portion takes as long as its pages do: of a second of a processor's time, so much goes into it.
@@ -222,7 +222,7 @@ mod tests {
         for (idle, page_us, percent, expected) in [
             (1000, 500, 25, 500),
             (500, 500, 25, 250),
-            (0, 500, 25, 20),
+            (0, 500, 25, 10),
             (1000, 10, 25, 20_000),
         ] {
             let mut pace = Pace::new(20_000, percent);
@@ -243,7 +243,7 @@ mod tests {
             }
             let found = all as f64 / 100.0;
             assert!(
-                (found / f64::from(expected) - 1.0).abs() < 0.1,
+                (found / f64::from(expected) - 1.0).abs() < 0.15,
                 "{found} a second, not {expected}"
             );
         }

@@ -14,8 +14,11 @@ use super::{BATCH_PAGES, Index};
 use crate::membership::{ALONE, Known, Membership};
 use crate::sharing::{GuestPage, Judged, Sighting, ZERO};
 
-/// How often guests and processors are looked at.
+/// How often guests and processors are looked at, and how seldom where a look takes so long that it would be more of a processor
+/// than a two-hundredth.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+const LOOK_SELDOM: Duration = Duration::from_secs(5);
+const LOOK_PART: u32 = 200;
 
 /// Rounds begin no closer together: on a host of small guests there is no use in hashing the same all the time.
 const ROUND_AT_LEAST: Duration = Duration::from_secs(30);
@@ -61,6 +64,7 @@ pub struct Scanner {
     index: Arc<Index>,
     pace: Pace,
     looked: Option<Duration>,
+    look_every: Duration,
     /// Pages hashed since the last look.
     hashed: u64,
     /// Guests that are still to come in this round.
@@ -82,6 +86,7 @@ impl Scanner {
             pace: Pace::new(index.settings.rate_pages_per_s, index.settings.processor_percent),
             index,
             looked: None,
+            look_every: LOOK_EVERY,
             hashed: 0,
             queue: VecDeque::new(),
             urgent: VecDeque::new(),
@@ -95,15 +100,16 @@ impl Scanner {
 
     /// Does what is due and tells how long there is nothing to do. One step reads at most one batch.
     pub fn step(&mut self, now: Duration) -> Duration {
-        if self
-            .looked
-            .is_none_or(|looked| now.saturating_sub(looked) >= LOOK_EVERY)
-        {
+        let every = self.look_every;
+        if self.looked.is_none_or(|looked| now.saturating_sub(looked) >= every) {
+            let began = thread_cpu();
             self.look(now);
+            let took = thread_cpu().saturating_sub(began);
+            self.look_every = (took * LOOK_PART).clamp(LOOK_EVERY, LOOK_SELDOM);
         }
         let next_look = self
             .looked
-            .map_or(Duration::ZERO, |looked| (looked + LOOK_EVERY).saturating_sub(now));
+            .map_or(Duration::ZERO, |looked| (looked + self.look_every).saturating_sub(now));
         if self.index.sharing.work(&self.index.host) {
             return Duration::ZERO;
         }
