@@ -57,7 +57,7 @@ const LOOK_EVERY: f64 = 0.1;
 const WEIGHT: f64 = 0.3;
 
 /// How much time peeks cover together before the curves learn from them.
-const LEARN_EVERY: f64 = 1.0;
+const LEARN_EVERY: f64 = 0.5;
 
 /// The shortest time ahead that is reckoned with, in seconds.
 const SOON: f64 = 0.05;
