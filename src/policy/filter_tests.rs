@@ -192,3 +192,28 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_short_pass_is_the_last_but_one() {
+    // A second's worth of pages is held.
+    let mut filter = Filter::new(None, 40_000, 40_000);
+    filter.pass = 2;
+    filter.held.insert_run(0..30_000);
+    let held = |writes| -> Vec<(Pfn, f32)> { (0..30_000).filter_map(Pfn::new).map(|pfn| (pfn, writes)).collect() };
+    assert!(!filter.next_is_last(0.01, &held(0.1)), "without a limit");
+    filter.limit_downtime(Duration::from_millis(300));
+    assert!(filter.next_is_last(0.01, &held(0.1)));
+    assert!(!filter.next_is_last(0.01, &held(0.2)), "60 are written meanwhile");
+    assert!(!filter.next_is_last(0.02, &held(0.1)));
+    filter.dirty.insert_run(0..20);
+    assert!(
+        !filter.next_is_last(0.01, &held(0.1)),
+        "20 are known to be, and 30 are expected"
+    );
+    filter.dirty.clear();
+    filter.limit_downtime(Duration::from_secs(2));
+    assert!(
+        !filter.next_is_last(0.01, &held(0.1)),
+        "all can go while it stands still"
+    );
+}

@@ -694,24 +694,6 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_falls_idle_is_not_suspended_with_all_that_was_held() {
-        // 3000 pages, a second of the link, are written all the time while the first pass is sent. The second has next to
-        // nothing to send, and the third nothing at all.
-        let mut trace = Trace::new(PAGES, PAGES, Duration::from_millis(50)).unwrap();
-        for sample in 0..60 * 20 {
-            let mut written = PageSet::new(PAGES);
-            if sample < 13 * 20 {
-                written.insert_run(1000..4000);
-            }
-            trace.push(&written);
-        }
-        let conditions = Conditions::usual(1e8 / 8.0, PAGES);
-        let ours = all(&trace, &conditions)[3].1;
-        assert!(ours.downtime_ms <= 300, "{ours:?}");
-        assert!(ours.repeat_pages <= 6000, "{ours:?}");
-    }
-
-    #[test]
     fn pages_that_stay_go_ahead_of_xl() {
         // 3000 pages are written in each second, always others, and 100 all the time: what one pass leaves is mostly quiet.
         let mut trace = Trace::new(PAGES, PAGES, Duration::from_millis(50)).unwrap();
