@@ -8,7 +8,7 @@
 //! 2. In every pass a page is held when it is likely written again before the suspend ([`super::gaps`]); quiet pages go
 //!    first that way, whatever their place in memory.
 //! 3. At the end of each pass but the first, held pages that have turned quiet are released.
-//! 4. At the end of the last pass all that is held and is worth it is released, the quietest first and the hottest last,
+//! 4. At the end of the last pass, or of one after which xl's next is the last, all that is held and is worth it is released, the quietest first and the hottest last,
 //!    so that each is exposed for as short as can be.
 //!
 //! xl sends a record with fewer than [`RECORD`] pages only as the last of a pass (the first pass, which takes in holes,
@@ -20,11 +20,12 @@
 //! byte a page of earlier migrations.
 use std::time::Duration;
 
-use super::gaps::{self, BINS, Curve, Gaps, NEVER, REGIONS, Regions, Seen};
+use super::gaps::{self, BINS, Gaps, REGIONS, Regions, Seen};
 use super::hold::Outlook;
 use super::kept::{self, Kept};
 use super::known::Known;
 use super::model::{Model, State};
+use super::written::{Forecast, Shown, Written};
 use crate::page::{PAGE_SIZE, Pfn};
 use crate::page_set::PageSet;
 
@@ -122,51 +123,6 @@ pub struct Filter {
     queue: Vec<Pfn>,
     rate: Rate,
     forecast: Forecast,
-}
-
-/// What peeks have shown that the curves have not learnt yet: pages that could be written since `from`, and how many of them
-/// were.
-#[derive(Debug, Default)]
-struct Shown {
-    from: f64,
-    /// Of each region, by the pages' ages then.
-    counts: Vec<[(u32, u32); BINS]>,
-    /// The same of pages that are only known from earlier migrations.
-    earlier: Vec<(u32, u32)>,
-}
-
-impl Shown {
-    fn new(from: f64, regions: usize) -> Shown {
-        Shown {
-            from,
-            counts: vec![[(0, 0); BINS]; regions],
-            earlier: vec![(0, 0); regions],
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.counts.is_empty()
-    }
-
-    /// `last`: as it was before.
-    fn count(&mut self, region: usize, last: Written, written: bool) {
-        let count = match last {
-            Written::EARLIER => self.earlier.get_mut(region),
-            last if last.is_sometime() => None,
-            last => {
-                let bin = if last == Written::UNKNOWN {
-                    BINS - 1
-                } else {
-                    gaps::bin(last.age(self.from))
-                };
-                self.counts.get_mut(region).and_then(|region| region.get_mut(bin))
-            }
-        };
-        if let Some(count) = count {
-            count.0 += 1;
-            count.1 += u32::from(written);
-        }
-    }
 }
 
 /// Pages and wire bytes a second, while the link is what is waited for.
@@ -280,7 +236,7 @@ impl Filter {
             }
             known.looked(second, 1.0);
         }
-        self.forecast.passes.push((Written::EARLIER, kept::SPAN));
+        self.forecast.earlier_spans(kept::SPAN);
         self.known = Some(known);
         self.weigh(0.0, watched, &counts);
     }
@@ -515,7 +471,7 @@ impl Filter {
         self.gaps.learn(&seen);
         self.known.iter_mut().for_each(|known| known.looked(from, seconds));
         self.weigh(from, seconds, &shown.earlier);
-        self.forecast.remembered = None;
+        self.forecast.forget();
     }
 
     /// Drops the model where peeks show something else: the guest has changed its ways, and what comes counts more. Peeks are judged
@@ -721,76 +677,6 @@ fn worth_releasing(sorted: &[(Pfn, f32)], rate: f64) -> usize {
         }
     }
     best.1
-}
-
-/// When a page was written last: milliseconds above bit 0, which says whether it may as well have been a while before. 0:
-/// not known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Written(u32);
-
-impl Written {
-    const UNKNOWN: Written = Written(0);
-
-    /// Sometime before this migration: when it was watched first, at the earliest time that there is.
-    const EARLIER: Written = Written(1);
-
-    /// Times past 24 days stay there.
-    fn at(seconds: f64) -> Written {
-        Written(((seconds * 1e3).max(1.0) as u32).min(u32::MAX / 2) << 1)
-    }
-
-    fn sometime_before(seconds: f64) -> Written {
-        Written(Written::at(seconds).0 | 1)
-    }
-
-    fn is_sometime(self) -> bool {
-        self.0 & 1 == 1
-    }
-
-    fn time(self) -> Option<f64> {
-        (self != Written::UNKNOWN).then(|| f64::from(self.0 >> 1) / 1e3)
-    }
-
-    /// At most so old.
-    fn age(self, now: f64) -> f64 {
-        self.time().map_or(NEVER, |time| (now - time).max(0.0))
-    }
-}
-
-/// Reckons what is to be expected of pages; remembers the last answer for those whose last write is not known exactly,
-/// which are the same all over a region.
-#[derive(Debug, Default)]
-struct Forecast {
-    /// The passes so far, by their end and their length.
-    passes: Vec<(Written, f64)>,
-    /// How much is written of what was written earlier, in parts of what was then.
-    earlier: f64,
-    remembered: Option<(Written, usize, f64, f64)>,
-    answer: f64,
-}
-
-impl Forecast {
-    fn pass_ended(&mut self, began: f64, ended: f64) {
-        self.passes.push((Written::sometime_before(ended), ended - began));
-    }
-
-    /// Writes expected of a page in the next `seconds`.
-    fn expected(&mut self, last: Written, curve: &Curve, region: usize, now: f64, seconds: f64) -> f64 {
-        if !last.is_sometime() {
-            return curve.expected(last.age(now), seconds);
-        }
-        let question = (last, region, now, seconds);
-        if self.remembered != Some(question) {
-            let pass = self.passes.iter().rev().find(|(ended, _)| *ended == last);
-            let span = pass.map_or(1.0, |(_, span)| *span);
-            self.answer = curve.expected_sometime(last.age(now), span, seconds);
-            if last == Written::EARLIER {
-                self.answer *= self.earlier;
-            }
-            self.remembered = Some(question);
-        }
-        self.answer
-    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub mod packed;
 mod rounds;
 pub mod simulate;
 pub mod trace;
+mod written;
 
 pub use hold::{Forecast, HoldPolicy, Outlook};
 pub use kept::{Kept, KeptError};
