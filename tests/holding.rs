@@ -203,10 +203,7 @@ fn memory_is_right_whatever_is_held() {
             peeks.fetch_add(peeked, Ordering::Relaxed);
             let held = outcome.figures.holding;
             prop_assert!(held.held_pages <= held.pages_from_xl);
-            prop_assert_eq!(
-                outcome.figures.iteration > 0,
-                !outcome.image.is_empty() || held.pages_from_xl == 0
-            );
+            prop_assert!(outcome.figures.iteration > 0);
             Ok(())
         })
         .unwrap();
@@ -271,8 +268,9 @@ fn a_guest_that_does_not_converge_stays_where_that_is_wanted() {
     assert_ne!(outcome.destination_xl, DestinationXl::Running);
 }
 
-/// A guest that wrote 600 pages while xl sent its last pass, and is quiet since.
-fn quiet_at_the_end(rounds: u32, max_time: Option<Duration>) -> Outcome {
+/// A guest that wrote 600 pages while xl sent its last pass, and is quiet since. xl ends its passes before the fifth with one of
+/// few pages.
+fn quiet_at_the_end(rounds: u32, max_time: Option<Duration>, passes: u32) -> Outcome {
     let memory = Arc::new(Mutex::new(Memory::new(1, 2000, 0)));
     {
         let mut memory = memory.lock();
@@ -285,9 +283,10 @@ fn quiet_at_the_end(rounds: u32, max_time: Option<Duration>) -> Outcome {
         out.write_all(&before)?;
         let all: Vec<u64> = (0..2000).collect();
         send_pages(&xls, out, &all, 400, Duration::ZERO)?;
-        let few: Vec<u64> = (0..40).collect();
-        for pass in 2..=5 {
-            if pass == 5 {
+        // With fewer than 50 xl would end its passes.
+        for pass in 2..=passes {
+            let few: Vec<u64> = (0..if passes < 5 { 40 } else { 50 }).collect();
+            if pass == passes {
                 let mut memory = xls.lock();
                 for page in 100..700 {
                     memory.pages[page as usize] = Some(2 << 20 | page);
@@ -340,17 +339,21 @@ fn quiet_at_the_end(rounds: u32, max_time: Option<Duration>) -> Outcome {
 
 #[test]
 fn pages_go_ahead_of_xl_and_cost_a_reference_when_it_repeats_them() {
-    let plain = quiet_at_the_end(0, None).figures;
+    let plain = quiet_at_the_end(0, None, 5).figures;
     assert_eq!((plain.holding.rounds, plain.holding.ahead_pages), (0, 0));
     assert_eq!((plain.pages.full, plain.expected_downtime_ms), (2600, Some(700)));
 
-    let held = quiet_at_the_end(30, None).figures;
-    assert!(held.holding.rounds > 0, "{:?}", held.holding);
-    assert_eq!(held.holding.ahead_pages, 600);
-    assert_eq!(held.pages.full, 2600, "each content once");
-    assert_eq!(held.pages.reference, plain.pages.reference + 600);
-    assert!(held.expected_downtime_ms < Some(100), "{:?}", held.expected_downtime_ms);
+    for passes in [2, 5] {
+        let held = quiet_at_the_end(30, None, passes).figures;
+        assert!(held.holding.rounds > 0, "{:?}", held.holding);
+        assert_eq!(held.holding.ahead_pages, 600);
+        assert_eq!(held.pages.full, 2600, "each content once");
+        assert!(held.expected_downtime_ms < Some(100), "{:?}", held.expected_downtime_ms);
+        if passes == 5 {
+            assert_eq!(held.pages.reference, plain.pages.reference + 600);
+        }
+    }
 
-    let timed = quiet_at_the_end(30, Some(Duration::ZERO)).figures;
+    let timed = quiet_at_the_end(30, Some(Duration::ZERO), 5).figures;
     assert_eq!((timed.holding.rounds, timed.holding.ahead_pages), (0, 0));
 }
