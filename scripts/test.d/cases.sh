@@ -349,7 +349,7 @@ lab_disturbed_while_pages_follow() {
 lab_share() {
   local host
   without_other_guests
-  lab races 200 --seconds 200
+  lab races 200 --seconds 600
   lab daemon forget
   for host in a b; do on "$host" 'rm /etc/xen/xenfold.conf'; done
 }
