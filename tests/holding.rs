@@ -283,8 +283,8 @@ fn quiet_at_the_end(rounds: u32, max_time: Option<Duration>, passes: u32) -> Out
         out.write_all(&before)?;
         let all: Vec<u64> = (0..2000).collect();
         send_pages(&xls, out, &all, 400, Duration::ZERO)?;
-        // With fewer than 50 xl would end its passes.
         for pass in 2..=passes {
+            // With fewer than 50 xl ends its passes.
             let few: Vec<u64> = (0..if passes < 5 { 40 } else { 50 }).collect();
             if pass == passes {
                 let mut memory = xls.lock();

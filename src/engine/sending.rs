@@ -26,7 +26,7 @@ use super::threads::{first_cause, join, spawn};
 use super::{Contents, EngineError};
 use crate::codec::MAX_ROWS;
 use crate::page::{ContentKey, PAGE_SIZE, Pfn};
-use crate::policy::filter::{FEW_DIRTY, LIVE_PASSES};
+use crate::policy::filter::is_last_pass;
 use crate::policy::{LevelPolicy, Spent};
 use crate::report::{Figures, Pages};
 use crate::stream::{Entry, Event, GuestType, Layer, PageDataHead, Reader, RecordHeader, libxc, libxl};
@@ -413,8 +413,7 @@ impl<R: Read> Front<R> {
 
     /// Whether this record is the last of xl's last pass over the running guest: its fifth, or one of few pages.
     fn ends_passes(&self, list: &[Entry]) -> bool {
-        let is_last = self.pass >= LIVE_PASSES || self.pass > 1 && self.pass_pages < FEW_DIRTY;
-        is_last && list.len() < MAX_ROWS
+        is_last_pass(self.pass, self.pass_pages) && list.len() < MAX_ROWS
     }
 
     fn pages(&self, record: PageRecord) -> Result<(), EngineError> {

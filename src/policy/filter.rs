@@ -8,8 +8,8 @@
 //! 2. In every pass a page is held when it is likely written again before the suspend ([`super::gaps`]); quiet pages go
 //!    first that way, whatever their place in memory.
 //! 3. At the end of each pass but the first, held pages that have turned quiet are released.
-//! 4. At the end of the last pass, or of one after which xl's next is the last, all that is held and is worth it is released, the quietest first and the hottest last,
-//!    so that each is exposed for as short as can be.
+//! 4. At the end of the last pass, or of one that leaves so little that xl's next is the last, all that is held and is
+//!    worth it is released, the quietest first and the hottest last, so that each is exposed for as short as can be.
 //!
 //! xl sends a record with fewer than [`RECORD`] pages only as the last of a pass (the first pass, which takes in holes,
 //! excepted), and that is how the end is known while xl still waits for its record to be read.
@@ -39,6 +39,11 @@ pub const RECORD: usize = 1024;
 /// SPP_TARGET_DIRTY_COUNT in xg_sr_save.c).
 pub const LIVE_PASSES: u32 = 5;
 pub const FEW_DIRTY: u64 = 50;
+
+/// Whether a pass of so many pages is xl's last over the running guest.
+pub fn is_last_pass(pass: u32, pages: u64) -> bool {
+    pass >= LIVE_PASSES || pass > 1 && pages < FEW_DIRTY
+}
 
 /// A page likelier to be written again than this is held, and so one of which as many writes are expected as that means.
 const HOLD: f64 = 0.3;
@@ -327,7 +332,7 @@ impl Filter {
     fn begin_pass(&mut self, now: f64, pages: usize) {
         self.learn();
         self.pass += 1;
-        self.may_be_last = self.pass >= LIVE_PASSES || self.pass > 1 && (pages as u64) < FEW_DIRTY;
+        self.may_be_last = is_last_pass(self.pass, pages as u64);
         if self.pass > 1 {
             self.forecast.pass_ended(self.pass_began, now);
         }

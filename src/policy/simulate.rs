@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::filter::{FEW_DIRTY, Filter, LIVE_PASSES, RECORD};
+use super::filter::{Filter, RECORD, is_last_pass};
 use super::kept::Kept;
 use super::model::{Builder, Model};
 use super::rounds::{Hope, Look, RoundLimits, Rounds};
@@ -302,7 +302,7 @@ impl<'a> World<'a> {
         let mut peeked = 0.0;
         loop {
             self.passes += 1;
-            self.last = self.passes == LIVE_PASSES || (list.len() as u64) < FEW_DIRTY;
+            self.last = is_last_pass(self.passes, list.len() as u64);
             for record in list.chunks(RECORD) {
                 let peek = (self.now - peeked >= self.peek_every).then(|| self.dirty.clone());
                 if peek.is_some() {
@@ -512,7 +512,7 @@ fn paper(trace: &Trace, conditions: &Conditions, model: Option<&Model>) -> Outco
             enabled = enabled.filter(|model| model.check(&dirty, over).holds());
         }
         began = world.now;
-        let last = world.passes == LIVE_PASSES || dirty.len() + filtered.len() < FEW_DIRTY;
+        let last = is_last_pass(world.passes, dirty.len() + filtered.len());
         let mut list = dirty;
         list.union(&filtered);
         filtered.clear();
@@ -593,6 +593,7 @@ fn clairvoyant(trace: &Trace, conditions: &Conditions, most: Duration) -> Outcom
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::filter::LIVE_PASSES;
     use crate::policy::generate::{KINDS, Kind, generate};
 
     const PAGES: u64 = 1 << 15;

@@ -276,7 +276,7 @@ impl Xenctrl {
 
     /// All domains, dom0 included, in order of their numbers.
     ///
-    /// Domains that come or go between two batches of 256 may be missing, none is listed twice.
+    /// Domains that come or go between two batches may be missing, none is listed twice.
     pub fn domains(&self) -> Result<Vec<DomainInfo>, XenError> {
         // As many as libxenctrl carries in one page, of which it keeps some at hand.
         const BATCH: usize = 4096 / size_of::<ctrl::xc_domaininfo_t>();

@@ -3,8 +3,8 @@ use std::path::PathBuf;
 
 use xen_sys::DomId;
 
-/// The processes of this host, which are gone through only when there may be another helper among them: reading what some
-/// hundred processes are is the most that a look costs.
+/// The processes of this host, which are gone through only when there may be another helper among them: to read what
+/// some hundred processes are is too much for every look.
 pub struct Helpers {
     proc: PathBuf,
     /// The number of the newest process at the last look.

@@ -2,7 +2,7 @@
 //!
 //! The scanner of the index ([`crate::index`]) reads and hashes the pages; what it has seen comes here
 //! ([`Sharing::visit`]). A page that had one content in two visits ([`history`]) and has a partner joins or begins a row of
-//! the shared-page table ([`table`]) after its bytes were compared ([`visit`], [`engine`]). Once a second guests and free memory are
+//! the shared-page table ([`table`]) after its bytes were compared ([`visit`], [`engine`]). Once a second, or up to five where that takes long, guests and free memory are
 //! looked at ([`Sharing::look`], [`reserve`]), processors go on that had no frame for a write ([`waiting`]), and pages go back to their guests where they shall ([`Sharing::work`]). A guest
 //! whose migration has called ([`Sharing::hold`]), or whose memory xl is saving, is left alone meanwhile: not because
 //! sharing would lose its writes (Xen marks a page dirty when it is copied), but because xl owns its memory then.
@@ -145,7 +145,7 @@ impl Sharing {
         }
     }
 
-    /// What there is of guests, once a second.
+    /// What there is of guests, at each look of the scanner's.
     pub fn look(&self, host: &Mutex<Box<dyn Host>>, now: Duration, judged: &[Judged]) {
         let mut state = self.state.lock();
         if self.missing.is_none() && state.looks() {

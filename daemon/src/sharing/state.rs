@@ -135,7 +135,7 @@ impl State {
         self.guests.values().map(|guest| guest.history.bytes()).sum()
     }
 
-    /// Takes what there is of guests and memory, once a second.
+    /// Takes what there is of guests and memory, at each look of the scanner's.
     pub fn look(&mut self, host: &HostLock, now: Duration, judged: &[Judged]) {
         self.departing = host.lock().departing().into_iter().collect();
         self.part_from_others(host, judged);

@@ -1,5 +1,5 @@
 //! Guests' processors that stand still because the host had no frame for a shared page that they wrote to. Each goes on when
-//! its page has become its guest's own; until then it is tried again once a second. Without this Xen would crash the guest.
+//! its page has become its guest's own; until then it is tried again at each look. Without this Xen would crash the guest.
 use xen_sys::{DomId, UnshareFailure};
 use xenfold::engine::chain;
 use xenfold::page::Pfn;
