@@ -158,6 +158,9 @@ pub struct LateFigures {
     /// Those that were taken out of it while it still ran at the source, and how long that took.
     pub early: u64,
     pub early_time_ms: u64,
+    /// Those that came back before the guest was suspended or with its last pages, and how long that took.
+    pub early_back: u64,
+    pub early_back_time_ms: u64,
     /// How often a processor of the guest's had to wait for a page, and another domain to try again.
     pub faults: u64,
     pub foreign_faults: u64,

@@ -240,7 +240,8 @@ fn late_lines(late: &LateFigures) -> String {
     let mut text = format!(
         "\n{} pages followed the guest in {} ms: {} pushed, {} fetched, {} prefetched ({} hits), {} given up; {} of them did \
          not travel, since another page of it ({}) or this host ({}) held the same, which was wrong {} times; {} had to come \
-         before it was started; taking them out took {} ms, and {} ms while it still ran for {} of them\n\
+         before it was started; taking them out took {} ms, and {} ms while it still ran for {} of them and {} that \
+         came back\n\
          {} faults of the guest waited {} ms (median), {} ms (99 %), {} ms (longest); {} of other domains",
         late.pages,
         late.time_ms,
@@ -257,6 +258,7 @@ fn late_lines(late: &LateFigures) -> String {
         late.evict_time_ms,
         late.early_time_ms,
         late.early,
+        late.early_back,
         late.faults,
         late.latency_median_us as f64 / 1000.0,
         late.latency_p99_us as f64 / 1000.0,

@@ -350,9 +350,9 @@ impl Agent<'_> {
         let mut last = figures.lock().clone();
         last.downtime_ms = downtime.map_or(0, |time| time.as_millis() as u64);
         (last.cpu_ms, last.peak_rss_bytes) = usage::cpu_ms_and_peak_rss_bytes();
-        let stays = !matches!(ending, Ending::Completed { .. });
         let status = self.end(ending, &seen, &mut last);
-        if let (Some(guest), Some(bytes)) = (&self.guest, forecast.filter(|_| stays).as_ref().and_then(bytes_of)) {
+        // Also where the guest has left: it may come back by another way than xenfold's.
+        if let (Some(guest), Some(bytes)) = (&self.guest, forecast.as_ref().and_then(bytes_of)) {
             model::save(&guest.uuid, &bytes);
         }
         self.write_stats(&last);

@@ -54,7 +54,15 @@ struct State {
     on: bool,
     over: bool,
     failed: Option<EngineError>,
-    time: Duration,
+    time: EarlyTime,
+}
+
+/// What taking pages out has cost, and what putting some of them back.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct EarlyTime {
+    pub out: Duration,
+    pub back: Duration,
+    pub came_back: u64,
 }
 
 /// What has become of it when the stream is complete.
@@ -64,7 +72,7 @@ pub(super) struct Outcome {
     pub on: bool,
     pub ring_page: Option<Pfn>,
     pub out: PageSet,
-    pub time: Duration,
+    pub time: EarlyTime,
 }
 
 impl Outcome {
@@ -75,7 +83,7 @@ impl Outcome {
             on: false,
             ring_page: None,
             out: PageSet::default(),
-            time: Duration::ZERO,
+            time: EarlyTime::default(),
         }
     }
 }
@@ -97,7 +105,7 @@ impl Early {
                 on: false,
                 over: false,
                 failed: None,
-                time: Duration::ZERO,
+                time: EarlyTime::default(),
             }),
             changed: Condvar::new(),
         }
@@ -247,7 +255,7 @@ impl State {
         let Some(paging) = &mut self.paging else { return Ok(()) };
         let begin = Instant::now();
         let evicted = paging.evict(pfns)?;
-        self.time += begin.elapsed();
+        self.time.out += begin.elapsed();
         for (pfn, evicted) in pfns.iter().zip(evicted) {
             self.ready.remove(*pfn);
             if evicted {
@@ -261,8 +269,11 @@ impl State {
 
     fn back(&mut self, pfn: Pfn) -> Result<(), EngineError> {
         if let Some(paging) = &mut self.paging {
+            let begin = Instant::now();
             paging.load(pfn, &ZERO_PAGE)?;
             self.out.remove(pfn);
+            self.time.back += begin.elapsed();
+            self.time.came_back += 1;
         }
         Ok(())
     }

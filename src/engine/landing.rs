@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::contents::read_checked;
+use super::early::EarlyTime;
 use super::journal::LateJournal;
 use super::link::{Link, Watch};
 use super::rejoin::{Incoming, Joined, silence_after};
@@ -170,7 +171,7 @@ pub(super) struct Late {
     /// Paging is on, these pages are out already, and how long that took.
     pub on: bool,
     pub out: PageSet,
-    pub early_time: Duration,
+    pub early_time: EarlyTime,
     pub paging: Box<dyn GuestPaging>,
     pub frames: Frames,
     pub verify: bool,
@@ -246,7 +247,9 @@ impl Landing {
         }
         let figures = LateFigures {
             early: out.len(),
-            early_time_ms: early_time.as_millis() as u64,
+            early_time_ms: early_time.out.as_millis() as u64,
+            early_back: early_time.came_back,
+            early_back_time_ms: early_time.back.as_millis() as u64,
             fetched_before: resident.len() as u64,
             evict_time_ms: start.elapsed().as_millis() as u64,
             ..LateFigures::default()
@@ -763,6 +766,8 @@ impl Landing {
             evict_time_ms: state.figures.evict_time_ms,
             early: state.figures.early,
             early_time_ms: state.figures.early_time_ms,
+            early_back: state.figures.early_back,
+            early_back_time_ms: state.figures.early_back_time_ms,
             time_ms: state.figures.time_ms,
             outages: state.figures.outages,
             outage_ms: state.figures.outage_ms,
