@@ -36,8 +36,6 @@ pub enum Fate {
     Hold,
     /// Its page stays behind.
     Behind,
-    /// It is left out as with `Hold`, and its page said to stay behind, which it does unless it comes again.
-    Announce,
 }
 
 /// What stays behind so far.
@@ -94,9 +92,16 @@ impl Behind {
         self.mode == Mode::Postcopy
     }
 
-    /// What becomes of a page that is held while the guest runs.
-    pub fn held(&self) -> Fate {
-        if self.announces { Fate::Announce } else { Fate::Hold }
+    /// The guest is about to be suspended: pages that stay behind then, as far as can be seen, of those that wait (`held`) and
+    /// those that xl sends once more (`dirty`), the first of which go.
+    pub fn announced(&self, held: &PageSet, dirty: &PageSet) -> PageSet {
+        let mut pages = PageSet::new(self.late.bound());
+        if self.announces && self.mode == Mode::Hybrid {
+            pages.union(held);
+            pages.union(dirty);
+            dirty.iter().take(self.now).for_each(|pfn| pages.remove(pfn));
+        }
+        pages
     }
 
     /// The guest runs, and xl sends a page that is to stay behind.

@@ -82,10 +82,12 @@ pub(super) struct Held {
     holding: Holding,
     held: PageSet,
     behind: Option<Behind>,
+    /// Written since the pass began, at the last look.
+    dirty: PageSet,
     next_peek: Instant,
     start: Instant,
-    /// The guest has been seen suspended.
-    suspended: bool,
+    /// How much goes while the guest stands still has been settled.
+    fitted: bool,
     rounds: Rounds,
     round: Round,
     /// Since when xl is held.
@@ -145,9 +147,10 @@ impl Held {
         Held {
             held: PageSet::new(bound),
             behind: holding.behind.map(|plan| Behind::new(plan, bound)),
+            dirty: PageSet::new(bound),
             next_peek: start,
             start,
-            suspended: false,
+            fitted: false,
             rounds: Rounds::new(limits, bound),
             round: Round::default(),
             waits: None,
@@ -160,6 +163,7 @@ impl Held {
     pub fn pass(&mut self, number: u32) {
         if let Some(behind) = &mut self.behind {
             behind.pass(number);
+            self.dirty.clear();
         }
         self.expect();
     }
@@ -216,6 +220,9 @@ impl Held {
             Ok(Some(dirty)) => {
                 figures.holding.peeks += 1;
                 figures.holding.dirty_pages = dirty.len();
+                if self.behind.is_some() {
+                    self.dirty = dirty.clone();
+                }
                 return Some(dirty);
             }
             Ok(None) => figures.holding.busy_peeks += 1,
@@ -250,33 +257,38 @@ impl Held {
                 self.fate(entry, wait, unread.is_some())
             })
             .collect();
-        let held = fates
-            .iter()
-            .filter(|fate| matches!(fate, Fate::Hold | Fate::Announce))
-            .count() as u64;
+        let held = fates.iter().filter(|fate| **fate == Fate::Hold).count() as u64;
         let mut figures = self.figures.lock();
         figures.holding.pages_from_xl += list.iter().filter(|entry| entry.has_data).count() as u64;
         figures.holding.held_pages += held;
         fates.iter().any(|fate| *fate != Fate::Carry).then_some(fates)
     }
 
-    /// Pages of the record that is being read have gone ahead of it: to say behind that that they stay behind would be wrong.
-    pub fn unannounce(&self, list: &[Entry], fates: &mut [Fate]) {
-        for (entry, fate) in list.iter().zip(fates) {
-            if *fate == Fate::Announce && !self.held.contains(entry.pfn) {
-                *fate = Fate::Hold;
-            }
-        }
-    }
-
-    /// The guest stands still: what goes before it is started should take no longer than is allowed, at the rate so far.
+    /// What goes while the guest stands still should take no longer than is allowed, at the rate so far.
     fn fit_downtime(&mut self) {
-        if let Some(behind) = self.behind.as_mut().filter(|_| !self.suspended) {
-            self.suspended = true;
+        if let Some(behind) = self.behind.as_mut().filter(|_| !self.fitted) {
+            self.fitted = true;
             let pages = self.figures.lock().pages.carried() as f64;
             let share = self.holding.downtime.limit.as_secs_f64() / self.start.elapsed().as_secs_f64().max(0.001);
             behind.fit((pages * share) as u64);
         }
+    }
+
+    /// The guest is suspended next: pages that stay behind then, for the destination to take them out before. `unread`: bytes of
+    /// xl's record; `carried`: pages in it that go, ascending.
+    ///
+    /// Where a pass was not seen to begin the bitmap may have been read in the one before, and xl will not send all of them again.
+    /// So they are held.
+    pub fn announce(&mut self, unread: u64, carried: &[Pfn]) -> Vec<Pfn> {
+        self.fit_downtime();
+        if self.behind.is_some() {
+            self.look(unread);
+        }
+        let Some(behind) = &self.behind else { return Vec::new() };
+        let mut pages = behind.announced(&self.held, &self.dirty);
+        carried.iter().for_each(|pfn| pages.remove(*pfn));
+        self.held.union(&pages);
+        pages.iter().collect()
     }
 
     fn fate(&mut self, entry: &Entry, wait: bool, runs: bool) -> Fate {
@@ -295,7 +307,7 @@ impl Held {
             }
         }
         if wait && plain && self.held.insert(entry.pfn) {
-            return self.behind.as_ref().map_or(Fate::Hold, Behind::held);
+            return Fate::Hold;
         }
         self.held.remove(entry.pfn);
         if let Some(behind) = &mut self.behind {
@@ -484,18 +496,23 @@ impl Held {
         if rest.is_empty() {
             return Ok(None);
         }
-        let mut body = (rest.len() as u64).to_le_bytes().to_vec();
-        for pfn in &rest {
-            body.extend_from_slice(&(pfn.get() | PageType::XAlloc.bits()).to_le_bytes());
-        }
-        let length = body.len();
-        Ok(Some(PageRecord::parse(body, length, 0)?))
+        record_behind(&rest).map(Some)
     }
 
     /// The stream is complete: what has stayed behind.
     pub fn end(self) -> Option<LeftBehind> {
         self.behind?.end(self.holding.frames)
     }
+}
+
+/// A PAGE_DATA record that says of pages that they stay behind.
+pub(super) fn record_behind(pfns: &[Pfn]) -> Result<PageRecord, EngineError> {
+    let mut body = (pfns.len() as u64).to_le_bytes().to_vec();
+    for pfn in pfns {
+        body.extend_from_slice(&(pfn.get() | PageType::XAlloc.bits()).to_le_bytes());
+    }
+    let length = body.len();
+    Ok(PageRecord::parse(body, length, 0)?)
 }
 
 /// A PAGE_DATA record of pages, in a buffer whose old bytes are written over. Those that are `gone` go without data.

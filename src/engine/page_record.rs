@@ -73,7 +73,7 @@ impl PageRecord {
         for (at, _) in &list {
             let from = 8 + at * 8;
             self.buffer.copy_within(from..from + 8, end);
-            if matches!(fate(*at), Fate::Behind | Fate::Announce)
+            if fate(*at) == Fate::Behind
                 && let Some(word) = self.buffer.get_mut(end..).and_then(<[u8]>::first_chunk_mut::<8>)
             {
                 let entry = u64::from_le_bytes(*word) & !TYPE_MASK | PageType::XAlloc.bits();

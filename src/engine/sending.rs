@@ -17,7 +17,7 @@ use super::classify::{BlockData, Classifier, Classifying, FromXl, Ready, ReadyBl
 use super::contents::Holdings;
 use super::cpu::{Blocking, idle, process_cpu};
 use super::hashing::ids_of;
-use super::holding::{Ahead, Held, Holding};
+use super::holding::{Ahead, Held, Holding, record_behind};
 use super::link::Link;
 use super::pacing::{Pacing, Throttle};
 use super::page_record::PageRecord;
@@ -335,20 +335,29 @@ impl<R: Read> Front<R> {
         self.number(&list);
         let Some(held) = &mut self.held else { return Ok(None) };
         let runs = held.guest_runs();
-        let mut keep = held.keep(&list, runs.then(|| self.stream.body_left()));
+        let keep = held.keep(&list, runs.then(|| self.stream.body_left()));
         if runs {
             self.release()?;
         }
-        if let (Some(held), Some(keep)) = (&self.held, &mut keep) {
-            held.unannounce(&list, keep);
-        }
         if runs && self.held.is_some() && self.ends_passes(&list) {
-            self.rounds(&list, keep.as_deref())?;
+            let carried = carried(&list, keep.as_deref());
+            self.rounds(&carried)?;
             if let Some(held) = &mut self.held {
                 held.last_pass()?;
             }
+            self.announce(&carried)?;
         }
         Ok(keep)
+    }
+
+    /// Says which pages will stay behind: xl suspends the guest next. `carried`: pages of its present record that go.
+    fn announce(&mut self, carried: &[Pfn]) -> Result<(), EngineError> {
+        let unread = self.stream.body_left();
+        let pages = self.held.as_mut().map(|held| held.announce(unread, carried));
+        let pages = pages.unwrap_or_default();
+        pages
+            .chunks(MAX_ROWS)
+            .try_for_each(|pages| self.pages(record_behind(pages)?))
     }
 
     /// Sends held pages that need not wait any longer.
@@ -364,14 +373,7 @@ impl<R: Read> Front<R> {
     }
 
     /// Holds xl, which waits with the last record of its passes over the running guest, while pages go ahead of it.
-    fn rounds(&mut self, list: &[Entry], keep: Option<&[Fate]>) -> Result<(), EngineError> {
-        let carries = |at: usize| {
-            keep.and_then(|keep| keep.get(at))
-                .is_none_or(|fate| *fate == Fate::Carry)
-        };
-        let carried = list.iter().enumerate().filter(|(at, _)| carries(*at));
-        let mut carried: Vec<Pfn> = carried.map(|(_, entry)| entry.pfn).collect();
-        carried.sort_unstable();
+    fn rounds(&mut self, carried: &[Pfn]) -> Result<(), EngineError> {
         let (unread, mut ahead) = (self.stream.body_left(), Ahead::default());
         while let Some(dirty) = self.held.as_mut().and_then(|held| held.begin_round(unread)) {
             self.release()?;
@@ -379,7 +381,7 @@ impl<R: Read> Front<R> {
             loop {
                 let pfns: Vec<Pfn> = pages.by_ref().take(LOOK_PAGES).collect();
                 if let Some(held) = &mut self.held {
-                    held.look_at(&pfns, &carried, &mut ahead)?;
+                    held.look_at(&pfns, carried, &mut ahead)?;
                 }
                 if ahead.is_full() || pfns.is_empty() && !ahead.is_empty() {
                     let buffer = self.buffer()?;
@@ -473,6 +475,18 @@ impl<R: Read> Front<R> {
             }
         }
     }
+}
+
+/// Pages of a record of xl's that go, in their order.
+fn carried(list: &[Entry], fates: Option<&[Fate]>) -> Vec<Pfn> {
+    let goes = |at: usize| {
+        let fate = fates.and_then(|fates| fates.get(at));
+        fate.is_none_or(|fate| *fate == Fate::Carry)
+    };
+    let pages = list.iter().enumerate().filter(|(at, _)| goes(*at));
+    let mut pages: Vec<Pfn> = pages.map(|(_, entry)| entry.pfn).collect();
+    pages.sort_unstable();
+    pages
 }
 
 struct Back {
