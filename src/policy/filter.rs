@@ -6,7 +6,7 @@
 //!
 //! 1. A page that is known to be written since xl's pass began is held: xl sends it again.
 //! 2. In every pass a page is held when it is likely written again before the suspend ([`super::gaps`]); quiet pages go
-//!    first that way, whatever their place in memory.
+//!    first that way, whatever their place in memory. In the first pass less is enough for that.
 //! 3. At the end of each pass but the first, held pages that have turned quiet are released.
 //! 4. At the end of the last pass, or of one that leaves so little that xl's next is the last, all that is held and is
 //!    worth it is released, the quietest first and the hottest last, so that each is exposed for as short as can be.
@@ -49,8 +49,11 @@ pub fn is_last_pass(pass: u32, pages: u64) -> bool {
 const HOLD: f64 = 0.3;
 const HOLD_WRITES: f64 = 0.356_674_943_938_732_4;
 
-/// With more writes expected since its first one in a pass, a page's last one may have been any time.
-const AGAIN: f64 = 0.7;
+/// In the first pass more are held: one that is held in vain has all later passes to go in.
+const HOLD_FIRST: f64 = 0.12;
+
+/// Where fewer of the pages are still as they were, a page's last write in a pass may have been any time after its first.
+const STILL: f64 = 0.3;
 
 /// What a page less in the stop phase is worth, in pages sent.
 const STOP_WORTH: f64 = 2.0;
@@ -104,8 +107,9 @@ pub struct Filter {
     /// When the pass before began, and its last peek.
     before_began: f64,
     before_peeked: f64,
-    /// Offered by xl in this pass so far.
+    /// Offered by xl in this pass so far, and how fast.
     offered: u64,
+    pace: Pace,
     previous: Option<Pfn>,
     /// Whether the pass under way can be the last live one.
     may_be_last: bool,
@@ -143,6 +147,29 @@ struct Rate {
     held: u64,
 }
 
+/// Pages a second that xl offers, whether they are held or sent.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    pages: Option<f64>,
+    looked: f64,
+    since: u64,
+}
+
+impl Pace {
+    /// A record of so many pages begins: those before are done with.
+    fn record(&mut self, now: f64, pages: usize) {
+        let seconds = now - self.looked;
+        if self.since == 0 {
+            self.looked = now;
+        } else if seconds >= LOOK_EVERY {
+            let pace = self.since as f64 / seconds;
+            self.pages = Some(self.pages.map_or(pace, |before| before + WEIGHT * (pace - before)));
+            (self.looked, self.since) = (now, 0);
+        }
+        self.since += pages as u64;
+    }
+}
+
 impl Filter {
     /// `model`: of this guest, `None` when there is none. The guest's pages lie below `pages_bound`; `guest_pages` of
     /// them hold memory.
@@ -178,6 +205,7 @@ impl Filter {
             before_began: 0.0,
             before_peeked: 0.0,
             offered: 0,
+            pace: Pace::default(),
             previous: None,
             may_be_last: false,
             downtime: Duration::MAX,
@@ -211,24 +239,19 @@ impl Filter {
         self.downtime = limit;
     }
 
-    /// Takes in what is known from earlier migrations, and holds it against what was seen before this one.
+    /// Takes in what is known from earlier migrations. It is held against what peeks show, not against what was seen before the
+    /// migration: a guest that is watched writes slowly, since each reading write-protects its memory anew.
     fn remember(&mut self, ages: Vec<u8>) {
         if ages.is_empty() {
             return;
         }
         let mut known = Known::new(ages, self.guest_pages);
-        let mut counts = vec![(0, 0); self.regions.count()];
         let mut written: Vec<(f64, usize)> = Vec::new();
         known.for_each_page(|page| {
             let Some(last) = self.last.get_mut(page) else { return };
-            let at = last.time();
-            match at {
+            match last.time() {
                 Some(at) => written.push((at, page)),
                 None => *last = Written::EARLIER,
-            }
-            if let Some(count) = counts.get_mut(self.regions.of(page as u64)) {
-                count.0 += 1;
-                count.1 += u32::from(at.is_some());
             }
         });
         // The writes of each second together.
@@ -243,7 +266,6 @@ impl Filter {
         }
         self.forecast.earlier_spans(kept::SPAN);
         self.known = Some(known);
-        self.weigh(0.0, watched, &counts);
     }
 
     /// How many of the pages known from earlier migrations had not been written `from` seconds after the watching began, and
@@ -316,8 +338,9 @@ impl Filter {
         if let Some(peek) = peek {
             self.see(now, peek);
         }
-        self.offered += pfns.len() as u64;
+        self.pace.record(now, pfns.len());
         let ahead = self.ahead();
+        self.offered += pfns.len() as u64;
         let answers = pfns.iter().map(|pfn| self.hold_one(ahead, *pfn)).collect();
         if self.pass > 1 && pfns.len() < RECORD {
             self.end_pass(now);
@@ -331,6 +354,14 @@ impl Filter {
 
     fn begin_pass(&mut self, now: f64, pages: usize) {
         self.learn();
+        log::debug!(
+            "pass {} ends after {} pages and {:.1} s: {} held, {} seen written",
+            self.pass,
+            self.offered,
+            now - self.pass_began,
+            self.held_pages,
+            self.dirty.len()
+        );
         self.pass += 1;
         self.may_be_last = is_last_pass(self.pass, pages as u64);
         if self.pass > 1 {
@@ -359,7 +390,7 @@ impl Filter {
             // all; it may have been written again since.
             let first = last.time().filter(|first| *first >= self.before_began);
             let first = first.unwrap_or((self.before_peeked + self.pass_began) / 2.0);
-            *last = match curve.expected(0.0, self.pass_began - first) > AGAIN {
+            *last = match curve.unwritten_since(self.pass_began - first) < STILL {
                 true => Written::sometime_before(self.pass_began),
                 false => Written::at(first),
             };
@@ -369,7 +400,7 @@ impl Filter {
             Some(known) if *last == Written::EARLIER => known.expect(pfn.get() as usize, self.peeked, ahead, usual),
             _ => usual,
         };
-        let hold = dirty || expected > HOLD_WRITES;
+        let hold = dirty || expected > if self.pass == 1 { HOLD_FIRST } else { HOLD_WRITES };
         if hold != self.held.contains(pfn) {
             if hold {
                 self.held.insert(pfn);
@@ -383,16 +414,19 @@ impl Filter {
         hold
     }
 
-    /// Seconds until the suspend, as far as can be said: what is left of the first pass and is not hot has to be sent, and
-    /// some of what is held.
+    /// Seconds until the suspend, as far as can be said: what is left of the first pass and is not hot has to be sent, all of it
+    /// read, and some of what is held sent then.
     fn ahead(&self) -> f64 {
-        let mut live = self.held_pages as f64 / 2.0;
-        if self.pass == 1 {
+        let held = self.held_pages as f64 / 2.0 / self.rate.pages;
+        let first_pass = if self.pass == 1 {
             let left = self.guest_pages.saturating_sub(self.offered) as f64;
             let hot = self.held_pages as f64 / (self.offered as f64).max(1.0);
-            live += left * (1.0 - hot / 2.0);
-        }
-        (live / self.rate.pages).max(SOON)
+            let pace = self.pace.pages.unwrap_or(f64::INFINITY).max(1.0);
+            (left * (1.0 - hot / 2.0) / self.rate.pages).max(left / pace)
+        } else {
+            0.0
+        };
+        (first_pass + held).max(SOON)
     }
 
     /// Takes in what was written since the pass began. That costs as much as there are pages newly written.
@@ -504,7 +538,10 @@ impl Filter {
         // Hundredths of the guest are not worth a judgement.
         let few = FEW_WRITES.max(self.guest_pages as f64 / 100.0);
         if all > 2.0 * few && apart / all > MOST_DEVIATION {
-            log::debug!("the model of writes does not hold: {apart:.0} of {all:.0} pages are not as expected");
+            let all_expected: f64 = self.judged.iter().map(|(expected, _)| expected).sum();
+            log::debug!(
+                "the model of writes does not hold: {apart:.0} of {all:.0} pages are not as expected ({all_expected:.0} expected)"
+            );
             self.modelled = false;
             self.gaps.doubt();
         }
@@ -542,6 +579,12 @@ impl Filter {
             let quiet = |writes: f32| f64::from(writes) * ahead < HOLD_WRITES;
             sorted.iter().take_while(|(_, writes)| quiet(*writes)).count()
         };
+        log::debug!(
+            "{chosen} of {} quiet held pages are to go in pass {}, which had {} pages; the last one: {is_last}",
+            sorted.len(),
+            self.pass,
+            self.offered
+        );
         self.queue = sorted.iter().take(chosen).map(|(pfn, _)| *pfn).collect();
         self.queue.reverse();
     }

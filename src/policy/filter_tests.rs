@@ -144,9 +144,12 @@ fn pages_known_from_an_earlier_migration_are_held_where_they_are_still_written()
     assert_eq!(quiet, [false; 100]);
     // It is passed on, whether it was seen this time or not.
     assert_eq!(filter.learnt().pages(), 2000);
-    // The guest does nothing, or something else: all of that is forgotten.
-    for samples in [[(0, 0); 40], [(100, 110); 40]] {
-        let filter = begin(&samples);
+    // The guest does nothing, or something else: that counts once it is migrated, and all of that is forgotten.
+    for (samples, written) in [([(0, 0); 40], (0, 0)), ([(100, 110); 40], (100, 110))] {
+        let mut filter = begin(&samples);
+        assert!(filter.known.is_some());
+        filter.hold(Duration::ZERO, &pfns(0..10), None);
+        filter.hold(Duration::from_secs(10), &pfns(10..20), Some(&set(4096, &[written])));
         assert!(filter.known.is_none(), "{}", filter.forecast.earlier);
         assert!(filter.learnt().pages() <= 10);
     }

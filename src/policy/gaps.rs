@@ -208,6 +208,13 @@ impl Curve {
         -(then / now).clamp(1e-9, 1.0).ln()
     }
 
+    /// Of pages that were written `seconds` ago, and maybe again since, the part that has not been for at least half of that time.
+    /// Half of it where none is written again so soon.
+    pub fn unwritten_since(&self, seconds: f64) -> f64 {
+        let all = self.unwritten(seconds).max(f64::MIN_POSITIVE);
+        1.0 - self.unwritten(seconds / 2.0) / all
+    }
+
     /// Seconds that a page stays unwritten before it reaches an age, on average.
     fn unwritten(&self, age: f64) -> f64 {
         let index = bin(age);

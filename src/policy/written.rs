@@ -1,6 +1,10 @@
 //! When pages were written last, as far as is known, and what is to be expected of them by that.
 use super::gaps::{self, BINS, Curve, NEVER};
 
+/// A page of which is only known that it has not been written for so many seconds counts as one that was written then. In
+/// shorter times that would blur how pages age that are written all the time.
+const SETTLED: f64 = 1.0;
+
 /// When a page was written last: milliseconds above bit 0, which says whether it may as well have been a while before. 0:
 /// not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,21 +111,20 @@ impl Shown {
 
     /// `last`: as it was before.
     pub fn count(&mut self, region: usize, last: Written, written: bool) {
-        let count = match last {
-            Written::EARLIER => self.earlier.get_mut(region),
-            last if last.is_sometime() => None,
-            last => {
-                let bin = if last == Written::UNKNOWN {
-                    BINS - 1
-                } else {
-                    gaps::bin(last.age(self.from))
-                };
-                self.counts.get_mut(region).and_then(|region| region.get_mut(bin))
-            }
-        };
-        if let Some(count) = count {
+        let add = |count: &mut (u32, u32)| {
             count.0 += 1;
             count.1 += u32::from(written);
+        };
+        if last == Written::EARLIER {
+            return self.earlier.get_mut(region).into_iter().for_each(add);
         }
+        let age = last.age(self.from);
+        let bin = match last {
+            Written::UNKNOWN => BINS - 1,
+            last if last.is_sometime() && age < SETTLED => return,
+            _ => gaps::bin(age),
+        };
+        let counts = self.counts.get_mut(region);
+        counts.and_then(|region| region.get_mut(bin)).into_iter().for_each(add);
     }
 }
