@@ -25,8 +25,9 @@ use super::hold::Outlook;
 use super::kept::{self, Kept};
 use super::known::Known;
 use super::model::{Model, State};
+use super::rate::{Pace, Rate};
 use super::written::{Forecast, Shown, Written};
-use crate::page::{PAGE_SIZE, Pfn};
+use crate::page::Pfn;
 use crate::page_set::PageSet;
 
 /// The time between samples where there were none: as long as any.
@@ -57,13 +58,6 @@ const STILL: f64 = 0.3;
 
 /// What a page less in the stop phase is worth, in pages sent.
 const STOP_WORTH: f64 = 2.0;
-
-/// Pages a second before any have been sent: a link of 1 Gbit/s.
-const FIRST_RATE: f64 = 30_000.0;
-
-/// Time between two looks at the rate, and the weight of one.
-const LOOK_EVERY: f64 = 0.1;
-const WEIGHT: f64 = 0.3;
 
 /// How much time peeks cover together before the curves learn from them.
 const LEARN_EVERY: f64 = 0.5;
@@ -134,42 +128,6 @@ pub struct Filter {
     forecast: Forecast,
 }
 
-/// Pages and wire bytes a second, while the link is what is waited for.
-#[derive(Clone, Copy, Debug)]
-struct Rate {
-    pages: f64,
-    bytes_each: f64,
-    measured: bool,
-    looked: f64,
-    looked_pages: u64,
-    looked_bytes: u64,
-    /// Pages held since the last look: time went into reading them.
-    held: u64,
-}
-
-/// Pages a second that xl offers, whether they are held or sent.
-#[derive(Clone, Copy, Debug, Default)]
-struct Pace {
-    pages: Option<f64>,
-    looked: f64,
-    since: u64,
-}
-
-impl Pace {
-    /// A record of so many pages begins: those before are done with.
-    fn record(&mut self, now: f64, pages: usize) {
-        let seconds = now - self.looked;
-        if self.since == 0 {
-            self.looked = now;
-        } else if seconds >= LOOK_EVERY {
-            let pace = self.since as f64 / seconds;
-            self.pages = Some(self.pages.map_or(pace, |before| before + WEIGHT * (pace - before)));
-            (self.looked, self.since) = (now, 0);
-        }
-        self.since += pages as u64;
-    }
-}
-
 impl Filter {
     /// `model`: of this guest, `None` when there is none. The guest's pages lie below `pages_bound`; `guest_pages` of
     /// them hold memory.
@@ -219,15 +177,7 @@ impl Filter {
             held_pages: 0,
             queue: Vec::new(),
             forecast: Forecast::default(),
-            rate: Rate {
-                pages: FIRST_RATE,
-                bytes_each: PAGE_SIZE as f64,
-                measured: false,
-                looked: 0.0,
-                looked_pages: 0,
-                looked_bytes: 0,
-                held: 0,
-            },
+            rate: Rate::default(),
         };
         filter.remember(known);
         filter
@@ -619,24 +569,7 @@ impl Filter {
 
     /// What has gone to the link by now, since the migration's start: guest pages, and bytes on the wire.
     pub fn sent(&mut self, now: Duration, pages: u64, wire_bytes: u64) {
-        let now = now.as_secs_f64();
-        let rate = &mut self.rate;
-        let (seconds, new) = (now - rate.looked, pages.saturating_sub(rate.looked_pages));
-        if seconds < LOOK_EVERY {
-            return;
-        }
-        // Time in which records were read and held tells nothing of the link.
-        if new > 0 && rate.held < new {
-            let bytes = wire_bytes.saturating_sub(rate.looked_bytes);
-            let weight = if rate.measured { WEIGHT } else { 1.0 };
-            rate.pages += weight * (new as f64 / seconds - rate.pages);
-            rate.bytes_each += weight * (bytes as f64 / new as f64 - rate.bytes_each);
-            rate.measured = true;
-        }
-        rate.looked = now;
-        rate.looked_pages = pages;
-        rate.looked_bytes = wire_bytes;
-        rate.held = 0;
+        self.rate.sent(now.as_secs_f64(), pages, wire_bytes);
     }
 
     /// Takes in what was written since the pass began, with xl waiting at its end. Returns how many pages are to be released

@@ -15,6 +15,7 @@ mod known;
 mod level;
 pub mod model;
 pub mod packed;
+mod rate;
 mod rounds;
 pub mod simulate;
 pub mod trace;
