@@ -111,7 +111,7 @@ lab_abort() {
   must_have_stayed "$from" ci
 }
 
-is_suspended() { on "$1" "xl list $2 2>/dev/null" | grep -q -- ' ---s-- '; }
+is_suspended() { on "$1" "xl list $2 2>/dev/null" | grep -q -- ' ---ss- '; }
 
 # Nobody hears xl and the agent any more.
 lab_closed_terminal() {
