@@ -92,15 +92,17 @@ impl Behind {
         self.mode == Mode::Postcopy
     }
 
-    /// The guest is about to be suspended: pages that stay behind then, as far as can be seen, of those that wait (`held`) and
-    /// those that xl sends once more (`dirty`), the first of which go.
+    /// Whether the destination is told right before the suspend what will stay behind. Where all does, xl's own entries say so.
+    pub fn announces(&self) -> bool {
+        self.announces && !self.takes_all()
+    }
+
+    /// What will stay behind, as far as can be seen: of the pages that wait (`held`) and those that xl sends once more (`dirty`)
+    /// all but the first of the latter, which go.
     pub fn announced(&self, held: &PageSet, dirty: &PageSet) -> PageSet {
-        let mut pages = PageSet::new(self.late.bound());
-        if self.announces && self.mode == Mode::Hybrid {
-            pages.union(held);
-            pages.union(dirty);
-            dirty.iter().take(self.now).for_each(|pfn| pages.remove(pfn));
-        }
+        let mut pages = held.clone();
+        pages.union(dirty);
+        dirty.iter().take(self.now).for_each(|pfn| pages.remove(pfn));
         pages
     }
 
@@ -174,5 +176,29 @@ impl Behind {
             hot: recent,
             frames,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_sent_at_the_suspend_is_not_said_to_stay_behind() {
+        let set = |runs: &[std::ops::Range<u64>]| {
+            let mut set = PageSet::new(100);
+            runs.iter().for_each(|run| set.insert_run(run.clone()));
+            set
+        };
+        let plan = |mode| LeaveBehind {
+            mode,
+            now_pages: 3,
+            announces: true,
+        };
+        let behind = Behind::new(plan(Mode::Hybrid), 100);
+        assert!(behind.announces() && !Behind::new(plan(Mode::Postcopy), 100).announces());
+        // Held pages that are dirty are among the first that xl sends, too.
+        let announced = behind.announced(&set(&[10..12, 50..52]), &set(&[10..11, 20..24]));
+        assert_eq!(announced, set(&[11..12, 22..24, 50..52]));
     }
 }

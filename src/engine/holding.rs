@@ -220,7 +220,7 @@ impl Held {
             Ok(Some(dirty)) => {
                 figures.holding.peeks += 1;
                 figures.holding.dirty_pages = dirty.len();
-                if self.behind.is_some() {
+                if self.behind.as_ref().is_some_and(Behind::announces) {
                     self.dirty = dirty.clone();
                 }
                 return Some(dirty);
@@ -274,21 +274,25 @@ impl Held {
         }
     }
 
-    /// The guest is suspended next: pages that stay behind then, for the destination to take them out before. `unread`: bytes of
-    /// xl's record; `carried`: pages in it that go, ascending.
+    /// Records that say what will stay behind, now that the guest is suspended next, for the destination to take it out before.
+    /// `unread`: bytes of xl's present record; `carried`: pages in it that go.
     ///
     /// Where a pass was not seen to begin the bitmap may have been read in the one before, and xl will not send all of them again.
     /// So they are held.
-    pub fn announce(&mut self, unread: u64, carried: &[Pfn]) -> Vec<Pfn> {
-        self.fit_downtime();
-        if self.behind.is_some() {
-            self.look(unread);
+    pub fn announce(&mut self, unread: u64, carried: &[Pfn]) -> Result<Vec<PageRecord>, EngineError> {
+        if !self.behind.as_ref().is_some_and(Behind::announces) {
+            return Ok(Vec::new());
         }
-        let Some(behind) = &self.behind else { return Vec::new() };
+        self.fit_downtime();
+        self.look(unread);
+        let Some(behind) = &self.behind else {
+            return Ok(Vec::new());
+        };
         let mut pages = behind.announced(&self.held, &self.dirty);
         carried.iter().for_each(|pfn| pages.remove(*pfn));
         self.held.union(&pages);
-        pages.iter().collect()
+        let pages: Vec<Pfn> = pages.iter().collect();
+        pages.chunks(MAX_ROWS).map(record_behind).collect()
     }
 
     fn fate(&mut self, entry: &Entry, wait: bool, runs: bool) -> Fate {
@@ -506,7 +510,7 @@ impl Held {
 }
 
 /// A PAGE_DATA record that says of pages that they stay behind.
-pub(super) fn record_behind(pfns: &[Pfn]) -> Result<PageRecord, EngineError> {
+fn record_behind(pfns: &[Pfn]) -> Result<PageRecord, EngineError> {
     let mut body = (pfns.len() as u64).to_le_bytes().to_vec();
     for pfn in pfns {
         body.extend_from_slice(&(pfn.get() | PageType::XAlloc.bits()).to_le_bytes());

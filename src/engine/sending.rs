@@ -17,7 +17,7 @@ use super::classify::{BlockData, Classifier, Classifying, FromXl, Ready, ReadyBl
 use super::contents::Holdings;
 use super::cpu::{Blocking, idle, process_cpu};
 use super::hashing::ids_of;
-use super::holding::{Ahead, Held, Holding, record_behind};
+use super::holding::{Ahead, Held, Holding};
 use super::link::Link;
 use super::pacing::{Pacing, Throttle};
 use super::page_record::PageRecord;
@@ -353,11 +353,9 @@ impl<R: Read> Front<R> {
     /// Says which pages will stay behind: xl suspends the guest next. `carried`: pages of its present record that go.
     fn announce(&mut self, carried: &[Pfn]) -> Result<(), EngineError> {
         let unread = self.stream.body_left();
-        let pages = self.held.as_mut().map(|held| held.announce(unread, carried));
-        let pages = pages.unwrap_or_default();
-        pages
-            .chunks(MAX_ROWS)
-            .try_for_each(|pages| self.pages(record_behind(pages)?))
+        let Some(held) = &mut self.held else { return Ok(()) };
+        let records = held.announce(unread, carried)?;
+        records.into_iter().try_for_each(|record| self.pages(record))
     }
 
     /// Sends held pages that need not wait any longer.

@@ -50,7 +50,7 @@ pub fn is_last_pass(pass: u32, pages: u64) -> bool {
 const HOLD: f64 = 0.3;
 const HOLD_WRITES: f64 = 0.356_674_943_938_732_4;
 
-/// In the first pass more are held: one that is held in vain has all later passes to go in.
+/// The same in the first pass, in writes: one that is held in vain has all later passes to go in.
 const HOLD_FIRST: f64 = 0.12;
 
 /// Where fewer of the pages are still as they were, a page's last write in a pass may have been any time after its first.
@@ -350,7 +350,8 @@ impl Filter {
             Some(known) if *last == Written::EARLIER => known.expect(pfn.get() as usize, self.peeked, ahead, usual),
             _ => usual,
         };
-        let hold = dirty || expected > if self.pass == 1 { HOLD_FIRST } else { HOLD_WRITES };
+        let enough = if self.pass == 1 { HOLD_FIRST } else { HOLD_WRITES };
+        let hold = dirty || expected > enough;
         if hold != self.held.contains(pfn) {
             if hold {
                 self.held.insert(pfn);

@@ -414,6 +414,18 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_are_written_all_the_time_are_hardly_ever_old() {
+        let one = |writes: f32| Seen {
+            seconds: [1000.0; BINS],
+            writes: [writes; BINS],
+        };
+        let still = |writes, seconds| Curve::new(&one(writes), |_, older| older, 0.0).unwritten_since(seconds);
+        assert!((still(0.001, 10.0) - 0.5).abs() < 0.01, "nearly all of them");
+        // One write a second: exp(-5) of the pages get half as old.
+        assert!(still(1000.0, 10.0) < 0.01);
+    }
+
+    #[test]
     fn ages_are_told_apart_by_their_bins() {
         for index in 0..BINS {
             let start = if index == 0 { 0.0 } else { AGES[index - 1] };

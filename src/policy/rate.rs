@@ -79,3 +79,22 @@ impl Pace {
         self.since += pages as u64;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pace_is_known_once_records_have_passed() {
+        let mut pace = Pace::default();
+        // What went before the first record, the watching for one, does not count.
+        pace.record(2.0, 1000);
+        assert_eq!(pace.pages, None);
+        pace.record(2.05, 1000);
+        assert_eq!(pace.pages, None, "too soon");
+        pace.record(2.5, 1000);
+        assert_eq!(pace.pages, Some(4000.0));
+        pace.record(3.5, 1000);
+        assert_eq!(pace.pages, Some(4000.0 + WEIGHT * (1000.0 - 4000.0)));
+    }
+}
