@@ -121,6 +121,8 @@ pub struct HoldingFigures {
     pub released_pages: u64,
     /// The same when it was suspended.
     pub flushed_pages: u64,
+    /// Pages that went although they had gone before, as they were then.
+    pub repeat_pages: u64,
     /// Readings of the dirty bitmap, those that Xen was too busy for, and how long the guest was paused for them.
     pub peeks: u64,
     pub busy_peeks: u64,

@@ -348,12 +348,13 @@ pub fn summary(figures: &Figures) -> String {
     if holding.held_pages > 0 {
         text.push_str(&format!(
             "\nheld back {} of xl's {} pages: {} came again, {} were sent while the guest ran, {} when it was suspended; \
-             the dirty bitmap was read {} times in {} ms",
+             {} pages went more than once; the dirty bitmap was read {} times in {} ms",
             holding.held_pages,
             holding.pages_from_xl,
             holding.spared_pages(),
             holding.released_pages,
             holding.flushed_pages,
+            holding.repeat_pages,
             holding.peeks,
             holding.peek_time_us / 1000
         ));

@@ -10,12 +10,24 @@ use xenfold::page_set::PageSet;
 
 use crate::guest::Guest;
 
+/// Below this page a guest's memory has no holes but small ones (libxl's HVM_BELOW_4G_RAM_END is above); a guest that has
+/// more is looked at as a whole.
+const LOW: u64 = 0xe_0000;
+
+/// By how many pages more than it has such a guest's memory may reach: holes, and what is not counted.
+const HOLES: u64 = 4096;
+
 /// The log-dirty mode of a guest that xl migrates.
 pub struct GuestWrites {
     xen: Xenctrl,
     log: LogDirty,
     guest: Guest,
     bitmap: Bitmap,
+    /// Pages from 0 on that are looked at while the guest runs. Far above a small guest's memory there are only some of its
+    /// devices', and to look at all in between pauses it for ten times as long.
+    looked_at: u64,
+    /// How long the guest did not run for the last reading while it ran.
+    paused: Option<Duration>,
     /// xl has ended: log-dirty mode may be another one's by now, who would lose what is read or turned off here.
     stopped: Arc<AtomicBool>,
 }
@@ -27,11 +39,17 @@ impl GuestWrites {
         let xen = Xenctrl::open()?;
         let pages = xen.maximum_gpfn(guest.domid)?.saturating_add(1);
         let log = xen.log_dirty(guest.domid, pages)?;
+        let memory = xen
+            .domain(guest.domid)?
+            .map(|info| info.max_pages.max(info.total_pages));
+        let memory = memory.unwrap_or(pages).saturating_add(HOLES);
         Ok(GuestWrites {
+            looked_at: if memory < LOW { memory.min(pages) } else { pages },
             xen,
             log,
             guest: guest.clone(),
             bitmap: Bitmap::default(),
+            paused: None,
             stopped,
         })
     }
@@ -68,8 +86,16 @@ impl DirtyLog for GuestWrites {
 
     fn peek(&mut self) -> Result<Option<PageSet>, FrameError> {
         self.ours()?;
-        let read = self.log.peek(&mut self.bitmap).map_err(refused)?;
-        Ok(self.pages(read))
+        let (begin, ran) = (Instant::now(), self.ran());
+        let read = self.log.peek(self.looked_at, &mut self.bitmap);
+        // It runs again before the call is back, and on a busy host instead of it.
+        let ran = self.ran().zip(ran).map(|(now, before)| now.saturating_sub(before));
+        self.paused = ran.map(|ran| begin.elapsed().saturating_sub(ran));
+        Ok(self.pages(read.map_err(refused)?))
+    }
+
+    fn paused(&self) -> Option<Duration> {
+        self.paused
     }
 
     /// Log-dirty mode goes off again whatever happens here; should this process be killed meanwhile, xl turns it off and
@@ -87,6 +113,12 @@ impl DirtyLog for GuestWrites {
 }
 
 impl GuestWrites {
+    /// Processor time that the guest has had, of each of its processors.
+    fn ran(&self) -> Option<Duration> {
+        let info = self.xen.domain(self.guest.domid).ok()??;
+        Some(info.cpu_time() / info.max_vcpu_id?.saturating_add(1))
+    }
+
     fn watch(&mut self, every: Duration, count: u32, each: &mut dyn FnMut(&PageSet)) -> Result<(), FrameError> {
         let mut due = Instant::now();
         for _ in 0..count {

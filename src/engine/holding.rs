@@ -21,8 +21,9 @@ use crate::policy::{HoldPolicy, Hope, Look, RoundLimits, Rounds};
 use crate::report::Figures;
 use crate::stream::{Entry, PageType};
 
-/// Reading the dirty bitmap pauses the guest. It may take one part in so many of the time.
+/// Reading the dirty bitmap pauses the guest. It may take one part in so many of the time, and in the first pass.
 const PEEK_SHARE: u32 = 100;
+const FIRST_PEEK_SHARE: u32 = 160;
 
 /// The shortest time between two readings, however quick they are.
 const PEEK_EVERY: Duration = Duration::from_millis(50);
@@ -81,11 +82,19 @@ impl Holding {
 pub(super) struct Held {
     holding: Holding,
     held: PageSet,
+    /// Have gone to the other host, as they were then.
+    gone: PageSet,
     behind: Option<Behind>,
     /// Written since the pass began, at the last look.
     dirty: PageSet,
     next_peek: Instant,
+    peeks: u32,
+    peek_time: Duration,
+    /// xl's pass, and the last page of its present record.
+    at: (u32, Pfn),
     start: Instant,
+    /// Held pages are being sent.
+    releasing: bool,
     /// How much goes while the guest stands still has been settled.
     fitted: bool,
     rounds: Rounds,
@@ -146,10 +155,15 @@ impl Held {
         };
         Held {
             held: PageSet::new(bound),
+            gone: PageSet::new(bound),
             behind: holding.behind.map(|plan| Behind::new(plan, bound)),
             dirty: PageSet::new(bound),
             next_peek: start,
+            peeks: 0,
+            peek_time: Duration::ZERO,
+            at: (0, Pfn::default()),
             start,
+            releasing: false,
             fitted: false,
             rounds: Rounds::new(limits, bound),
             round: Round::default(),
@@ -161,6 +175,7 @@ impl Held {
 
     /// One of xl's passes has ended, and the next begins.
     pub fn pass(&mut self, number: u32) {
+        self.at.0 = number;
         if let Some(behind) = &mut self.behind {
             behind.pass(number);
             self.dirty.clear();
@@ -205,15 +220,26 @@ impl Held {
 
     /// Reads the dirty bitmap, if it is time. `unread`: bytes of a record that xl's helper has still to write or that
     /// wait in the pipe. Only while they are more than the pipe can hold is the helper certainly writing, and does not
-    /// read the bitmap itself: two readings at once would fail, and its own ends the migration.
+    /// read the bitmap itself: two readings at once would fail, and its own ends the migration. Or while it is certainly in the
+    /// midst of its first pass, which has all page numbers.
     fn look(&mut self, unread: u64) -> Option<PageSet> {
         let begin = Instant::now();
-        if unread <= self.holding.pipe_bytes || begin < self.next_peek {
+        if unread <= self.holding.pipe_bytes && !self.is_first_pass() || begin < self.next_peek {
             return None;
         }
         let answer = self.holding.log.peek();
-        let took = begin.elapsed();
-        self.next_peek = begin + (took * PEEK_SHARE).max(PEEK_EVERY);
+        let elapsed = begin.elapsed();
+        let took = self.holding.log.paused().map_or(elapsed, |paused| paused.min(elapsed));
+        self.peeks += 1;
+        self.peek_time += took;
+        // The later passes are short, and count: part of the first one's share is for them. It may be spent in advance.
+        let (share, in_advance) = match self.at.0 {
+            1 => (FIRST_PEEK_SHARE, self.holding.policy.left() / 2),
+            _ => (PEEK_SHARE, Duration::ZERO),
+        };
+        let pace = (self.peek_time / self.peeks * PEEK_SHARE / 4).max(PEEK_EVERY);
+        let earned = (self.peek_time * share).saturating_sub(in_advance);
+        self.next_peek = (begin + pace).max(self.start + earned);
         let mut figures = self.figures.lock();
         figures.holding.peek_time_us += took.as_micros() as u64;
         match answer {
@@ -234,12 +260,21 @@ impl Held {
         None
     }
 
+    /// Whether xl's helper has certainly not come to the end of its first pass: that has all page numbers one after the other, each
+    /// at least eight bytes, so it is no further ahead than the pipe, what it writes and what it prepares can hold.
+    fn is_first_pass(&self) -> bool {
+        let ahead = self.holding.pipe_bytes / 8 + 2 * MAX_ROWS as u64;
+        let (pass, last) = self.at;
+        pass == 1 && last.get().saturating_add(ahead) < self.holding.log.bound()
+    }
+
     /// Decides what becomes of the pages of a record of xl's; `None`: all go. `unread`: bytes of it that have not been read,
     /// while the guest runs; `None`: it does not any more.
     pub fn keep(&mut self, list: &[Entry], unread: Option<u64>) -> Option<Vec<Fate>> {
         if unread.is_none() {
             self.fit_downtime();
         }
+        self.at.1 = list.last().map_or(self.at.1, |entry| entry.pfn);
         let all = self.behind.as_ref().is_some_and(Behind::takes_all);
         let wanted = match unread {
             Some(unread) if !all => {
@@ -320,8 +355,26 @@ impl Held {
         Fate::Carry
     }
 
-    /// Held pages that need not wait any longer, while the guest runs. `wire_bytes`: what has gone to the link so far.
-    pub fn due(&mut self, wire_bytes: u64) -> Vec<Pfn> {
+    /// A record goes to the other host.
+    pub fn goes(&mut self, record: &PageRecord) {
+        let mut repeats = 0;
+        for (pfn, _, page) in &record.list {
+            if page.is_some() {
+                repeats += u64::from(self.gone.contains(*pfn));
+                self.gone.insert(*pfn);
+            }
+        }
+        self.figures.lock().holding.repeat_pages += repeats;
+    }
+
+    /// Held pages that need not wait any longer, while the guest runs; to be asked again until there are none. `wire_bytes`:
+    /// what has gone to the link so far; `unread`: bytes of xl's present record.
+    pub fn due(&mut self, wire_bytes: u64, unread: u64) -> Vec<Pfn> {
+        if self.releasing
+            && let Some(dirty) = self.look(unread)
+        {
+            self.holding.policy.peeked(self.start.elapsed(), &dirty);
+        }
         let now = self.start.elapsed();
         let pages = self.figures.lock().pages.carried();
         self.holding.policy.sent(now, pages, wire_bytes);
@@ -329,6 +382,7 @@ impl Held {
             let mut pfns = self.holding.policy.release(RELEASE_PAGES);
             let last = pfns.is_empty();
             pfns.retain(|pfn| self.held.contains(*pfn));
+            self.releasing = !last;
             if last || !pfns.is_empty() {
                 self.figures.lock().holding.released_pages += pfns.len() as u64;
                 return pfns;

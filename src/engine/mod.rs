@@ -70,6 +70,11 @@ pub trait DirtyLog: Send {
     /// duration. Only while xl's helper certainly does not read the bitmap itself.
     fn peek(&mut self) -> Result<Option<PageSet>, FrameError>;
 
+    /// How long the guest may have been paused for the last reading; `None`: as long as that took.
+    fn paused(&self) -> Option<Duration> {
+        None
+    }
+
     /// Watches which pages are written in each of `count` intervals. Only while xl provably waits: log-dirty mode is turned
     /// on for it, and off again.
     fn sample(&mut self, every: Duration, count: u32, each: &mut dyn FnMut(&PageSet)) -> Result<(), FrameError>;

@@ -360,8 +360,9 @@ impl<R: Read> Front<R> {
 
     /// Sends held pages that need not wait any longer.
     fn release(&mut self) -> Result<(), EngineError> {
+        let unread = self.stream.body_left();
         while let Some(held) = &mut self.held {
-            let due = held.due(self.link.bytes());
+            let due = held.due(self.link.bytes(), unread);
             if due.is_empty() {
                 break;
             }
@@ -416,7 +417,10 @@ impl<R: Read> Front<R> {
         is_last_pass(self.pass, self.pass_pages) && list.len() < MAX_ROWS
     }
 
-    fn pages(&self, record: PageRecord) -> Result<(), EngineError> {
+    fn pages(&mut self, record: PageRecord) -> Result<(), EngineError> {
+        if let Some(held) = &mut self.held {
+            held.goes(&record);
+        }
         let record = Arc::new(record);
         let ids = ids_of(&record, record.page_count(), PageRecord::pages, &self.key, &self.pool);
         self.pass(FromXl::Pages { record, ids })

@@ -16,7 +16,7 @@
 //!
 //! What is known comes from a [`Model`] made before the migration, if there is one and it holds, from earlier migrations
 //! ([`Known`]), and from peeks.
-//! Memory: 4 bytes and 2 bits for each page below the bound, and what is left of the model: its regions, working sets and a
+//! Memory: 6 bytes and 2 bits for each page below the bound, and what is left of the model: its regions, working sets and a
 //! byte a page of earlier migrations.
 use std::time::Duration;
 
@@ -95,6 +95,9 @@ pub struct Filter {
     past_ms: u32,
     /// When each page was written last.
     last: Vec<Written>,
+    /// When each was written first, in whole seconds from 1; 0: it was not. That is the order in which a guest writes its
+    /// pages that goes round once in the first pass, and goes on where it was in the next.
+    first: Vec<u16>,
     /// The pass under way, from 1; 0: none yet.
     pass: u32,
     pass_began: f64,
@@ -157,6 +160,7 @@ impl Filter {
             states,
             interval,
             past_ms,
+            first: last.iter().map(|last| last.time().map_or(0, second)).collect(),
             last,
             pass: 0,
             pass_began: 0.0,
@@ -204,15 +208,15 @@ impl Filter {
                 None => *last = Written::EARLIER,
             }
         });
-        // The writes of each second together.
+        // The writes of each quarter of a second together.
         written.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let (mut written, watched) = (written.into_iter().peekable(), f64::from(self.past_ms) / 1e3);
-        for second in 0..watched as u32 {
-            let second = f64::from(second);
-            while let Some((at, page)) = written.next_if(|(at, _)| *at < second + 1.0) {
-                known.written(page, at);
+        let mut written = written.into_iter().peekable();
+        for quarter in 0..self.past_ms / 250 {
+            let from = f64::from(quarter) / 4.0;
+            while let Some((_, page)) = written.next_if(|(at, _)| *at < from + 0.25) {
+                known.written(page);
             }
-            known.looked(second, 1.0);
+            known.looked(from, 0.25);
         }
         self.forecast.earlier_spans(kept::SPAN);
         self.known = Some(known);
@@ -244,16 +248,25 @@ impl Filter {
     pub fn learnt(&self) -> Kept {
         let now = self.peeked.max(self.pass_began).max(f64::from(self.past_ms) / 1e3);
         let before = |page: usize| self.known.as_ref().map_or(0, |known| known.age(page));
-        let age = |(page, last): (usize, &Written)| match *last {
-            Written::UNKNOWN | Written::EARLIER => kept::older_byte(before(page), now),
-            last => kept::age_byte(Some(last.age(now))),
+        let age = |(page, first): (usize, &u16)| match *first {
+            0 => kept::older_byte(before(page), now),
+            first => kept::age_byte(Some((now - f64::from(first) + 0.5).max(0.0))),
         };
+        let mut ages: Vec<u8> = self.first.iter().enumerate().map(age).collect();
+        if self.known.as_ref().is_some_and(|known| known.is_finer(&ages)) {
+            for (page, (age, first)) in ages.iter_mut().zip(&self.first).enumerate() {
+                match before(page) {
+                    before @ 1.. if *first > 0 => *age = before,
+                    _ => {}
+                }
+            }
+        }
         Kept {
             bound: self.bound,
             regions: self.regions,
             interval: self.interval,
             seen: self.gaps.seen().to_vec(),
-            ages: self.last.iter().enumerate().map(age).collect(),
+            ages,
             states: self.states.clone(),
         }
     }
@@ -290,6 +303,13 @@ impl Filter {
         }
         self.pace.record(now, pfns.len());
         let ahead = self.ahead();
+        if let Some(known) = &mut self.known {
+            match self.pass {
+                // One that is held in vain has all later passes to go in, whose time is not known yet.
+                1 => known.ask_for_all(),
+                _ => known.ask(self.peeked, ahead),
+            }
+        }
         self.offered += pfns.len() as u64;
         let answers = pfns.iter().map(|pfn| self.hold_one(ahead, *pfn)).collect();
         if self.pass > 1 && pfns.len() < RECORD {
@@ -323,6 +343,7 @@ impl Filter {
         self.offered = 0;
         self.previous = None;
         self.dirty.clear();
+        self.known.iter_mut().for_each(|known| known.pass_began(now));
         self.queue.clear();
         // What was read before tells of the pass before.
         self.peeked = self.peeked.max(now);
@@ -340,18 +361,19 @@ impl Filter {
             // all; it may have been written again since.
             let first = last.time().filter(|first| *first >= self.before_began);
             let first = first.unwrap_or((self.before_peeked + self.pass_began) / 2.0);
+            if let Some(earliest @ 0) = self.first.get_mut(pfn.get() as usize) {
+                *earliest = second(first);
+            }
             *last = match curve.unwritten_since(self.pass_began - first) < STILL {
                 true => Written::sometime_before(self.pass_began),
                 false => Written::at(first),
             };
         }
         let usual = self.forecast.expected(*last, curve, region, self.peeked, ahead);
-        let expected = match &self.known {
-            Some(known) if *last == Written::EARLIER => known.expect(pfn.get() as usize, self.peeked, ahead, usual),
-            _ => usual,
-        };
+        let known = self.known.as_ref();
+        let expected = known.map_or(usual, |known| known.expect(pfn.get() as usize, usual));
         let enough = if self.pass == 1 { HOLD_FIRST } else { HOLD_WRITES };
-        let hold = dirty || expected > enough;
+        let hold = dirty || expected > enough || self.pass == 1 && *last == Written::EARLIER;
         if hold != self.held.contains(pfn) {
             if hold {
                 self.held.insert(pfn);
@@ -380,6 +402,11 @@ impl Filter {
         (first_pass + held).max(SOON)
     }
 
+    /// The time until the suspend, as far as can be said.
+    pub fn left(&self) -> Duration {
+        Duration::try_from_secs_f64(self.ahead()).unwrap_or(Duration::MAX)
+    }
+
     /// Takes in what was written since the pass began. That costs as much as there are pages newly written.
     fn see(&mut self, now: f64, peek: &PageSet) {
         let from = self.peeked.max(self.pass_began);
@@ -402,10 +429,11 @@ impl Filter {
                 let Some(last) = pages.get_mut(bit as usize) else { break };
                 let page = first + u64::from(bit);
                 self.shown.count(self.regions.of(page), *last, true);
-                if *last == Written::EARLIER
-                    && let Some(known) = &mut self.known
-                {
-                    known.written(page as usize, middle);
+                if let Some(known) = &mut self.known {
+                    known.written(page as usize);
+                }
+                if let Some(first @ 0) = self.first.get_mut(page as usize) {
+                    *first = second(middle);
                 }
                 *last = Written::at(middle);
                 newly += 1;
@@ -503,6 +531,7 @@ impl Filter {
     /// Queues what is to be released now that xl waits with the last record of a pass.
     fn end_pass(&mut self, now: f64) {
         let ahead = (self.held_pages as f64 / 2.0 / self.rate.pages).max(SOON);
+        self.known.iter_mut().for_each(|known| known.ask(self.peeked, ahead));
         let mut heats: Vec<Vec<(Pfn, f32)>> = vec![Vec::new(); HEATS];
         for pfn in self.held.iter().filter(|pfn| !self.dirty.contains(*pfn)) {
             let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
@@ -511,12 +540,8 @@ impl Filter {
             let usual = last.map_or(0.0, |last| {
                 self.forecast.expected(*last, curve, region, self.peeked, ahead)
             });
-            let expected = match &self.known {
-                Some(known) if last == Some(&Written::EARLIER) => {
-                    known.expect(pfn.get() as usize, self.peeked, ahead, usual)
-                }
-                _ => usual,
-            };
+            let known = self.known.as_ref();
+            let expected = known.map_or(usual, |known| known.expect(pfn.get() as usize, usual));
             if let Some(heat) = heats.get_mut(heat(expected)) {
                 heat.push((pfn, (expected / ahead) as f32));
             }
@@ -566,6 +591,11 @@ impl Filter {
             }
         }
         released
+    }
+
+    /// Takes in what was written since the pass began, while held pages are released: those that are dirty by now stay.
+    pub fn peeked(&mut self, now: Duration, peek: &PageSet) {
+        self.see(self.time(now), peek);
     }
 
     /// What has gone to the link by now, since the migration's start: guest pages, and bytes on the wire.
@@ -625,6 +655,11 @@ impl Filter {
         let pages = (known as f64 + self.dirtying * since).min(self.bound as f64);
         Duration::try_from_secs_f64(pages / self.rate.pages).unwrap_or(Duration::MAX)
     }
+}
+
+/// The second that a time is in, from 1.
+fn second(time: f64) -> u16 {
+    (time as u16).saturating_add(1)
 }
 
 /// The class of a page of which so many writes are expected: two for each doubling.

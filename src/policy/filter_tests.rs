@@ -133,12 +133,12 @@ fn pages_known_from_an_earlier_migration_are_held_where_they_are_still_written()
         }
         Filter::new(Some(builder.finish()), 4096, 4096)
     };
-    // Two seconds of the same circle: a page that was not seen in them is known all the same.
-    let seen: Vec<(u64, u64)> = (0..40).map(|sample| (2000 + sample * 10, 2010 + sample * 10)).collect();
+    // Three seconds of the same circle: a page that was not seen in them is known all the same.
+    let seen: Vec<(u64, u64)> = (0..60).map(|sample| (2000 + sample * 10, 2010 + sample * 10)).collect();
     let mut filter = begin(&seen);
     assert!(filter.known.is_some(), "{}", filter.forecast.earlier);
     filter.rate.pages = 400.0;
-    let held = filter.hold(Duration::ZERO, &pfns(2600..2700), None);
+    let held = filter.hold(Duration::ZERO, &pfns(2700..2800), None);
     assert!(held.iter().all(|held| *held), "{:?}", filter.ahead());
     let quiet = filter.hold(Duration::ZERO, &pfns(3100..3200), None);
     assert_eq!(quiet, [false; 100]);

@@ -25,8 +25,14 @@ pub trait HoldPolicy: Send {
     /// their order. Asked again until there are none.
     fn release(&mut self, limit: usize) -> Vec<Pfn>;
 
+    /// The dirty bitmap was read between two of these answers.
+    fn peeked(&mut self, now: Duration, peek: &PageSet);
+
     /// What has gone to the link by now: pages of the guest, and bytes.
     fn sent(&mut self, now: Duration, pages: u64, wire_bytes: u64);
+
+    /// The time until the guest is suspended, as far as can be said.
+    fn left(&self) -> Duration;
 
     /// How the migration stands; `None`: nothing is known of it yet.
     fn outlook(&self, now: Duration) -> Option<Outlook>;
@@ -132,8 +138,16 @@ impl HoldPolicy for Forecast {
         self.0.lock().filter().release(limit)
     }
 
+    fn peeked(&mut self, now: Duration, peek: &PageSet) {
+        self.0.lock().filter().peeked(now, peek);
+    }
+
     fn sent(&mut self, now: Duration, pages: u64, wire_bytes: u64) {
         self.0.lock().filter().sent(now, pages, wire_bytes);
+    }
+
+    fn left(&self) -> Duration {
+        self.0.lock().filter.as_ref().map_or(Duration::ZERO, Filter::left)
     }
 
     fn outlook(&self, now: Duration) -> Option<Outlook> {

@@ -2,8 +2,9 @@
 //!
 //! Two seconds of watching show a guest that writes fast. Of one that takes a minute to come round to the same pages they
 //! show a thirtieth; a migration, which lasts as long, shows the rest. So its end leaves: how pages of each region age
-//! ([`super::gaps`]), how long before the end each page was written last, and the states of the model with their
-//! transitions and working sets. Where the guest is now in what it does is not in there: that may be hours later.
+//! ([`super::gaps`]), how long before the end each page was written for the first time, which is the order of a guest that
+//! goes round, and the states of the model with their transitions and working sets. Where the guest is now in what it does is
+//! not in there: that may be hours later.
 //!
 //! Nothing that is kept is believed: the next migration holds it against what it sees (`Filter`), and a model that is wrong
 //! costs pages sent twice, no more.
@@ -28,7 +29,7 @@
 //! | body | | one zstd frame |
 //!
 //! The body: a byte for each page below the bound, 0 when it was not seen written, else one more than the seconds since
-//! then, 255 also for more; for each region `bins` times f32 seconds that pages spent at that age, then `bins` times f32
+//! it was first, 255 also for more; for each region `bins` times f32 seconds that pages spent at that age, then `bins` times f32
 //! writes that ended them, none negative or above 10¹²; u16 number of states, each: u16 region (the number of regions when
 //! nothing was written), u16 samples, u16 number of followers, u32 length of the working set, the followers (u16 place in
 //! the list, u16 how often), the working set ([`super::packed`], empty when left out).

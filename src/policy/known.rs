@@ -1,9 +1,10 @@
 //! Which pages earlier migrations have seen written, whether the guest still writes those, and where it is now in what it
 //! did then.
 //!
-//! A guest that writes in a circle, however slowly, writes its pages in the order of the time before. While it does, the
-//! time of a page's write and its age at the earlier migration's end add up to the same for all: two looks that find most
-//! pages at the same sum say when each of the others is due.
+//! A guest that writes in a circle, however slowly, writes its pages in the order of the time before, faster or slower. So
+//! pages are put in that order, and it is seen between which of them the guest's writes of a second lie: its place. When
+//! three such looks, one after the other, find it to have gone on by as many pages as it has written, that says when each
+//! of the others is due.
 
 /// Once a guest writes less than this part of what is expected of these pages, they tell nothing any more. Before that they count
 /// for less ([`Known::factor`]): in the first second of a migration a guest writes little, since its memory is only being write-protected.
@@ -15,21 +16,32 @@ const MOST: f64 = 2.0;
 /// Of the guest's pages: writes that have to be expected, or seen, before they are judged by.
 const FEW: f64 = 1.0 / 1024.0;
 
-/// Seconds for which writes are looked at together, and how many of them there must be.
-const LOOK: f64 = 0.75;
+/// Seconds for which writes are looked at together, how many of them there must be, and the part of all pages that they may be:
+/// who goes round in two looks has no place.
+const LOOK: f64 = 0.5;
 const FEW_WRITES: u32 = 24;
+const MOST_WRITES: f64 = 0.5;
 
-/// Sums that count as the same: so many seconds, which are the steps in which ages are known.
-const SAME: usize = 3;
+/// The longest look that still says where the guest is.
+const LONGEST: f64 = 5.0;
 
-/// The part of the writes that have to be at the same sum, times that of the pages that were due and have been written.
+/// Looks that have to agree.
+const LOOKS: usize = 3;
+
+/// How far apart they may be, in parts of what was written between them, beside how finely the order is known.
+const APART: f64 = 0.35;
+
+/// The part of a look's writes that have to be in one place.
 const MOSTLY: f64 = 0.6;
 
 /// The time until the suspend is reckoned short, since what is written until then takes time, too.
 const LONGER: f64 = 2.0;
 
-/// Writes expected of a page that is due.
-const DUE: f64 = 3.0;
+/// How likely a page is written that is due.
+const CERTAIN: f64 = 0.95;
+
+/// Ages that are told apart.
+const AGES: usize = 256;
 
 /// What is known, and how it has fared.
 #[derive(Debug)]
@@ -40,44 +52,99 @@ pub(super) struct Known {
     expected: f64,
     written: f64,
     few: f64,
-    /// How many pages have which age; nearly all ages are below `length`.
+    /// How many pages have which age, and how many of the order come before them; all.
     counts: Vec<u32>,
-    length: f64,
-    /// Writes of the look under way, by their sum, when it began, and the seconds that it covers.
-    sums: Vec<u32>,
+    before: Vec<f64>,
+    all: f64,
+    /// Of each age, pages that are dirty; where the guest was when none was.
+    dirty: Vec<u32>,
+    from: Option<f64>,
+    /// Writes of the look under way, by age, when it began, and the seconds that it covers.
+    seen: Vec<u32>,
     began: f64,
     seconds: f64,
-    /// Where most writes of the last looks were: the middle of their sums, and their part of all.
-    looks: [Option<(f64, f64)>; 2],
+    /// The last looks, the newest last, and how many ended in a place or in none.
+    looks: [Option<Place>; LOOKS],
+    placed: u32,
+    lost: u32,
+    /// Of a page of each age: the writes that are expected for certain, and the part that the usual ones count for.
+    due: Option<(Vec<f64>, f64)>,
+}
+
+/// Where in the order the guest wrote.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Place {
+    /// The middle of the look, in seconds.
+    at: f64,
+    /// The middle of its writes, in pages from the order's beginning, and how exactly that is known.
+    page: f64,
+    exact: f64,
+    /// Pages a second.
+    speed: f64,
+    /// The part of its writes that were there.
+    sure: f64,
+}
+
+impl Place {
+    /// Where the guest is at a time.
+    fn here(&self, now: f64) -> f64 {
+        self.page + self.speed * (now - self.at)
+    }
 }
 
 impl Known {
     pub fn new(ages: Vec<u8>, guest_pages: u64) -> Known {
-        let mut counts = vec![0u32; 256];
+        let mut counts = vec![0u32; AGES];
         for age in &ages {
             if let Some(count) = counts.get_mut(usize::from(*age)) {
                 *count += u32::from(*age > 0);
             }
         }
-        let most = counts.iter().sum::<u32>() / 100 * 98;
-        let mut below = 0;
-        let length = counts.iter().take_while(|count| {
-            below += **count;
-            below <= most
-        });
-        let length = length.count() as f64;
+        let mut before = vec![0.0; AGES];
+        let mut all = 0.0;
+        // The oldest are written next.
+        for (before, count) in before.iter_mut().zip(&counts).rev() {
+            *before = all;
+            all += f64::from(*count);
+        }
         Known {
             ages,
             expected: 0.0,
             written: 0.0,
             few: (guest_pages as f64 * FEW).max(1.0),
             counts,
-            length,
-            sums: Vec::new(),
+            before,
+            all,
+            dirty: vec![0; AGES],
+            from: None,
+            seen: vec![0; AGES],
             began: 0.0,
             seconds: 0.0,
-            looks: [None; 2],
+            looks: [None; LOOKS],
+            placed: 0,
+            lost: 0,
+            due: None,
         }
+    }
+
+    /// Whether the guest has mostly been seen to write in this order, and it is finer than the one of these ages: then it is worth
+    /// keeping.
+    pub fn is_finer(&self, ages: &[u8]) -> bool {
+        let mut counts = vec![0u32; AGES];
+        for age in ages {
+            counts
+                .get_mut(usize::from(*age))
+                .filter(|_| *age > 0)
+                .into_iter()
+                .for_each(|count| *count += 1);
+        }
+        // Pages of an age, on average over the pages.
+        let coarse = |counts: &[u32]| {
+            let all: f64 = counts.iter().map(|count| f64::from(*count)).sum();
+            let squares: f64 = counts.iter().map(|count| f64::from(*count).powi(2)).sum();
+            squares / all.max(1.0)
+        };
+        self.placed > self.lost && coarse(self.counts.get(1..).unwrap_or_default()) < coarse(&counts)
     }
 
     /// Calls `each` with the pages that were seen written.
@@ -90,9 +157,10 @@ impl Known {
         self.ages.get(page).copied().unwrap_or(0)
     }
 
-    /// Seconds before the earlier migration's end, in the middle of the step in which they are known.
-    fn seconds_before(&self, page: usize) -> f64 {
-        f64::from(self.age(page)) - 0.5
+    /// One of xl's passes begins, so that no page is dirty.
+    pub fn pass_began(&mut self, now: f64) {
+        self.dirty.fill(0);
+        self.from = self.place().map(|place| place.here(now));
     }
 
     /// Takes in what was expected of a time, and what came.
@@ -101,13 +169,16 @@ impl Known {
         self.written += written;
     }
 
-    /// A page was written `at` seconds after the watching began, for the first time since.
-    pub fn written(&mut self, page: usize, at: f64) {
-        let sum = (at + self.seconds_before(page)).max(0.0) as usize;
-        if self.sums.len() <= sum {
-            self.sums.resize(sum + 1, 0);
+    /// A page was written, for the first time since the pass began.
+    pub fn written(&mut self, page: usize) {
+        let age = usize::from(self.age(page));
+        for counts in [&mut self.seen, &mut self.dirty] {
+            counts
+                .get_mut(age)
+                .filter(|_| age > 0)
+                .into_iter()
+                .for_each(|count| *count += 1);
         }
-        self.sums.get_mut(sum).into_iter().for_each(|count| *count += 1);
     }
 
     /// All that was written in the `seconds` from a time on has been told.
@@ -116,60 +187,143 @@ impl Known {
             self.began = from;
         }
         self.seconds += seconds;
-        let all: u32 = self.sums.iter().sum();
-        if self.seconds < LOOK || all < FEW_WRITES {
+        let all: u32 = self.seen.iter().sum();
+        if self.seconds < LOOK || all < FEW_WRITES && self.seconds < LONGEST {
             return;
         }
-        // The longer the look, the less it is known when a page was written.
-        let width = SAME + self.seconds as usize;
-        let windows = (0..self.sums.len()).map(|first| {
-            let window: u32 = self.sums.iter().skip(first).take(width).sum();
-            (window, first)
-        });
-        let best = windows.rev().max();
-        let look = best.map(|(most, first)| {
-            let sum = first as f64 + width as f64 / 2.0;
-            let right = f64::from(most) / self.due_in(sum).max(1.0);
-            (sum, f64::from(most) / f64::from(all) * right.min(1.0))
-        });
-        self.looks = [self.looks[1], look];
-        self.sums.clear();
+        let place = self.look(all);
+        self.looks.rotate_left(1);
+        if let Some(last) = self.looks.last_mut() {
+            *last = place;
+        }
+        match self.place() {
+            Some(_) => self.placed += 1,
+            None => self.lost += 1,
+        }
+        self.seen.fill(0);
         self.seconds = 0.0;
     }
 
-    /// How many pages would have been due in the look under way, were this the sum.
-    fn due_in(&self, sum: f64) -> f64 {
-        let (from, to) = (self.began - 1.0, self.began + self.seconds + 1.0);
-        let due = self.counts.iter().enumerate().filter(|(age, _)| {
-            let due = sum - (*age as f64 - 0.5);
-            *age > 0 && from <= due && due < to
-        });
-        let pages: u32 = due.map(|(_, pages)| *pages).sum();
-        f64::from(pages) * self.seconds / (to - from)
-    }
-
-    /// The sum at which writes are now, and how surely.
-    fn place(&self) -> Option<(f64, f64)> {
-        let [Some((before, sure_before)), Some((now, sure))] = self.looks else {
+    /// Where most of the look's writes are: as many pages, one after the other in the order, as were written.
+    fn look(&self, all: u32) -> Option<Place> {
+        if self.seconds > LONGEST || all < FEW_WRITES || f64::from(all) > self.all * MOST_WRITES {
             return None;
-        };
-        let sure = sure.min(sure_before);
-        ((before - now).abs() < SAME as f64 && sure > MOSTLY).then_some((now, sure))
+        }
+        let ages: Vec<usize> = (1..AGES).rev().filter(|age| self.count(*age) > 0).collect();
+        let mut best: Option<(u32, f64, f64)> = None;
+        for first in 0..ages.len() {
+            // The first and the last of them are only partly written.
+            let (mut pages, mut writes, mut middle, mut widest) = (0, 0, 0.0, 0u32);
+            for (age, round) in ages.iter().cycle().zip(0..).skip(first).take(ages.len()) {
+                let count = self.count(*age);
+                let seen = self.seen.get(*age).copied().unwrap_or(0);
+                let rounds = if round < ages.len() { 0.0 } else { self.all };
+                writes += seen;
+                middle += f64::from(seen) * (self.middle(*age) + rounds);
+                widest = widest.max(count);
+                if pages > 0 && pages + count > all {
+                    break;
+                }
+                pages += count;
+            }
+            if writes > 0 && best.is_none_or(|(most, ..)| writes > most) {
+                best = Some((writes, middle / f64::from(writes), widest.into()));
+            }
+        }
+        best.map(|(writes, page, exact)| Place {
+            at: self.began + self.seconds / 2.0,
+            page,
+            exact,
+            speed: f64::from(all) / self.seconds,
+            sure: f64::from(writes) / f64::from(all),
+        })
     }
 
-    /// Writes expected of a page in the next `seconds`, where `usual` are if nothing is known of where the guest is.
-    pub fn expect(&self, page: usize, now: f64, seconds: f64, usual: f64) -> f64 {
-        let Some((sum, sure)) = self.place() else {
-            return usual;
-        };
-        let slack = SAME as f64 / 2.0;
-        let mut due = sum - self.seconds_before(page);
-        if due + slack < now {
-            // Its turn is over, so it is the next time.
-            due += self.length;
+    fn count(&self, age: usize) -> u32 {
+        self.counts.get(age).copied().unwrap_or(0)
+    }
+
+    /// The middle of the pages of an age, in pages from the order's beginning.
+    fn middle(&self, age: usize) -> f64 {
+        self.before.get(age).copied().unwrap_or(0.0) + f64::from(self.count(age)) / 2.0
+    }
+
+    /// The pages from one place in the order to another, on the shorter way.
+    fn way(&self, from: f64, to: f64) -> f64 {
+        let ahead = (to - from).rem_euclid(self.all.max(1.0));
+        if ahead > self.all / 2.0 {
+            ahead - self.all
+        } else {
+            ahead
         }
-        let is_due = due - slack < now + seconds * LONGER;
-        sure * f64::from(u8::from(is_due)) * DUE + (1.0 - sure) * usual
+    }
+
+    /// Where the guest is now, if it goes on in the order.
+    fn place(&self) -> Option<Place> {
+        let looks: Vec<Place> = self.looks.iter().copied().collect::<Option<_>>()?;
+        let (first, last) = (looks.first()?, looks.last()?);
+        let agree = |a: &Place, b: &Place| {
+            let written = (a.speed + b.speed) / 2.0 * (b.at - a.at);
+            let apart = self.way(a.page + written, b.page).abs();
+            apart <= a.exact.max(b.exact) + APART * written
+        };
+        let near = looks.windows(2).all(|pair| matches!(pair, [a, b] if agree(a, b)));
+        let sure = looks.iter().map(|look| look.sure).fold(1.0, f64::min);
+        (near && agree(first, last) && sure > MOSTLY).then_some(Place { sure, ..*last })
+    }
+
+    /// Expects all of them, as long as it is known where in the order the guest is: sooner or later it comes to each.
+    pub fn ask_for_all(&mut self) {
+        self.due = self.place().map(|place| {
+            let writes = -(1.0 - place.sure * CERTAIN).ln();
+            (vec![writes; AGES], 1.0 - place.sure)
+        });
+    }
+
+    /// Reckons what is expected in the next `seconds` of all pages that are not dirty: [`Known::expect`] answers from it.
+    pub fn ask(&mut self, now: f64, seconds: f64) {
+        self.due = self.place().map(|place| {
+            let due = self.due(&place, now, seconds);
+            // Writes that make one as likely as that.
+            let writes = |likely: f64| -(1.0 - likely * place.sure * CERTAIN).ln();
+            (due.into_iter().map(writes).collect(), 1.0 - place.sure)
+        });
+    }
+
+    /// How likely the pages of each age are written in the next `seconds`, those that are not dirty: as many of them as the guest
+    /// writes meanwhile, in their order.
+    fn due(&self, place: &Place, now: f64, seconds: f64) -> Vec<f64> {
+        let mut due = vec![0.0; AGES];
+        let here = place.here(now);
+        let from = self
+            .from
+            .filter(|from| (0.0..place.exact).contains(&self.way(*from, here)));
+        let from = from.unwrap_or(here - place.exact).rem_euclid(self.all.max(1.0));
+        let order: Vec<usize> = (1..AGES).rev().filter(|age| self.count(*age) > 0).collect();
+        let end = |age: usize| self.before.get(age).copied().unwrap_or(0.0) + f64::from(self.count(age));
+        let first = order.iter().position(|age| from < end(*age)).unwrap_or(0);
+        let mut goes = place.speed * seconds * LONGER;
+        for (step, age) in order.iter().cycle().skip(first).take(order.len()).enumerate() {
+            let dirty = self.dirty.get(*age).copied().unwrap_or(0);
+            let open = f64::from(self.count(*age).saturating_sub(dirty)).max(1.0);
+            // Of the first ones some are behind.
+            let left = if step == 0 { open.min(end(*age) - from) } else { open };
+            let written = goes.min(left).max(0.0);
+            if let Some(due) = due.get_mut(*age) {
+                *due = written / open;
+            }
+            goes -= written;
+        }
+        due
+    }
+
+    /// Writes expected of a page in the time that was asked about, where `usual` are if nothing is known of where the guest is.
+    pub fn expect(&self, page: usize, usual: f64) -> f64 {
+        let age = self.age(page);
+        match &self.due {
+            Some((due, rest)) if age > 0 => due.get(usize::from(age)).copied().unwrap_or(0.0) + rest * usual,
+            _ => usual,
+        }
     }
 
     /// How many times as much is written as is expected, as far as has been seen.
@@ -186,51 +340,55 @@ impl Known {
 mod tests {
     use super::*;
 
-    /// 100 pages for each of the last 20 seconds before the end, in their order.
+    /// 100 pages for each of the last 40 seconds before the end, in their order.
     fn known() -> Known {
-        Known::new((0..2000).map(|page| 20 - (page / 100) as u8).collect(), 2000)
+        Known::new((0..4000).map(|page| 40 - (page / 100) as u8).collect(), 4000)
     }
 
-    /// The guest writes the pages of a second in a second.
+    /// The guest writes these pages in a second.
     fn second(known: &mut Known, pages: std::ops::Range<usize>, at: f64) {
-        let step = 1.0 / pages.len() as f64;
-        for (count, page) in pages.enumerate() {
-            known.written(page, at + step * count as f64);
-        }
+        pages.for_each(|page| known.written(page % 4000));
         known.looked(at, 1.0);
     }
 
     #[test]
-    fn a_circle_says_which_pages_are_due() {
-        let mut known = known();
-        second(&mut known, 500..600, 0.0);
-        assert_eq!(known.expect(900, 1.0, 2.0, 0.7), 0.7, "one look is not enough");
-        second(&mut known, 600..700, 1.0);
-        let expect = |page, seconds| known.expect(page, 2.0, seconds, 0.7);
-        assert!(expect(750, 0.1) > 2.0 && expect(1500, 0.1) < 0.3);
-        assert!(expect(1500, 8.0) > 2.0);
-        // Those before are due when the guest has come round.
-        assert!(expect(100, 2.0) < 0.3 && expect(100, 10.0) > 2.0);
+    fn a_circle_says_which_pages_are_due_however_fast_it_is_gone_round() {
+        for speed in [30, 100, 230] {
+            let mut known = known();
+            let expect = |known: &mut Known, page, seconds| {
+                known.ask(3.0, seconds);
+                known.expect(page % 4000, 0.7)
+            };
+            second(&mut known, 3900..3900 + speed, 0.0);
+            second(&mut known, 3900 + speed..3900 + 2 * speed, 1.0);
+            assert_eq!(expect(&mut known, 900, 2.0), 0.7, "two looks are not enough");
+            second(&mut known, 3900 + 2 * speed..3900 + 3 * speed, 2.0);
+            let at = 3900 + 3 * speed;
+            assert!(expect(&mut known, at + 50, 4.0) > 2.0, "{speed}");
+            assert!(expect(&mut known, at + 8 * speed + 200, 4.0) < 0.3, "{speed}");
+            assert!(expect(&mut known, at + 8 * speed, 8.0) > 2.0, "{speed}");
+            // Those before are due when the guest has come round.
+            let before = at + 4000 - 300;
+            assert!(expect(&mut known, before, 2.0) < 0.3 && expect(&mut known, before, 4000.0 / speed as f64) > 2.0);
+        }
     }
 
     #[test]
     fn a_guest_that_does_something_else_is_nowhere_in_it() {
-        let (mut jumps, mut little) = (known(), known());
-        second(&mut jumps, 500..600, 0.0);
-        second(&mut jumps, 1500..1600, 1.0);
-        assert_eq!(jumps.place(), None);
-        // Most of what would have been due is not written.
-        second(&mut little, 500..530, 0.0);
-        second(&mut little, 600..630, 1.0);
-        assert_eq!(little.place(), None);
-        let mut anywhere = known();
-        for at in 0..2 {
+        let (mut jumps, mut little, mut anywhere) = (known(), known(), known());
+        for look in 0..3 {
+            second(&mut jumps, 500 + look * 1000..600 + look * 1000, look as f64);
+            // Most of what would have been due is not written.
+            second(&mut little, 500 + look * 100..530 + look * 100, look as f64);
             for page in 0..400 {
-                anywhere.written(page * 7 % 2000, at as f64 + 0.5);
+                anywhere.written(page * 7 % 4000);
             }
-            anywhere.looked(at as f64, 1.0);
+            anywhere.looked(look as f64, 1.0);
         }
-        assert_eq!(anywhere.place(), None);
+        assert_eq!((jumps.place(), little.place(), anywhere.place()), (None, None, None));
+        let mut fast = known();
+        (0..3).for_each(|look| second(&mut fast, 0..4000, look as f64));
+        assert_eq!(fast.place(), None, "all of it in a second");
     }
 
     #[test]

@@ -451,7 +451,11 @@ fn ours(trace: &Trace, conditions: &Conditions, model: Option<Model>) -> (Outcom
     let mut filter = Filter::new(model, trace.bound(), trace.guest_pages());
     filter.limit_downtime(conditions.rounds.downtime);
     let held = HeldCell::new(PageSet::new(trace.bound()));
+    let mut peeked = Duration::ZERO;
     let hold = |world: &mut World<'_>, record: &[Pfn], peek: Option<&PageSet>| {
+        if peek.is_some() {
+            peeked = world.time();
+        }
         let answers = filter.hold(world.time(), record, peek);
         // A page of this record that is released at once is held no more.
         let mut answers = answers;
@@ -476,6 +480,10 @@ fn ours(trace: &Trace, conditions: &Conditions, model: Option<Model>) -> (Outcom
             world.send_live(&go);
             let bytes = world.sent_pages * PAGE_SIZE as u64;
             filter.sent(world.time(), world.sent_pages, bytes);
+            if world.time() - peeked >= conditions.peek_every && record.len() > PIPE_PAGES {
+                peeked = world.time();
+                filter.peeked(peeked, &world.dirty);
+            }
         }
         let bytes = world.sent_pages * PAGE_SIZE as u64;
         filter.sent(world.time(), world.sent_pages, bytes);

@@ -36,6 +36,8 @@ pub struct Memory {
     pub suspended: bool,
     /// xl's helper is inside its write of a record.
     pub in_write: bool,
+    /// It has not come to the end of its first pass, where it reads the bitmap itself.
+    pub in_first_pass: bool,
     /// The bitmap was read while the helper may have read it itself.
     pub unsafe_peeks: u64,
     pub peeks: u64,
@@ -58,6 +60,7 @@ impl Memory {
             dice: Dice(seed ^ 77),
             suspended: false,
             in_write: false,
+            in_first_pass: false,
             unsafe_peeks: 0,
             peeks: 0,
             busy_percent,
@@ -116,12 +119,18 @@ impl HoldPolicy for Anything {
         pfns.iter().map(|_| self.dice.throw(100) < self.hold_percent).collect()
     }
 
+    fn peeked(&mut self, _: Duration, _: &PageSet) {}
+
     fn sent(&mut self, _: Duration, _: u64, _: u64) {}
 
     fn release(&mut self, limit: usize) -> Vec<Pfn> {
         let all: Vec<Pfn> = self.asked.drain(..).collect();
         let released = all.into_iter().filter(|_| self.dice.throw(100) < self.release_percent);
         released.take(limit).collect()
+    }
+
+    fn left(&self) -> Duration {
+        Duration::ZERO
     }
 
     fn outlook(&self, _: Duration) -> Option<Outlook> {
@@ -161,7 +170,7 @@ impl DirtyLog for Log {
     fn peek(&mut self) -> Result<Option<PageSet>, FrameError> {
         let mut memory = self.0.lock();
         memory.peeks += 1;
-        memory.unsafe_peeks += u64::from(!memory.in_write);
+        memory.unsafe_peeks += u64::from(!memory.in_write && !memory.in_first_pass);
         let busy = memory.dice.throw(100) < memory.busy_percent;
         Ok((!busy).then(|| memory.dirty.clone()))
     }

@@ -115,7 +115,7 @@ impl LogDirty {
         match self.control(
             "XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY",
             ctrl::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY,
-            false,
+            None,
         ) {
             Ok(()) => {
                 self.ours = true;
@@ -131,7 +131,8 @@ impl LogDirty {
         }
     }
 
-    /// Reads the bitmap without changing it. The guest is paused for the duration (milliseconds per GiB of frames).
+    /// Reads the bitmap without changing it. The guest is paused for the duration (milliseconds per GiB of frames), so only as
+    /// many frames are looked at as are asked for, from frame 0 on; the others' bits are 0.
     ///
     /// When log-dirty is off, or the domain is dying, nothing is dirty and no error is given.
     /// A paused or suspended guest's frames still become dirty where backends write into granted ones: one for each
@@ -140,8 +141,9 @@ impl LogDirty {
     /// # Errors
     /// ENOMEM (in [`XenError::Call`]) when Xen ran out of memory for the bitmap: it is incomplete, and xl's own readings
     /// fail as well.
-    pub fn peek(&mut self, bitmap: &mut Bitmap) -> Result<Peek, XenError> {
-        self.read("XEN_DOMCTL_SHADOW_OP_PEEK", ctrl::XEN_DOMCTL_SHADOW_OP_PEEK, bitmap)
+    pub fn peek(&mut self, frames: u64, bitmap: &mut Bitmap) -> Result<Peek, XenError> {
+        let operation = ctrl::XEN_DOMCTL_SHADOW_OP_PEEK;
+        self.read("XEN_DOMCTL_SHADOW_OP_PEEK", operation, frames, bitmap)
     }
 
     /// Reads the bitmap and empties Xen's copy in one step, the guest paused meanwhile.
@@ -152,7 +154,8 @@ impl LogDirty {
         if !self.ours {
             return Err(XenError::LogDirtyNotOurs(self.domid));
         }
-        self.read("XEN_DOMCTL_SHADOW_OP_CLEAN", ctrl::XEN_DOMCTL_SHADOW_OP_CLEAN, bitmap)
+        let operation = ctrl::XEN_DOMCTL_SHADOW_OP_CLEAN;
+        self.read("XEN_DOMCTL_SHADOW_OP_CLEAN", operation, self.pages, bitmap)
     }
 
     /// Turns log-dirty off, if this handle turned it on; otherwise does nothing, so that xl's stays on.
@@ -160,38 +163,43 @@ impl LogDirty {
         if !self.ours {
             return Ok(());
         }
-        self.control("XEN_DOMCTL_SHADOW_OP_OFF", ctrl::XEN_DOMCTL_SHADOW_OP_OFF, false)?;
+        self.control("XEN_DOMCTL_SHADOW_OP_OFF", ctrl::XEN_DOMCTL_SHADOW_OP_OFF, None)?;
         self.ours = false;
         Ok(())
     }
 
-    fn read(&mut self, what: &'static str, operation: u32, bitmap: &mut Bitmap) -> Result<Peek, XenError> {
-        let words = self.buffer_pages as usize * (ctrl::XC_PAGE_SIZE as usize / 8);
+    fn read(&mut self, what: &'static str, operation: u32, frames: u64, bitmap: &mut Bitmap) -> Result<Peek, XenError> {
+        // Whole words of them, as far as there are frames.
+        let words = frames.min(self.pages).div_ceil(64) as usize;
+        let frames = (words as u64 * 64).min(self.pages);
         // For a dying domain Xen answers success and writes nothing (paging_domctl): the last reading must not show.
-        // SAFETY: the mapping is `words` long and ours alone outside of a hypercall.
+        // SAFETY: the mapping has a bit for each of `pages`, which `words` do not pass, and is ours alone outside of a hypercall.
         unsafe { ptr::write_bytes(self.memory.as_ptr(), 0, words) };
-        match self.control(what, operation, true) {
+        match self.control(what, operation, Some(frames)) {
             Ok(()) => {}
             Err(XenError::Call { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => return Ok(Peek::Busy),
             Err(error) => return Err(error),
         }
-        // SAFETY: fill_with asks for the words of `pages` bits, which the mapping has room for; Xen writes to it during
-        // the hypercall only, and words are little-endian on this architecture.
-        bitmap.fill_with(self.pages, |word| unsafe { self.memory.add(word).read() });
+        bitmap.fill_with(self.pages, |word| match word < words {
+            // SAFETY: the mapping has room for `words`; Xen writes to it during the hypercall only, and words are
+            // little-endian on this architecture.
+            true => unsafe { self.memory.add(word).read() },
+            false => 0,
+        });
         Ok(Peek::Read {
             dirty_pages: bitmap.count_ones(),
         })
     }
 
-    fn control(&mut self, what: &'static str, operation: u32, with_bitmap: bool) -> Result<(), XenError> {
+    /// `frames`: asks for the bits of so many, `pages` at most.
+    fn control(&mut self, what: &'static str, operation: u32, frames: Option<u64>) -> Result<(), XenError> {
         let logdirty_control = symbol!(self.handle.library, xc_logdirty_control);
-        let (buffer, pages) = if with_bitmap {
-            (&raw mut self.buffer, self.pages)
-        } else {
-            (ptr::null_mut(), 0)
+        let (buffer, frames) = match frames {
+            Some(frames) => (&raw mut self.buffer, frames),
+            None => (ptr::null_mut(), 0),
         };
         // SAFETY: the handle is open, the release was checked when this was made; `buffer` is null or an allocated
-        // hypercall buffer with room for `pages` bits rounded up to whole pages (Xen writes no byte past the last bit's);
+        // hypercall buffer with room for `frames` bits rounded up to whole pages (Xen writes no byte past the last bit's);
         // the counts are not asked for.
         let covered = unsafe {
             logdirty_control(
@@ -199,7 +207,7 @@ impl LogDirty {
                 self.domid.get(),
                 operation,
                 buffer,
-                pages,
+                frames,
                 0,
                 ptr::null_mut(),
             )

@@ -181,7 +181,7 @@ fn calls_on_nobody_say_so() {
     let mut dirty = xc.log_dirty(nobody(), 1024).unwrap();
     assert!(matches!(dirty.enable(), Err(XenError::NoSuchDomain(_))));
     assert!(matches!(
-        dirty.peek(&mut Bitmap::default()),
+        dirty.peek(1024, &mut Bitmap::default()),
         Err(XenError::NoSuchDomain(_))
     ));
     let memory = ForeignMemory::open().unwrap();
@@ -358,7 +358,11 @@ fn frames_are_written() {
 }
 
 fn read(dirty: &mut LogDirty, bitmap: &mut Bitmap, clean: bool) -> u64 {
-    let reading = if clean { dirty.clean(bitmap) } else { dirty.peek(bitmap) };
+    let reading = if clean {
+        dirty.clean(bitmap)
+    } else {
+        dirty.peek(dirty.pages(), bitmap)
+    };
     match reading.unwrap() {
         Peek::Read { dirty_pages } => {
             assert_eq!(dirty_pages, bitmap.count_ones());
