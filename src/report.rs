@@ -23,6 +23,8 @@ pub struct Figures {
     pub setup_time_ms: u64,
     /// From when the guest was seen suspended until the receiving xl reported that it runs, to about 200 ms.
     pub downtime_ms: u64,
+    /// Of that, what the receiving xl took for the guest's devices (hotplug scripts, device model) when all of it was there.
+    pub devices_time_ms: u64,
     pub memory_total_bytes: u64,
     pub memory_processed_bytes: u64,
     pub wire_bytes: u64,

@@ -299,12 +299,13 @@ pub fn summary(figures: &Figures) -> String {
         .map(|(name, count)| format!("{count} {name}"))
         .collect();
     let mut text = format!(
-        "time elapsed {} ms (setup {} ms, downtime {} ms), {} passes\n\
+        "time elapsed {} ms (setup {} ms, downtime {} ms, {} of them for devices), {} passes\n\
          memory processed {:.1} MiB: {} zero, {} references, {} known, {} deltas, {} full pages, {} without data\n\
          wire {:.1} MiB instead of {:.1} MiB, {:.1}% saved; blocks: {}",
         figures.time_elapsed_ms,
         figures.setup_time_ms,
         figures.downtime_ms,
+        figures.devices_time_ms,
         figures.iteration,
         mib(figures.memory_processed_bytes),
         pages.zero,

@@ -635,7 +635,9 @@ impl Source {
 
     /// Phase 4: the receiving xl has the guest, paused (R1). From the moment R1 is written xl counts on the other side.
     fn wait_received(&mut self) -> Result<(), EngineError> {
+        let begin = Instant::now();
         let received = self.message(xl::R1_READY.len())?;
+        self.figures.lock().devices_time_ms = begin.elapsed().as_millis() as u64;
         log::debug!("the other host's xl has the guest");
         self.tell_xl(&received)?;
         if received != xl::R1_READY {

@@ -319,10 +319,10 @@ impl Known {
 
     /// Writes expected of a page in the time that was asked about, where `usual` are if nothing is known of where the guest is.
     pub fn expect(&self, page: usize, usual: f64) -> f64 {
-        let age = self.age(page);
-        match &self.due {
-            Some((due, rest)) if age > 0 => due.get(usize::from(age)).copied().unwrap_or(0.0) + rest * usual,
-            _ => usual,
+        let Some((due, rest)) = &self.due else { return usual };
+        match self.age(page) {
+            0 => usual,
+            age => due.get(usize::from(age)).copied().unwrap_or(0.0) + rest * usual,
         }
     }
 
