@@ -87,6 +87,28 @@ fn what_the_model_forecasts_is_held_and_what_turns_quiet_is_released() {
 }
 
 #[test]
+fn what_turns_dirty_while_it_waits_to_be_sent_is_not_sent() {
+    let mut filter = Filter::new(Some(model()), 4096, 4096);
+    first_pass(&mut filter, &set(4096, &[(1000, 2000)]));
+    // The last record of the second pass: those above are not written any more.
+    filter.hold(
+        Duration::from_secs(2),
+        &pfns(1000..1100),
+        Some(&set(4096, &[(1000, 1100)])),
+    );
+    let first = filter.release(100);
+    assert_eq!(first.len(), 100);
+    let left: Vec<u64> = (1100..2000)
+        .filter(|page| !first.iter().any(|pfn| pfn.get() == *page))
+        .collect();
+    let dirty = *left.last().unwrap();
+    filter.peeked(Duration::from_secs(3), &set(4096, &[(1000, 1100), (dirty, dirty + 1)]));
+    let then = filter.release(4096);
+    assert!(then.len() == left.len() - 1 && then.iter().all(|pfn| pfn.get() != dirty));
+    assert!(filter.held_pages() >= 1);
+}
+
+#[test]
 fn a_model_that_peeks_refute_is_dropped() {
     let mut filter = Filter::new(Some(model()), 4096, 4096);
     filter.hold(Duration::from_millis(10), &pfns(0..1000), None);

@@ -374,6 +374,28 @@ mod tests {
     }
 
     #[test]
+    fn in_the_first_pass_all_of_a_circle_is_due() {
+        let mut known = known();
+        known.ask_for_all();
+        assert_eq!(known.expect(2000, 0.7), 0.7);
+        (0..3).for_each(|look| second(&mut known, look * 100..look * 100 + 100, look as f64));
+        known.ask_for_all();
+        assert!([0, 2000, 3999].iter().all(|page| known.expect(*page, 0.0) > 2.0));
+        assert_eq!(known.expect(4000, 0.7), 0.7, "no page of the circle");
+    }
+
+    #[test]
+    fn an_order_is_kept_while_it_is_true_and_finer() {
+        let mut known = known();
+        let coarse: Vec<u8> = (0..4000).map(|page| 5 - (page / 1000) as u8).collect();
+        assert!(!known.is_finer(&coarse), "nothing has been seen of it");
+        (0..8).for_each(|look| second(&mut known, look * 100..look * 100 + 100, look as f64));
+        assert!(known.is_finer(&coarse));
+        let finer: Vec<u8> = (0..4000).map(|page| 80 - (page / 50) as u8).collect();
+        assert!(!known.is_finer(&finer));
+    }
+
+    #[test]
     fn a_guest_that_does_something_else_is_nowhere_in_it() {
         let (mut jumps, mut little, mut anywhere) = (known(), known(), known());
         for look in 0..3 {
