@@ -10,7 +10,7 @@ use xenfold::page_set::PageSet;
 
 use crate::guest::Guest;
 
-/// Below this page a guest's memory has no holes but small ones (libxl's HVM_BELOW_4G_RAM_END is above); a guest that has
+/// Below this page a guest's memory has no holes but small ones (HVM_BELOW_4G_RAM_END of Xen's hvm/e820.h is above); a guest that has
 /// more is looked at as a whole.
 const LOW: u64 = 0xe_0000;
 
@@ -24,7 +24,7 @@ pub struct GuestWrites {
     guest: Guest,
     bitmap: Bitmap,
     /// Pages from 0 on that are looked at while the guest runs. Far above a small guest's memory there are only some of its
-    /// devices', and to look at all in between pauses it for ten times as long.
+    /// devices', and to look at all in between pauses it for longer.
     looked_at: u64,
     /// How long the guest did not run for the last reading while it ran.
     paused: Option<Duration>,

@@ -21,8 +21,10 @@ use crate::policy::{HoldPolicy, Hope, Look, RoundLimits, Rounds};
 use crate::report::Figures;
 use crate::stream::{Entry, PageType};
 
-/// Reading the dirty bitmap pauses the guest. It may take one part in so many of the time, and in the first pass.
+/// Reading the dirty bitmap pauses the guest. It may take one part in so many of the time.
 const PEEK_SHARE: u32 = 100;
+
+/// The same in the first pass, which leaves some of it to the later ones.
 const FIRST_PEEK_SHARE: u32 = 160;
 
 /// The shortest time between two readings, however quick they are.
@@ -91,7 +93,8 @@ pub(super) struct Held {
     peeks: u32,
     peek_time: Duration,
     /// xl's pass, and the last page of its present record.
-    at: (u32, Pfn),
+    pass: u32,
+    last: Pfn,
     start: Instant,
     /// Held pages are being sent.
     releasing: bool,
@@ -161,7 +164,8 @@ impl Held {
             next_peek: start,
             peeks: 0,
             peek_time: Duration::ZERO,
-            at: (0, Pfn::default()),
+            pass: 0,
+            last: Pfn::default(),
             start,
             releasing: false,
             fitted: false,
@@ -175,7 +179,7 @@ impl Held {
 
     /// One of xl's passes has ended, and the next begins.
     pub fn pass(&mut self, number: u32) {
-        self.at.0 = number;
+        self.pass = number;
         if let Some(behind) = &mut self.behind {
             behind.pass(number);
             self.dirty.clear();
@@ -233,7 +237,7 @@ impl Held {
         self.peeks += 1;
         self.peek_time += took;
         // The later passes are short, and count: part of the first one's share is for them. It may be spent in advance.
-        let (share, in_advance) = match self.at.0 {
+        let (share, in_advance) = match self.pass {
             1 => (FIRST_PEEK_SHARE, self.holding.policy.left() / 2),
             _ => (PEEK_SHARE, Duration::ZERO),
         };
@@ -264,8 +268,7 @@ impl Held {
     /// at least eight bytes, so it is no further ahead than the pipe, what it writes and what it prepares can hold.
     fn is_first_pass(&self) -> bool {
         let ahead = self.holding.pipe_bytes / 8 + 2 * MAX_ROWS as u64;
-        let (pass, last) = self.at;
-        pass == 1 && last.get().saturating_add(ahead) < self.holding.log.bound()
+        self.pass == 1 && self.last.get().saturating_add(ahead) < self.holding.log.bound()
     }
 
     /// Decides what becomes of the pages of a record of xl's; `None`: all go. `unread`: bytes of it that have not been read,
@@ -274,7 +277,7 @@ impl Held {
         if unread.is_none() {
             self.fit_downtime();
         }
-        self.at.1 = list.last().map_or(self.at.1, |entry| entry.pfn);
+        self.last = list.last().map_or(self.last, |entry| entry.pfn);
         let all = self.behind.as_ref().is_some_and(Behind::takes_all);
         let wanted = match unread {
             Some(unread) if !all => {

@@ -6,7 +6,8 @@
 //!
 //! 1. A page that is known to be written since xl's pass began is held: xl sends it again.
 //! 2. In every pass a page is held when it is likely written again before the suspend ([`super::gaps`]); quiet pages go
-//!    first that way, whatever their place in memory. In the first pass less is enough for that.
+//!    first that way, whatever their place in memory. In the first pass less is enough for that, and for a page that earlier
+//!    migrations have seen written nothing more is needed.
 //! 3. At the end of each pass but the first, held pages that have turned quiet are released.
 //! 4. At the end of the last pass, or of one that leaves so little that xl's next is the last, all that is held and is
 //!    worth it is released, the quietest first and the hottest last, so that each is exposed for as short as can be.

@@ -34,7 +34,8 @@
 //! nothing was written), u16 samples, u16 number of followers, u32 length of the working set, the followers (u16 place in
 //! the list, u16 how often), the working set ([`super::packed`], empty when left out).
 //!
-//! Version 1 is the first.
+//! Version 1 is the first. Models of before 2026-11-26 have the seconds since each page's last write instead: another order, in
+//! which the guest is then not found.
 use std::time::Duration;
 
 use thiserror::Error;

@@ -94,12 +94,7 @@ impl Place {
 
 impl Known {
     pub fn new(ages: Vec<u8>, guest_pages: u64) -> Known {
-        let mut counts = vec![0u32; AGES];
-        for age in &ages {
-            if let Some(count) = counts.get_mut(usize::from(*age)) {
-                *count += u32::from(*age > 0);
-            }
-        }
+        let counts = counts_of(&ages);
         let mut before = vec![0.0; AGES];
         let mut all = 0.0;
         // The oldest are written next.
@@ -130,21 +125,13 @@ impl Known {
     /// Whether the guest has mostly been seen to write in this order, and it is finer than the one of these ages: then it is worth
     /// keeping.
     pub fn is_finer(&self, ages: &[u8]) -> bool {
-        let mut counts = vec![0u32; AGES];
-        for age in ages {
-            counts
-                .get_mut(usize::from(*age))
-                .filter(|_| *age > 0)
-                .into_iter()
-                .for_each(|count| *count += 1);
-        }
         // Pages of an age, on average over the pages.
         let coarse = |counts: &[u32]| {
             let all: f64 = counts.iter().map(|count| f64::from(*count)).sum();
             let squares: f64 = counts.iter().map(|count| f64::from(*count).powi(2)).sum();
             squares / all.max(1.0)
         };
-        self.placed > self.lost && coarse(self.counts.get(1..).unwrap_or_default()) < coarse(&counts)
+        self.placed > self.lost && coarse(&self.counts) < coarse(&counts_of(ages))
     }
 
     /// Calls `each` with the pages that were seen written.
@@ -173,11 +160,7 @@ impl Known {
     pub fn written(&mut self, page: usize) {
         let age = usize::from(self.age(page));
         for counts in [&mut self.seen, &mut self.dirty] {
-            counts
-                .get_mut(age)
-                .filter(|_| age > 0)
-                .into_iter()
-                .for_each(|count| *count += 1);
+            count_one(counts, age);
         }
     }
 
@@ -333,6 +316,19 @@ impl Known {
 
     pub fn holds(&self) -> bool {
         self.factor() >= LEAST
+    }
+}
+
+/// How many pages have which age; those that were not seen written do not count.
+fn counts_of(ages: &[u8]) -> Vec<u32> {
+    let mut counts = vec![0; AGES];
+    ages.iter().for_each(|age| count_one(&mut counts, usize::from(*age)));
+    counts
+}
+
+fn count_one(counts: &mut [u32], age: usize) {
+    if let Some(count) = counts.get_mut(age) {
+        *count += u32::from(age > 0);
     }
 }
 
