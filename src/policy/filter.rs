@@ -16,11 +16,12 @@
 //! excepted), and that is how the end is known while xl still waits for its record to be read.
 //!
 //! What is known comes from a [`Model`] made before the migration, if there is one and it holds, from earlier migrations
-//! ([`Known`]), and from peeks.
-//! Memory: 6 bytes and 2 bits for each page below the bound, and what is left of the model: its regions, working sets and a
+//! ([`Known`]), from peeks, and from the order in which a guest writes that goes round ([`Circle`]).
+//! Memory: 8 bytes and 2 bits for each page below the bound, and what is left of the model: its regions, working sets and a
 //! byte a page of earlier migrations.
 use std::time::Duration;
 
+use super::circle::Circle;
 use super::gaps::{self, BINS, Gaps, REGIONS, Regions, Seen};
 use super::hold::Outlook;
 use super::kept::{self, Kept};
@@ -89,6 +90,9 @@ pub struct Filter {
     modelled: bool,
     /// Of earlier migrations, as long as it holds.
     known: Option<Known>,
+    /// The order of its writes, and whether that stems from them.
+    circle: Option<Circle>,
+    circle_is_known: bool,
     /// Only to be kept: the model's states, and the time between its samples.
     states: Vec<State>,
     interval: Duration,
@@ -96,7 +100,7 @@ pub struct Filter {
     past_ms: u32,
     /// When each page was written last.
     last: Vec<Written>,
-    /// When each was written first, in whole seconds from 1; 0: it was not. That is the order in which a guest writes its
+    /// When each was written first, in quarters of a second from 1; 0: it was not. That is the order in which a guest writes its
     /// pages that goes round once in the first pass, and goes on where it was in the next.
     first: Vec<u16>,
     /// The pass under way, from 1; 0: none yet.
@@ -158,10 +162,12 @@ impl Filter {
             gaps: gaps.unwrap_or_else(|| Gaps::unknown(regions.count())),
             modelled,
             known: None,
+            circle: None,
+            circle_is_known: false,
             states,
             interval,
             past_ms,
-            first: last.iter().map(|last| last.time().map_or(0, second)).collect(),
+            first: last.iter().map(|last| last.time().map_or(0, quarter)).collect(),
             last,
             pass: 0,
             pass_began: 0.0,
@@ -200,27 +206,33 @@ impl Filter {
         if ages.is_empty() {
             return;
         }
-        let mut known = Known::new(ages, self.guest_pages);
         let mut written: Vec<(f64, usize)> = Vec::new();
-        known.for_each_page(|page| {
-            let Some(last) = self.last.get_mut(page) else { return };
+        for (page, (last, _)) in self
+            .last
+            .iter_mut()
+            .zip(&ages)
+            .enumerate()
+            .filter(|(_, (_, age))| **age > 0)
+        {
             match last.time() {
                 Some(at) => written.push((at, page)),
                 None => *last = Written::EARLIER,
             }
-        });
+        }
+        let mut circle = Circle::new(ages.clone());
         // The writes of each quarter of a second together.
         written.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut written = written.into_iter().peekable();
         for quarter in 0..self.past_ms / 250 {
             let from = f64::from(quarter) / 4.0;
             while let Some((_, page)) = written.next_if(|(at, _)| *at < from + 0.25) {
-                known.written(page);
+                circle.written(page);
             }
-            known.looked(from, 0.25);
+            circle.looked(from, 0.25);
         }
         self.forecast.earlier_spans(kept::SPAN);
-        self.known = Some(known);
+        self.known = Some(Known::new(ages, self.guest_pages));
+        (self.circle, self.circle_is_known) = (Some(circle), true);
     }
 
     /// How many of the pages known from earlier migrations had not been written `from` seconds after the watching began, and
@@ -239,6 +251,9 @@ impl Filter {
         if !known.holds() {
             log::debug!("what earlier migrations have shown of the guest's writes does not hold any more");
             self.known = None;
+            if self.circle_is_known {
+                self.circle = None;
+            }
             self.gaps.doubt();
             let earlier = self.last.iter_mut().filter(|last| **last == Written::EARLIER);
             earlier.for_each(|last| *last = Written::UNKNOWN);
@@ -248,19 +263,21 @@ impl Filter {
     /// What the migration has taught so far, for the guest's next one.
     pub fn learnt(&self) -> Kept {
         let now = self.peeked.max(self.pass_began).max(f64::from(self.past_ms) / 1e3);
-        let before = |page: usize| self.known.as_ref().map_or(0, |known| known.age(page));
-        let age = |(page, first): (usize, &u16)| match *first {
-            0 => kept::older_byte(before(page), now),
-            first => kept::age_byte(Some((now - f64::from(first) + 0.5).max(0.0))),
+        let before = self.known.as_ref().map_or(&[][..], Known::ages).iter().copied();
+        let before = before.chain(std::iter::repeat(0));
+        let age = |(first, before): (&u16, u8)| match *first {
+            0 => kept::older_byte(before, now),
+            first => kept::age_byte(Some((now - middle_of(first)).max(0.0))),
         };
-        let mut ages: Vec<u8> = self.first.iter().enumerate().map(age).collect();
-        if self.known.as_ref().is_some_and(|known| known.is_finer(&ages)) {
-            for (page, (age, first)) in ages.iter_mut().zip(&self.first).enumerate() {
-                match before(page) {
-                    before @ 1.. if *first > 0 => *age = before,
-                    _ => {}
-                }
-            }
+        let mut ages: Vec<u8> = self.first.iter().zip(before.clone()).map(age).collect();
+        let known = self
+            .circle
+            .as_ref()
+            .filter(|circle| self.circle_is_known && circle.is_true());
+        if known.is_some_and(|circle| circle.is_finer(&ages)) {
+            let again = ages.iter_mut().zip(&self.first).zip(before);
+            let again = again.filter(|((_, first), before)| **first > 0 && *before > 0);
+            again.for_each(|((age, _), before)| *age = before);
         }
         Kept {
             bound: self.bound,
@@ -304,11 +321,11 @@ impl Filter {
         }
         self.pace.record(now, pfns.len());
         let ahead = self.ahead();
-        if let Some(known) = &mut self.known {
+        if let Some(circle) = &mut self.circle {
             match self.pass {
                 // One that is held in vain has all later passes to go in, whose time is not known yet.
-                1 => known.ask_for_all(),
-                _ => known.ask(self.peeked, ahead),
+                1 => circle.ask_for_all(),
+                _ => circle.ask(self.peeked, ahead),
             }
         }
         self.offered += pfns.len() as u64;
@@ -344,7 +361,10 @@ impl Filter {
         self.offered = 0;
         self.previous = None;
         self.dirty.clear();
-        self.known.iter_mut().for_each(|known| known.pass_began(now));
+        if self.pass > 1 && !self.circle.as_ref().is_some_and(Circle::is_true) {
+            (self.circle, self.circle_is_known) = (Some(Circle::of(&self.first)), false);
+        }
+        self.circle.iter_mut().for_each(|circle| circle.pass_began(now));
         self.queue.clear();
         // What was read before tells of the pass before.
         self.peeked = self.peeked.max(now);
@@ -363,7 +383,7 @@ impl Filter {
             let first = last.time().filter(|first| *first >= self.before_began);
             let first = first.unwrap_or((self.before_peeked + self.pass_began) / 2.0);
             if let Some(earliest @ 0) = self.first.get_mut(pfn.get() as usize) {
-                *earliest = second(first);
+                *earliest = quarter(first);
             }
             *last = match curve.unwritten_since(self.pass_began - first) < STILL {
                 true => Written::sometime_before(self.pass_began),
@@ -371,8 +391,8 @@ impl Filter {
             };
         }
         let usual = self.forecast.expected(*last, curve, region, self.peeked, ahead);
-        let known = self.known.as_ref();
-        let expected = known.map_or(usual, |known| known.expect(pfn.get() as usize, usual));
+        let circle = self.circle.as_ref();
+        let expected = circle.map_or(usual, |circle| circle.expect(pfn.get() as usize, usual));
         let enough = if self.pass == 1 { HOLD_FIRST } else { HOLD_WRITES };
         let hold = dirty || expected > enough || self.pass == 1 && *last == Written::EARLIER;
         if hold != self.held.contains(pfn) {
@@ -430,11 +450,11 @@ impl Filter {
                 let Some(last) = pages.get_mut(bit as usize) else { break };
                 let page = first + u64::from(bit);
                 self.shown.count(self.regions.of(page), *last, true);
-                if let Some(known) = &mut self.known {
-                    known.written(page as usize);
+                if let Some(circle) = &mut self.circle {
+                    circle.written(page as usize);
                 }
                 if let Some(first @ 0) = self.first.get_mut(page as usize) {
-                    *first = second(middle);
+                    *first = quarter(middle);
                 }
                 *last = Written::at(middle);
                 newly += 1;
@@ -488,7 +508,7 @@ impl Filter {
             }
         }
         self.gaps.learn(&seen);
-        self.known.iter_mut().for_each(|known| known.looked(from, seconds));
+        self.circle.iter_mut().for_each(|circle| circle.looked(from, seconds));
         self.weigh(from, seconds, &shown.earlier);
         self.forecast.forget();
     }
@@ -532,7 +552,7 @@ impl Filter {
     /// Queues what is to be released now that xl waits with the last record of a pass.
     fn end_pass(&mut self, now: f64) {
         let ahead = (self.held_pages as f64 / 2.0 / self.rate.pages).max(SOON);
-        self.known.iter_mut().for_each(|known| known.ask(self.peeked, ahead));
+        self.circle.iter_mut().for_each(|circle| circle.ask(self.peeked, ahead));
         let mut heats: Vec<Vec<(Pfn, f32)>> = vec![Vec::new(); HEATS];
         for pfn in self.held.iter().filter(|pfn| !self.dirty.contains(*pfn)) {
             let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
@@ -541,8 +561,8 @@ impl Filter {
             let usual = last.map_or(0.0, |last| {
                 self.forecast.expected(*last, curve, region, self.peeked, ahead)
             });
-            let known = self.known.as_ref();
-            let expected = known.map_or(usual, |known| known.expect(pfn.get() as usize, usual));
+            let circle = self.circle.as_ref();
+            let expected = circle.map_or(usual, |circle| circle.expect(pfn.get() as usize, usual));
             if let Some(heat) = heats.get_mut(heat(expected)) {
                 heat.push((pfn, (expected / ahead) as f32));
             }
@@ -658,9 +678,14 @@ impl Filter {
     }
 }
 
-/// The second that a time is in, from 1.
-fn second(time: f64) -> u16 {
-    (time as u16).saturating_add(1)
+/// The quarter of a second that a time is in, from 1.
+fn quarter(time: f64) -> u16 {
+    ((time * 4.0) as u16).saturating_add(1)
+}
+
+/// The middle of it.
+fn middle_of(quarter: u16) -> f64 {
+    (f64::from(quarter) - 0.5) / 4.0
 }
 
 /// The class of a page of which so many writes are expected: two for each doubling.
