@@ -15,8 +15,9 @@ const MOST_WRITES: f64 = 0.5;
 /// The longest look that still says where the guest is.
 const LONGEST: f64 = 5.0;
 
-/// Looks that have to agree.
+/// Looks that have to agree, and where the order has proved true before.
 const LOOKS: usize = 3;
+const LOOKS_TRUE: usize = 2;
 
 /// How far apart they may be, in parts of what was written between them, beside how finely the order is known.
 const APART: f64 = 0.35;
@@ -178,6 +179,8 @@ impl Circle {
         }
         match self.place() {
             Some(_) => self.placed += 1,
+            // Who writes nothing new may have been everywhere.
+            None if all < FEW_WRITES => {}
             None => self.lost += 1,
         }
         self.seen.fill(0);
@@ -238,9 +241,16 @@ impl Circle {
         }
     }
 
+    /// Whether it is known where the guest is now.
+    pub fn has_place(&self) -> bool {
+        self.place().is_some()
+    }
+
     /// Where the guest is now, if it goes on in the order.
     fn place(&self) -> Option<Place> {
-        let looks: Vec<Place> = self.looks.iter().copied().collect::<Option<_>>()?;
+        let needed = if self.is_true() { LOOKS_TRUE } else { LOOKS };
+        let looks = self.looks.iter().copied().skip(LOOKS - needed);
+        let looks: Vec<Place> = looks.collect::<Option<_>>()?;
         let (first, last) = (looks.first()?, looks.last()?);
         let agree = |a: &Place, b: &Place| {
             let written = (a.speed + b.speed) / 2.0 * (b.at - a.at);

@@ -460,6 +460,7 @@ impl Filter {
                 newly += 1;
             }
         }
+        self.circle.iter_mut().for_each(|circle| circle.looked(from, seconds));
         self.dirty.union(peek);
         self.peeked = now;
         if seconds >= SOON / 2.0 {
@@ -508,7 +509,6 @@ impl Filter {
             }
         }
         self.gaps.learn(&seen);
-        self.circle.iter_mut().for_each(|circle| circle.looked(from, seconds));
         self.weigh(from, seconds, &shown.earlier);
         self.forecast.forget();
     }
@@ -616,7 +616,18 @@ impl Filter {
 
     /// Takes in what was written since the pass began, while held pages are released: those that are dirty by now stay.
     pub fn peeked(&mut self, now: Duration, peek: &PageSet) {
-        self.see(self.time(now), peek);
+        let now = self.time(now);
+        let had_place = self.has_place();
+        self.see(now, peek);
+        // Which of those that wait are due has only now been seen. Where it is not known any more, what was seen is still the best guess.
+        if !had_place && self.has_place() {
+            self.end_pass(now);
+        }
+    }
+
+    /// Whether it is known where in its circle the guest is.
+    fn has_place(&self) -> bool {
+        self.circle.as_ref().is_some_and(Circle::has_place)
     }
 
     /// What has gone to the link by now, since the migration's start: guest pages, and bytes on the wire.
