@@ -152,6 +152,12 @@ impl Circle {
     pub fn pass_began(&mut self, now: f64) {
         self.dirty.fill(0);
         self.from = self.place().map(|place| place.here(now));
+        // What was written since the last reading comes in no look.
+        self.seen.fill(0);
+        self.seconds = 0.0;
+        if self.from.is_none() {
+            self.looks = [None; LOOKS];
+        }
     }
 
     /// A page was written, for the first time since the pass began.
@@ -262,12 +268,12 @@ impl Circle {
         (near && agree(first, last) && sure > MOSTLY).then_some(Place { sure, ..*last })
     }
 
-    /// Expects all of them, as long as it is known where in the order the guest is: sooner or later it comes to each.
+    /// Expects all of them, as long as it is known where in the order the guest is, or the order has proved true: sooner or later
+    /// it comes to each.
     pub fn ask_for_all(&mut self) {
-        self.due = self.place().map(|place| {
-            let writes = -(1.0 - place.sure * CERTAIN).ln();
-            (vec![writes; AGES], 1.0 - place.sure)
-        });
+        let sure = self.place().map(|place| place.sure);
+        let sure = sure.or_else(|| self.is_true().then_some(1.0));
+        self.due = sure.map(|sure| (vec![-(1.0 - sure * CERTAIN).ln(); AGES], 1.0 - sure));
     }
 
     /// Reckons what is expected in the next `seconds` of all pages that are not dirty: [`Circle::expect`] answers from it.

@@ -21,6 +21,7 @@
 //! byte a page of earlier migrations.
 use std::time::Duration;
 
+use super::ages::Ages;
 use super::circle::Circle;
 use super::gaps::{self, BINS, Gaps, REGIONS, Regions, Seen};
 use super::hold::Outlook;
@@ -202,24 +203,23 @@ impl Filter {
 
     /// Takes in what is known from earlier migrations. It is held against what peeks show, not against what was seen before the
     /// migration: a guest that is watched writes slowly, since each reading write-protects its memory anew.
-    fn remember(&mut self, ages: Vec<u8>) {
+    fn remember(&mut self, ages: Ages) {
         if ages.is_empty() {
             return;
         }
         let mut written: Vec<(f64, usize)> = Vec::new();
-        for (page, (last, _)) in self
+        let known = self
             .last
             .iter_mut()
-            .zip(&ages)
             .enumerate()
-            .filter(|(_, (_, age))| **age > 0)
-        {
+            .filter(|(page, _)| ages.contains(*page));
+        for (page, last) in known {
             match last.time() {
                 Some(at) => written.push((at, page)),
                 None => *last = Written::EARLIER,
             }
         }
-        let mut circle = Circle::new(ages.clone());
+        let mut circle = Circle::new(ages.bytes().to_vec());
         // The writes of each quarter of a second together.
         written.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut written = written.into_iter().peekable();
@@ -263,21 +263,22 @@ impl Filter {
     /// What the migration has taught so far, for the guest's next one.
     pub fn learnt(&self) -> Kept {
         let now = self.peeked.max(self.pass_began).max(f64::from(self.past_ms) / 1e3);
-        let before = self.known.as_ref().map_or(&[][..], Known::ages).iter().copied();
-        let before = before.chain(std::iter::repeat(0));
-        let age = |(first, before): (&u16, u8)| match *first {
-            0 => kept::older_byte(before, now),
-            first => kept::age_byte(Some((now - middle_of(first)).max(0.0))),
+        let none = Ages::default();
+        let before = self.known.as_ref().map_or(&none, Known::ages);
+        let first = |page: usize| self.first.get(page).copied().filter(|first| *first > 0);
+        let age = |page: usize| match first(page) {
+            Some(first) => Some((now - middle_of(first)).max(0.0)),
+            None => before.later(page, now),
         };
-        let mut ages: Vec<u8> = self.first.iter().zip(before.clone()).map(age).collect();
+        let mut ages = Ages::of(self.first.len(), age);
         let known = self
             .circle
             .as_ref()
             .filter(|circle| self.circle_is_known && circle.is_true());
-        if known.is_some_and(|circle| circle.is_finer(&ages)) {
-            let again = ages.iter_mut().zip(&self.first).zip(before);
-            let again = again.filter(|((_, first), before)| **first > 0 && *before > 0);
-            again.for_each(|((age, _), before)| *age = before);
+        if known.is_some_and(|circle| circle.is_finer(ages.bytes())) {
+            // Of those that were written again the order stays as it was.
+            let again = |page: usize| first(page).and_then(|_| before.seconds(page));
+            ages = Ages::of(self.first.len(), |page| again(page).or_else(|| age(page)));
         }
         Kept {
             bound: self.bound,
@@ -322,10 +323,11 @@ impl Filter {
         self.pace.record(now, pfns.len());
         let ahead = self.ahead();
         if let Some(circle) = &mut self.circle {
-            match self.pass {
-                // One that is held in vain has all later passes to go in, whose time is not known yet.
-                1 => circle.ask_for_all(),
-                _ => circle.ask(self.peeked, ahead),
+            // A page that is held in vain in the first pass has all later ones to go in, whose time is not known yet. In those it has
+            // the pass's end, until when the guest's place may be found.
+            match self.pass > 1 && circle.has_place() {
+                true => circle.ask(self.peeked, ahead),
+                false => circle.ask_for_all(),
             }
         }
         self.offered += pfns.len() as u64;

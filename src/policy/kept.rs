@@ -25,21 +25,23 @@
 //! | bins | 2 | ages that are told apart: 26 |
 //! | length | 4 | of the body, unpacked |
 //! | crc | 4 | CRC-32 over all other bytes |
-//! | reserved | 4 | zero |
+//! | unit_ms | 4 | of the ages; 0 means 1000 |
 //! | body | | one zstd frame |
 //!
-//! The body: a byte for each page below the bound, 0 when it was not seen written, else one more than the seconds since
-//! it was first, 255 also for more; for each region `bins` times f32 seconds that pages spent at that age, then `bins` times f32
+//! The body: a byte for each page below the bound, 0 when it was not seen written, else one more than the time since
+//! it was first, in units ([`Ages`]), 255 also for more; for each region `bins` times f32 seconds that pages spent at that age, then `bins` times f32
 //! writes that ended them, none negative or above 10¹²; u16 number of states, each: u16 region (the number of regions when
 //! nothing was written), u16 samples, u16 number of followers, u32 length of the working set, the followers (u16 place in
 //! the list, u16 how often), the working set ([`super::packed`], empty when left out).
 //!
-//! Version 1 is the first. Models of before 2026-11-26 have the seconds since each page's last write instead: another order, in
+//! Version 1 is the first. Until 2026-11-27 the unit was a second, and 0 in its place; those programs do without a model that has one.
+//! Models of before 2026-11-26 have the seconds since each page's last write instead: another order, in
 //! which the guest is then not found.
 use std::time::Duration;
 
 use thiserror::Error;
 
+use super::ages::Ages;
 use super::gaps::{BINS, Regions, Seen};
 use super::model::State;
 use super::packed;
@@ -51,6 +53,7 @@ const MAGIC: [u8; 8] = *b"XFMODEL\n";
 const VERSION: u32 = 1;
 const HEADER: usize = 48;
 const CRC_AT: usize = 40;
+const UNIT_AT: usize = 44;
 
 /// Regions at most, and numbers that mean anything.
 const MOST_REGIONS: u16 = 1024;
@@ -63,9 +66,6 @@ const MOST_OTHER: u64 = 16 << 20;
 /// than what is told apart of ages.
 pub(super) const SPAN: f64 = 300.0;
 
-/// The oldest age in seconds that is told apart from older ones.
-const OLDEST: u8 = u8::MAX - 1;
-
 /// A model as it is kept.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kept {
@@ -73,8 +73,7 @@ pub struct Kept {
     pub(super) regions: Regions,
     pub(super) interval: Duration,
     pub(super) seen: Vec<Seen>,
-    /// As in the format.
-    pub(super) ages: Vec<u8>,
+    pub(super) ages: Ages,
     pub(super) states: Vec<State>,
 }
 
@@ -95,19 +94,6 @@ pub enum KeptError {
     OtherGuest { found: u64, expected: u64 },
 }
 
-/// An age as it is kept; `None`: never written.
-pub(super) fn age_byte(seconds: Option<f64>) -> u8 {
-    seconds.map_or(0, |seconds| 1 + seconds.clamp(0.0, OLDEST.into()) as u8)
-}
-
-/// The byte of a page that has not been written for so many more seconds. One that had been the oldest is forgotten.
-pub(super) fn older_byte(byte: u8, seconds: f64) -> u8 {
-    match byte {
-        0 | u8::MAX => 0,
-        byte => age_byte(Some(f64::from(byte - 1) + seconds)),
-    }
-}
-
 impl Kept {
     /// Page numbers lie below this.
     pub fn bound(&self) -> u64 {
@@ -116,7 +102,7 @@ impl Kept {
 
     /// How many pages were seen written.
     pub fn pages(&self) -> u64 {
-        self.ages.iter().filter(|age| **age > 0).count() as u64
+        self.ages.bytes().iter().filter(|age| **age > 0).count() as u64
     }
 
     /// `None`: it would be too long.
@@ -128,7 +114,7 @@ impl Kept {
     }
 
     fn packed(&self, working_sets: bool) -> Option<Vec<u8>> {
-        let mut body = self.ages.clone();
+        let mut body = self.ages.bytes().to_vec();
         for seen in &self.seen {
             let numbers = seen.seconds.iter().chain(&seen.writes);
             numbers.for_each(|number| body.extend_from_slice(&number.to_le_bytes()));
@@ -154,7 +140,8 @@ impl Kept {
         bytes.extend_from_slice(&(self.regions.count() as u16).to_le_bytes());
         bytes.extend_from_slice(&(BINS as u16).to_le_bytes());
         bytes.extend_from_slice(&u32::try_from(body.len()).ok()?.to_le_bytes());
-        bytes.extend_from_slice(&[0; HEADER - CRC_AT]);
+        bytes.extend_from_slice(&[0; UNIT_AT - CRC_AT]);
+        bytes.extend_from_slice(&self.ages.unit_ms().to_le_bytes());
         bytes.extend_from_slice(&zstd::bulk::compress(&body, 1).ok()?);
         let crc = checksum(&bytes).to_le_bytes();
         bytes.get_mut(CRC_AT..CRC_AT + crc.len())?.copy_from_slice(&crc);
@@ -180,7 +167,7 @@ impl Kept {
             return Err(damaged("its body has another length"));
         }
         let mut rest = Rest(&body);
-        let ages = rest.take(bound as usize)?.to_vec();
+        let ages = Ages::from_parts(header.unit_ms, rest.take(bound as usize)?.to_vec());
         let mut seen = vec![Seen::default(); header.regions.count()];
         for seen in &mut seen {
             for number in seen.seconds.iter_mut().chain(&mut seen.writes) {
@@ -243,6 +230,7 @@ struct Header<'a> {
     bound: u64,
     regions: Regions,
     length: u32,
+    unit_ms: u32,
     packed: &'a [u8],
 }
 
@@ -274,14 +262,15 @@ impl Header<'_> {
             && pages_each > 0
             && (1..=MOST_REGIONS).contains(&regions)
             && usize::from(bins) == BINS
-            && u64::from(length) <= most
-            && rest.array()? == [0; 4];
+            && u64::from(length) <= most;
+        let unit_ms = u32::from_le_bytes(rest.array()?);
         match right {
             true => Ok(Header {
                 interval: Duration::from_millis(interval_ms.into()),
                 bound,
                 regions: Regions::from_parts(pages_each, regions),
                 length,
+                unit_ms,
                 packed,
             }),
             false => Err(KeptError::Damaged("its header has numbers out of bounds")),

@@ -1,4 +1,5 @@
 //! Which pages earlier migrations have seen written, and whether the guest still writes those.
+use super::ages::Ages;
 
 /// Once a guest writes less than this part of what is expected of these pages, they tell nothing any more. Before that they count
 /// for less ([`Known::factor`]): in the first second of a migration a guest writes little, since its memory is only being write-protected.
@@ -13,8 +14,7 @@ const FEW: f64 = 1.0 / 1024.0;
 /// What is known, and how it has fared.
 #[derive(Debug)]
 pub(super) struct Known {
-    /// As in [`super::kept`].
-    ages: Vec<u8>,
+    ages: Ages,
     /// Pages written for the first time since the guest is watched: so many were expected, so many were.
     expected: f64,
     written: f64,
@@ -22,7 +22,7 @@ pub(super) struct Known {
 }
 
 impl Known {
-    pub fn new(ages: Vec<u8>, guest_pages: u64) -> Known {
+    pub fn new(ages: Ages, guest_pages: u64) -> Known {
         Known {
             ages,
             expected: 0.0,
@@ -31,7 +31,7 @@ impl Known {
         }
     }
 
-    pub fn ages(&self) -> &[u8] {
+    pub fn ages(&self) -> &Ages {
         &self.ages
     }
 
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn pages_that_are_hardly_written_any_more_are_known_no_more() {
-        let mut known = Known::new(vec![1; 4000], 4000);
+        let mut known = Known::new(Ages::of(4000, |_| Some(0.0)), 4000);
         known.weigh(100.0, 60.0);
         assert!(known.holds() && known.factor() < 0.7);
         known.weigh(400.0, 20.0);

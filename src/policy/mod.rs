@@ -6,6 +6,7 @@
 //!   passes ([`gaps`]). What a migration has taught is [`kept`] for the guest's next one.
 //! - [`Rounds`]: how long xl is held at the end of its passes, and which pages go ahead of it meanwhile.
 //! - [`simulate`]: the filter and others over [`trace`]s, recorded or [`generate`]d.
+mod ages;
 mod circle;
 pub mod filter;
 pub mod gaps;

@@ -15,6 +15,7 @@
 //! those of the rarest states first.
 use std::time::Duration;
 
+use super::ages::Ages;
 use super::gaps::{self, BINS, Gaps, NEVER, Regions, Seen};
 use super::kept::Kept;
 use super::packed;
@@ -75,7 +76,7 @@ pub struct Builder {
     hits: Vec<u32>,
     /// What earlier migrations have left: how pages age, and which were written how long before their end.
     seen: Vec<Seen>,
-    known: Vec<u8>,
+    known: Ages,
 }
 
 impl Builder {
@@ -97,7 +98,7 @@ impl Builder {
             previous: None,
             hits: vec![0; regions.count()],
             seen: Vec::new(),
-            known: Vec::new(),
+            known: Ages::default(),
         }
     }
 
@@ -121,8 +122,7 @@ impl Builder {
     /// Whether the page was written in earlier migrations: how long it had not been written when this one began cannot be
     /// said.
     fn is_known(&self, page: u64) -> bool {
-        let age = usize::try_from(page).ok().and_then(|page| self.known.get(page));
-        age.is_some_and(|age| *age > 0)
+        usize::try_from(page).is_ok_and(|page| self.known.contains(page))
     }
 
     /// Takes the pages written in the next interval. False: the model has all the samples that it can take.
@@ -344,8 +344,8 @@ pub struct Model {
     /// Of each region.
     seen: Vec<Seen>,
     states: Vec<State>,
-    /// How long before the end of an earlier migration each page was written last, as in [`super::kept`]; empty: there was none.
-    known: Vec<u8>,
+    /// Of an earlier migration; empty: there was none.
+    known: Ages,
 }
 
 /// How far the pages written in a time are from what the model expects.
@@ -390,7 +390,7 @@ impl Model {
     }
 
     /// The states, and what is known of each page from earlier migrations.
-    pub(super) fn into_parts(self) -> (Vec<State>, Vec<u8>) {
+    pub(super) fn into_parts(self) -> (Vec<State>, Ages) {
         (self.states, self.known)
     }
 
