@@ -54,6 +54,9 @@ pub(super) struct Circle {
     looks: [Option<Place>; LOOKS],
     placed: u32,
     lost: u32,
+    /// Pages written in those that ended in a place, and their seconds.
+    gone: f64,
+    gone_seconds: f64,
     /// Of a page of each age: the writes that are expected for certain, and the part that the usual ones count for.
     due: Option<(Vec<f64>, f64)>,
 }
@@ -124,6 +127,8 @@ impl Circle {
             looks: [None; LOOKS],
             placed: 0,
             lost: 0,
+            gone: 0.0,
+            gone_seconds: 0.0,
             due: None,
         }
     }
@@ -184,7 +189,11 @@ impl Circle {
             *last = place;
         }
         match self.place() {
-            Some(_) => self.placed += 1,
+            Some(_) => {
+                self.placed += 1;
+                self.gone += f64::from(all);
+                self.gone_seconds += self.seconds;
+            }
             // Who writes nothing new may have been everywhere.
             None if all < FEW_WRITES => {}
             None => self.lost += 1,
@@ -298,7 +307,9 @@ impl Circle {
         let order: Vec<usize> = (1..AGES).rev().filter(|age| self.count(*age) > 0).collect();
         let end = |age: usize| self.before.get(age).copied().unwrap_or(0.0) + f64::from(self.count(age));
         let first = order.iter().position(|age| from < end(*age)).unwrap_or(0);
-        let mut goes = place.speed * seconds * LONGER;
+        // Where a pass begins all memory has just been write-protected, and the guest is slow for a while.
+        let mean = self.gone / self.gone_seconds.max(LOOK);
+        let mut goes = place.speed.max(mean) * seconds * LONGER;
         for (step, age) in order.iter().cycle().skip(first).take(order.len()).enumerate() {
             let dirty = self.dirty.get(*age).copied().unwrap_or(0);
             let open = f64::from(self.count(*age).saturating_sub(dirty)).max(1.0);
