@@ -4,20 +4,27 @@
 //! A guest that writes in a circle, however slowly, writes its pages in the order of the time before, faster or slower. So
 //! pages are put in that order, and it is seen between which of them the guest's writes of a second lie: its place. When
 //! three such looks, one after the other, find it to have gone on by as many pages as it has written, that says when each
-//! of the others is due.
+//! of the others is due. Once that has mostly been so, one look is enough.
+
+use super::ages::Ages;
 
 /// Seconds for which writes are looked at together, how many of them there must be, and the part of all pages that they may be:
 /// who goes round in two looks has no place.
-const LOOK: f64 = 0.5;
+const LOOK: f64 = 0.3;
 const FEW_WRITES: u32 = 24;
 const MOST_WRITES: f64 = 0.5;
 
 /// The longest look that still says where the guest is.
 const LONGEST: f64 = 5.0;
 
-/// Looks that have to agree, and where the order has proved true before.
+/// Looks that have to agree, unless the order has proved true before.
 const LOOKS: usize = 3;
-const LOOKS_TRUE: usize = 2;
+
+/// An order that has less than this part of another's pages lacks some.
+const MOST: f64 = 0.9;
+
+/// What earlier looks count less by with each one.
+const FADE: f64 = 0.95;
 
 /// How far apart they may be, in parts of what was written between them, beside how finely the order is known.
 const APART: f64 = 0.35;
@@ -37,8 +44,10 @@ const AGES: usize = 256;
 /// An order of pages, and how it has fared.
 #[derive(Debug)]
 pub(super) struct Circle {
-    /// Of each page, the older the earlier it was written first; 0: it was not.
+    /// Of each page, the higher the earlier it was written first; 0: it was not.
     ages: Vec<u8>,
+    /// Whether that was in an earlier migration.
+    earlier: bool,
     /// How many pages have which age, and how many of the order come before them; all.
     counts: Vec<u32>,
     before: Vec<f64>,
@@ -50,10 +59,10 @@ pub(super) struct Circle {
     seen: Vec<u32>,
     began: f64,
     seconds: f64,
-    /// The last looks, the newest last, and how many ended in a place or in none.
+    /// The last looks, the newest last, and how many ended in a place or in none, the older the less each counts.
     looks: [Option<Place>; LOOKS],
-    placed: u32,
-    lost: u32,
+    placed: f64,
+    lost: f64,
     /// Pages written in those that ended in a place, and their seconds.
     gone: f64,
     gone_seconds: f64,
@@ -83,7 +92,8 @@ impl Place {
 }
 
 impl Circle {
-    /// By the times at which pages were written first in this migration, in any unit; 0: not yet. Each age has as many pages.
+    /// The order of this migration, by the times at which pages were written first, in any unit; 0: not yet. Ages are ranks, a 255th
+    /// of the pages each, if times are told apart as finely.
     pub fn of(first: &[u16]) -> Circle {
         let mut at: Vec<usize> = vec![0; first.iter().copied().max().map_or(0, usize::from) + 1];
         let count =
@@ -101,11 +111,15 @@ impl Circle {
             before += pages;
         }
         let age = |first: &u16| ages.get(usize::from(*first)).copied().unwrap_or(0);
-        Circle::new(first.iter().map(age).collect())
+        Circle::new(first.iter().map(age).collect(), false)
     }
 
-    /// `ages`: as in [`super::kept`].
-    pub fn new(ages: Vec<u8>) -> Circle {
+    /// The order of earlier migrations.
+    pub fn known(ages: &Ages) -> Circle {
+        Circle::new(ages.bytes().to_vec(), true)
+    }
+
+    fn new(ages: Vec<u8>, earlier: bool) -> Circle {
         let counts = counts_of(&ages);
         let mut before = vec![0.0; AGES];
         let mut all = 0.0;
@@ -116,6 +130,7 @@ impl Circle {
         }
         Circle {
             ages,
+            earlier,
             counts,
             before,
             all,
@@ -125,8 +140,8 @@ impl Circle {
             began: 0.0,
             seconds: 0.0,
             looks: [None; LOOKS],
-            placed: 0,
-            lost: 0,
+            placed: 0.0,
+            lost: 0.0,
             gone: 0.0,
             gone_seconds: 0.0,
             due: None,
@@ -134,19 +149,32 @@ impl Circle {
     }
 
     /// Whether the guest has mostly been seen to write in this order.
-    pub fn is_true(&self) -> bool {
+    fn is_true(&self) -> bool {
         self.placed > self.lost
     }
 
-    /// Whether this order is finer than the one of these ages.
-    pub fn is_finer(&self, ages: &[u8]) -> bool {
+    pub fn is_earlier(&self) -> bool {
+        self.earlier
+    }
+
+    /// Whether a new order of this migration would be better: it knows more pages than one that has not proved true.
+    pub fn is_outdated(&self) -> bool {
+        !self.has_place() && !self.is_true() && (!self.earlier || self.lost > self.placed)
+    }
+
+    /// Whether this is the order of earlier migrations, true, and better than the one of these ages: that has fewer pages, or is
+    /// less fine. Two that begin in different places cannot be put together.
+    pub fn is_worth_keeping(&self, ages: &[u8]) -> bool {
         // Pages of an age, on average over the pages.
         let coarse = |counts: &[u32]| {
             let all: f64 = counts.iter().map(|count| f64::from(*count)).sum();
             let squares: f64 = counts.iter().map(|count| f64::from(*count).powi(2)).sum();
             squares / all.max(1.0)
         };
-        coarse(&self.counts) < coarse(&counts_of(ages))
+        let others = counts_of(ages);
+        let all: f64 = others.iter().map(|count| f64::from(*count)).sum();
+        let finer = 2.0 * self.all >= all && coarse(&self.counts) < coarse(&others);
+        self.earlier && self.is_true() && (all < MOST * self.all || finer)
     }
 
     fn age(&self, page: usize) -> u8 {
@@ -188,15 +216,22 @@ impl Circle {
         if let Some(last) = self.looks.last_mut() {
             *last = place;
         }
-        match self.place() {
-            Some(_) => {
-                self.placed += 1;
-                self.gone += f64::from(all);
-                self.gone_seconds += self.seconds;
-            }
+        let placed = self.has_place();
+        let lost = match place {
             // Who writes nothing new may have been everywhere.
-            None if all < FEW_WRITES => {}
-            None => self.lost += 1,
+            None => all >= FEW_WRITES,
+            Some(_) => self.looks.iter().all(Option::is_some),
+        };
+        if placed || lost {
+            let counts = [&mut self.placed, &mut self.lost, &mut self.gone, &mut self.gone_seconds];
+            counts.into_iter().for_each(|count| *count *= FADE);
+        }
+        if placed {
+            self.placed += 1.0;
+            self.gone += f64::from(all);
+            self.gone_seconds += self.seconds;
+        } else if lost {
+            self.lost += 1.0;
         }
         self.seen.fill(0);
         self.seconds = 0.0;
@@ -263,7 +298,7 @@ impl Circle {
 
     /// Where the guest is now, if it goes on in the order.
     fn place(&self) -> Option<Place> {
-        let needed = if self.is_true() { LOOKS_TRUE } else { LOOKS };
+        let needed = if self.is_true() { 1 } else { LOOKS };
         let looks = self.looks.iter().copied().skip(LOOKS - needed);
         let looks: Vec<Place> = looks.collect::<Option<_>>()?;
         let (first, last) = (looks.first()?, looks.last()?);
@@ -353,7 +388,7 @@ mod tests {
 
     /// 100 pages for each of the last 40 seconds before the end, in their order.
     fn circle() -> Circle {
-        Circle::new((0..4000).map(|page| 40 - (page / 100) as u8).collect())
+        Circle::new((0..4000).map(|page| 40 - (page / 100) as u8).collect(), true)
     }
 
     /// The guest writes these pages in a second.
@@ -399,11 +434,11 @@ mod tests {
     fn an_order_is_true_that_is_seen_again_and_may_be_finer() {
         let mut circle = circle();
         let coarse: Vec<u8> = (0..4000).map(|page| 5 - (page / 1000) as u8).collect();
-        assert!(!circle.is_true(), "nothing has been seen of it");
+        assert!(!circle.is_worth_keeping(&coarse), "nothing has been seen of it");
         (0..8).for_each(|look| second(&mut circle, look * 100..look * 100 + 100, look as f64));
-        assert!(circle.is_true() && circle.is_finer(&coarse));
+        assert!(circle.is_worth_keeping(&coarse));
         let finer: Vec<u8> = (0..4000).map(|page| 80 - (page / 50) as u8).collect();
-        assert!(!circle.is_finer(&finer));
+        assert!(!circle.is_worth_keeping(&finer));
     }
 
     #[test]

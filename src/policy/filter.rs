@@ -7,7 +7,8 @@
 //! 1. A page that is known to be written since xl's pass began is held: xl sends it again.
 //! 2. In every pass a page is held when it is likely written again before the suspend ([`super::gaps`]); quiet pages go
 //!    first that way, whatever their place in memory. In the first pass less is enough for that, and for a page that earlier
-//!    migrations have seen written nothing more is needed.
+//!    migrations have seen written nothing more is needed. Of a guest that goes round those wait that are due next, and all of
+//!    its circle until it is found in it ([`Circle`]).
 //! 3. At the end of each pass but the first, held pages that have turned quiet are released.
 //! 4. At the end of the last pass, or of one that leaves so little that xl's next is the last, all that is held and is
 //!    worth it is released, the quietest first and the hottest last, so that each is exposed for as short as can be.
@@ -17,8 +18,7 @@
 //!
 //! What is known comes from a [`Model`] made before the migration, if there is one and it holds, from earlier migrations
 //! ([`Known`]), from peeks, and from the order in which a guest writes that goes round ([`Circle`]).
-//! Memory: 8 bytes and 2 bits for each page below the bound, and what is left of the model: its regions, working sets and a
-//! byte a page of earlier migrations.
+//! Memory: 8 bytes and 2 bits for each page below the bound, and what is left of the model: its regions and working sets.
 use std::time::Duration;
 
 use super::ages::Ages;
@@ -91,9 +91,8 @@ pub struct Filter {
     modelled: bool,
     /// Of earlier migrations, as long as it holds.
     known: Option<Known>,
-    /// The order of its writes, and whether that stems from them.
+    /// The order in which the guest writes, of earlier migrations or of this one.
     circle: Option<Circle>,
-    circle_is_known: bool,
     /// Only to be kept: the model's states, and the time between its samples.
     states: Vec<State>,
     interval: Duration,
@@ -101,7 +100,7 @@ pub struct Filter {
     past_ms: u32,
     /// When each page was written last.
     last: Vec<Written>,
-    /// When each was written first, in quarters of a second from 1; 0: it was not. That is the order in which a guest writes its
+    /// When each was written first, in quarters of a second from 1, up to four hours; 0: it was not. That is the order in which a guest writes its
     /// pages that goes round once in the first pass, and goes on where it was in the next.
     first: Vec<u16>,
     /// The pass under way, from 1; 0: none yet.
@@ -164,7 +163,6 @@ impl Filter {
             modelled,
             known: None,
             circle: None,
-            circle_is_known: false,
             states,
             interval,
             past_ms,
@@ -219,7 +217,7 @@ impl Filter {
                 None => *last = Written::EARLIER,
             }
         }
-        let mut circle = Circle::new(ages.bytes().to_vec());
+        let mut circle = Circle::known(&ages);
         // The writes of each quarter of a second together.
         written.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut written = written.into_iter().peekable();
@@ -232,7 +230,7 @@ impl Filter {
         }
         self.forecast.earlier_spans(kept::SPAN);
         self.known = Some(Known::new(ages, self.guest_pages));
-        (self.circle, self.circle_is_known) = (Some(circle), true);
+        self.circle = Some(circle);
     }
 
     /// How many of the pages known from earlier migrations had not been written `from` seconds after the watching began, and
@@ -251,9 +249,7 @@ impl Filter {
         if !known.holds() {
             log::debug!("what earlier migrations have shown of the guest's writes does not hold any more");
             self.known = None;
-            if self.circle_is_known {
-                self.circle = None;
-            }
+            self.circle.take_if(|circle| circle.is_earlier());
             self.gaps.doubt();
             let earlier = self.last.iter_mut().filter(|last| **last == Written::EARLIER);
             earlier.for_each(|last| *last = Written::UNKNOWN);
@@ -266,20 +262,17 @@ impl Filter {
         let none = Ages::default();
         let before = self.known.as_ref().map_or(&none, Known::ages);
         let first = |page: usize| self.first.get(page).copied().filter(|first| *first > 0);
-        let age = |page: usize| match first(page) {
-            Some(first) => Some((now - middle_of(first)).max(0.0)),
-            None => before.later(page, now),
+        let age = |page: usize| first(page).map(|first| (now - middle_of(first)).max(0.0));
+        let all = |page: usize| age(page).or_else(|| before.later(page, now));
+        let new = Ages::of(self.first.len(), age);
+        let circle = self.circle.as_ref();
+        let ages = match circle.is_some_and(|circle| circle.is_worth_keeping(new.bytes())) {
+            // It stays as it was, also where it was not gone through this time.
+            true => Ages::of(self.first.len(), |page| {
+                all(page).map(|age| before.seconds(page).unwrap_or(age))
+            }),
+            false => Ages::of(self.first.len(), all),
         };
-        let mut ages = Ages::of(self.first.len(), age);
-        let known = self
-            .circle
-            .as_ref()
-            .filter(|circle| self.circle_is_known && circle.is_true());
-        if known.is_some_and(|circle| circle.is_finer(ages.bytes())) {
-            // Of those that were written again the order stays as it was.
-            let again = |page: usize| first(page).and_then(|_| before.seconds(page));
-            ages = Ages::of(self.first.len(), |page| again(page).or_else(|| age(page)));
-        }
         Kept {
             bound: self.bound,
             regions: self.regions,
@@ -363,8 +356,9 @@ impl Filter {
         self.offered = 0;
         self.previous = None;
         self.dirty.clear();
-        if self.pass > 1 && !self.circle.as_ref().is_some_and(Circle::is_true) {
-            (self.circle, self.circle_is_known) = (Some(Circle::of(&self.first)), false);
+        if self.pass > 1 && self.circle.as_ref().is_none_or(Circle::is_outdated) {
+            self.circle = None;
+            self.circle = Some(Circle::of(&self.first));
         }
         self.circle.iter_mut().for_each(|circle| circle.pass_began(now));
         self.queue.clear();

@@ -216,6 +216,96 @@ fn a_place_that_is_found_while_held_pages_go_keeps_back_those_that_are_due() {
     assert!(filter.held_pages() < 1500, "{}", filter.held_pages());
 }
 
+/// A migration of a guest that goes on in a circle of 2000 pages, 200 a second, from a page of it on for so many seconds, all of it
+/// in xl's first pass; with a pass's end behind it.
+fn migrate(kept: Option<Kept>, from: u64, seconds: u64) -> Filter {
+    let builder = kept.map(|kept| Builder::after(kept, INTERVAL).finish());
+    let mut filter = Filter::new(builder, 4096, 4096);
+    let mut dirty = PageSet::new(4096);
+    for tick in 0..seconds * 10 {
+        let first = 1000 + (from + tick * 20) % 2000;
+        dirty.insert_run(first..first + 20);
+        filter.hold(
+            Duration::from_millis(tick * 100),
+            &[Pfn::new(tick).unwrap()],
+            Some(&dirty),
+        );
+    }
+    filter.previous = None;
+    filter.begin_pass(seconds as f64, 1);
+    filter
+}
+
+/// How often the order of a circle goes back, of 2000 pages.
+fn steps_back(kept: &Kept) -> usize {
+    let ages: Vec<u8> = (1000..3000).map(|page| kept.ages.bytes()[page]).collect();
+    assert!(ages.iter().all(|age| *age > 0));
+    (0..2000).filter(|at| ages[(at + 1) % 2000] > ages[*at]).count()
+}
+
+#[test]
+fn an_order_survives_migrations_that_are_shorter_than_its_circle() {
+    let mut kept = migrate(None, 0, 10).learnt();
+    assert_eq!(steps_back(&kept), 1);
+    let mut from = 600;
+    for seconds in [6, 4, 8, 3] {
+        let filter = migrate(Some(kept), from, seconds);
+        assert!(filter.circle.as_ref().is_some_and(Circle::is_earlier), "{seconds}");
+        kept = filter.learnt();
+        assert_eq!(steps_back(&kept), 1, "{seconds}");
+        from += 900;
+    }
+}
+
+#[test]
+fn an_order_is_replaced_only_where_the_guest_writes_in_another() {
+    let is_earlier = |filter: &Filter| filter.circle.as_ref().is_some_and(Circle::is_earlier);
+    let kept = migrate(None, 0, 10).learnt();
+    assert!(is_earlier(&migrate(Some(kept.clone()), 700, 5)));
+    assert!(
+        is_earlier(&migrate(Some(kept.clone()), 700, 0)),
+        "nothing speaks against it"
+    );
+    // All over the same pages.
+    let mut filter = Filter::new(Some(Builder::after(kept, INTERVAL).finish()), 4096, 4096);
+    let mut dirty = PageSet::new(4096);
+    for tick in 0..50 {
+        let pages = (0..20).map(|page| 1000 + (tick * 20 + page) * 997 % 2000);
+        pages.for_each(|page| dirty.insert_run(page..page + 1));
+        filter.hold(
+            Duration::from_millis(tick * 100),
+            &[Pfn::new(tick).unwrap()],
+            Some(&dirty),
+        );
+    }
+    filter.begin_pass(5.0, 1);
+    assert!(!is_earlier(&filter) && !filter.has_place());
+}
+
+#[test]
+fn all_of_a_true_order_waits_in_later_passes_until_the_guest_is_found_in_it() {
+    let mut filter = migrate(Some(migrate(None, 0, 10).learnt()), 700, 17);
+    assert!(
+        !filter.has_place(),
+        "it has been everywhere, and nothing new was written for long"
+    );
+    filter.rate.pages = 1e6;
+    let circle = pfns(1000..3000);
+    let held = |filter: &mut Filter, at: u64, peek| {
+        let held = filter.hold(Duration::from_millis(at), &circle[..1024], peek);
+        filter.previous = None;
+        held.iter().filter(|held| **held).count()
+    };
+    assert_eq!(held(&mut filter, 17_000, None), 1024);
+    let mut dirty = PageSet::new(4096);
+    dirty.insert_run(1100..1200);
+    filter.peeked(Duration::from_millis(17_500), &dirty);
+    assert!(filter.has_place());
+    filter.previous = Pfn::new(10);
+    let held = held(&mut filter, 17_600, None);
+    assert!((100..200).contains(&held), "{held}");
+}
+
 proptest! {
     /// Whatever xl offers and peeks show: dirty pages are held, held ones are released once, and none but those.
     #[test]

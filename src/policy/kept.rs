@@ -25,11 +25,11 @@
 //! | bins | 2 | ages that are told apart: 26 |
 //! | length | 4 | of the body, unpacked |
 //! | crc | 4 | CRC-32 over all other bytes |
-//! | unit_ms | 4 | of the ages; 0 means 1000 |
+//! | unit_ms | 4 | of the ages, at most 1,000,000; 0 means 1000 |
 //! | body | | one zstd frame |
 //!
 //! The body: a byte for each page below the bound, 0 when it was not seen written, else one more than the time since
-//! it was first, in units ([`Ages`]), 255 also for more; for each region `bins` times f32 seconds that pages spent at that age, then `bins` times f32
+//! it was first, in units (`Ages`); for each region `bins` times f32 seconds that pages spent at that age, then `bins` times f32
 //! writes that ended them, none negative or above 10¹²; u16 number of states, each: u16 region (the number of regions when
 //! nothing was written), u16 samples, u16 number of followers, u32 length of the working set, the followers (u16 place in
 //! the list, u16 how often), the working set ([`super::packed`], empty when left out).
@@ -41,12 +41,13 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::ages::Ages;
+use super::ages::{Ages, LONGEST_UNIT_MS};
 use super::gaps::{BINS, Regions, Seen};
 use super::model::State;
 use super::packed;
 
-/// Longest model in bytes. Of a guest for whom it would be longer the working sets are left out, or nothing is kept.
+/// Longest model in bytes. Of a guest for whom it would be longer the working sets are left out, ages are told apart less finely, or
+/// nothing is kept.
 pub const MOST_BYTES: usize = 4 << 20;
 
 const MAGIC: [u8; 8] = *b"XFMODEL\n";
@@ -62,8 +63,7 @@ const MOST_SEEN: f32 = 1e12;
 /// Beside a byte a page and the working sets, which take one more.
 const MOST_OTHER: u64 = 16 << 20;
 
-/// A page that was written in an earlier migration may have been written any time in so many seconds before this one: longer
-/// than what is told apart of ages.
+/// A page that was written in an earlier migration may have been written any time in so many seconds before this one.
 pub(super) const SPAN: f64 = 300.0;
 
 /// A model as it is kept.
@@ -108,13 +108,13 @@ impl Kept {
     /// `None`: it would be too long.
     pub fn to_bytes(&self) -> Option<Vec<u8>> {
         let fits = |bytes: &Vec<u8>| bytes.len() <= MOST_BYTES;
-        self.packed(true)
-            .filter(fits)
-            .or_else(|| self.packed(false).filter(fits))
+        let ways = [(true, 1), (false, 1), (false, 4), (false, 16)];
+        ways.into_iter()
+            .find_map(|(working_sets, by)| self.packed(working_sets, &self.ages.coarser(by)).filter(fits))
     }
 
-    fn packed(&self, working_sets: bool) -> Option<Vec<u8>> {
-        let mut body = self.ages.bytes().to_vec();
+    fn packed(&self, working_sets: bool, ages: &Ages) -> Option<Vec<u8>> {
+        let mut body = ages.bytes().to_vec();
         for seen in &self.seen {
             let numbers = seen.seconds.iter().chain(&seen.writes);
             numbers.for_each(|number| body.extend_from_slice(&number.to_le_bytes()));
@@ -141,7 +141,7 @@ impl Kept {
         bytes.extend_from_slice(&(BINS as u16).to_le_bytes());
         bytes.extend_from_slice(&u32::try_from(body.len()).ok()?.to_le_bytes());
         bytes.extend_from_slice(&[0; UNIT_AT - CRC_AT]);
-        bytes.extend_from_slice(&self.ages.unit_ms().to_le_bytes());
+        bytes.extend_from_slice(&ages.unit_ms().to_le_bytes());
         bytes.extend_from_slice(&zstd::bulk::compress(&body, 1).ok()?);
         let crc = checksum(&bytes).to_le_bytes();
         bytes.get_mut(CRC_AT..CRC_AT + crc.len())?.copy_from_slice(&crc);
@@ -256,14 +256,15 @@ impl Header<'_> {
         if crc != checksum(bytes) {
             return Err(KeptError::Checksum);
         }
+        let unit_ms = u32::from_le_bytes(rest.array()?);
         let most = bound.saturating_mul(2).saturating_add(MOST_OTHER);
         let right = (1..=super::trace::MOST_PAGES).contains(&bound)
             && interval_ms > 0
             && pages_each > 0
             && (1..=MOST_REGIONS).contains(&regions)
             && usize::from(bins) == BINS
-            && u64::from(length) <= most;
-        let unit_ms = u32::from_le_bytes(rest.array()?);
+            && u64::from(length) <= most
+            && unit_ms <= LONGEST_UNIT_MS;
         match right {
             true => Ok(Header {
                 interval: Duration::from_millis(interval_ms.into()),

@@ -84,7 +84,7 @@ fn a_peer_that_lies_is_refused() {
     let body = zstd::bulk::decompress(&good[HEADER..], 1 << 20).unwrap();
     let read = |bytes: &[u8]| Kept::from_bytes(bytes, BOUND);
     assert_eq!(read(&made(&good, &body)), Ok(kept()));
-    for (at, byte) in [(8, 2), (12, 0), (24, 0), (32, 0), (33, 5), (34, 25), (18, 1)] {
+    for (at, byte) in [(8, 2), (12, 0), (24, 0), (32, 0), (33, 5), (34, 25), (47, 1), (18, 1)] {
         let mut header = good[..HEADER].to_vec();
         header[at] = byte;
         if at == 12 || at == 24 {
