@@ -3,7 +3,8 @@
 //! - [`LevelPolicy`]: how strongly blocks are compressed.
 //! - [`HoldPolicy`]: what the engine asks about pages while the guest runs. [`Forecast`] answers with a
 //!   [`Filter`](filter::Filter), which knows what a [`model`] learnt before the migration and goes on learning from the
-//!   passes ([`gaps`]). What a migration has taught is [`kept`] for the guest's next one.
+//!   passes ([`gaps`]); a guest that goes round is found in its circle (`circle`). What a migration has taught is [`kept`] for the
+//!   guest's next one.
 //! - [`Rounds`]: how long xl is held at the end of its passes, and which pages go ahead of it meanwhile.
 //! - [`simulate`]: the filter and others over [`trace`]s, recorded or [`generate`]d.
 mod ages;
