@@ -635,7 +635,7 @@ fn learnt() -> Kept {
 
 #[test]
 fn the_format_of_a_model_has_not_changed() {
-    let source = golden("wire-v1-model-source.bin", || {
+    let source = golden("wire-v1-model-unit-source.bin", || {
         let model = learnt().to_bytes().unwrap();
         let frames = [(kind::GO, GO.to_vec()), (kind::MODEL, model)];
         numbered(&source_hello(), &frames)
@@ -652,6 +652,15 @@ fn the_format_of_a_model_has_not_changed() {
     let kept = Kept::from_bytes(&frames[1].1.body, 1024).unwrap();
     assert_eq!(kept, learnt());
     assert_eq!(kept.pages(), 9);
+}
+
+/// Ages in seconds, before models had a unit of their own.
+#[test]
+fn a_model_without_a_unit_is_still_read() {
+    let (_, frames) = read(include_bytes!("fixtures/wire-v1-model-source.bin"));
+    let kept = Kept::from_bytes(&frames[1].1.body, 1024).unwrap();
+    assert_eq!((kept.bound(), kept.pages()), (1024, 9));
+    assert_eq!(Kept::from_bytes(&kept.to_bytes().unwrap(), 1024), Ok(kept));
 }
 
 /// The golden wire up to End, as a migration begins.
