@@ -5,7 +5,6 @@
 //! pages are put in that order, and it is seen between which of them the guest's writes of a second lie: its place. When
 //! three such looks, one after the other, find it to have gone on by as many pages as it has written, that says when each
 //! of the others is due. Once that has mostly been so, one look is enough.
-
 use super::ages::Ages;
 
 /// Seconds for which writes are looked at together, how many of them there must be, and the part of all pages that they may be:
@@ -20,17 +19,17 @@ const LONGEST: f64 = 5.0;
 /// Looks that have to agree, unless the order has proved true before.
 const LOOKS: usize = 3;
 
-/// An order that has less than this part of another's pages lacks some.
-const MOST: f64 = 0.9;
-
-/// What earlier looks count less by with each one.
-const FADE: f64 = 0.95;
-
 /// How far apart they may be, in parts of what was written between them, beside how finely the order is known.
 const APART: f64 = 0.35;
 
 /// The part of a look's writes that have to be in one place.
 const MOSTLY: f64 = 0.6;
+
+/// What earlier looks count less by with each one.
+const FADE: f64 = 0.95;
+
+/// An order that has less than this part of another's pages lacks some.
+const MOST: f64 = 0.9;
 
 /// The time until the suspend is reckoned short, since what is written until then takes time, too.
 const LONGER: f64 = 2.0;
@@ -96,12 +95,11 @@ impl Circle {
     /// of the pages each, if times are told apart as finely.
     pub fn of(first: &[u16]) -> Circle {
         let mut at: Vec<usize> = vec![0; first.iter().copied().max().map_or(0, usize::from) + 1];
-        let count =
-            |at: &mut Vec<usize>, first: &u16| at.get_mut(usize::from(*first)).into_iter().for_each(|at| *at += 1);
-        first
-            .iter()
-            .filter(|first| **first > 0)
-            .for_each(|first| count(&mut at, first));
+        for first in first.iter().filter(|first| **first > 0) {
+            if let Some(pages) = at.get_mut(usize::from(*first)) {
+                *pages += 1;
+            }
+        }
         let all = at.iter().sum::<usize>().max(1);
         let mut before = 0;
         let mut ages = vec![0];
