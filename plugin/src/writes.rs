@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use xen_sys::{Bitmap, LogDirty, Peek, XenError, Xenctrl};
+use xen_sys::{Bitmap, LogDirty, Peek, Urgent, XenError, Xenctrl};
 use xenfold::engine::{DirtyLog, FrameError};
 use xenfold::page_set::PageSet;
 
@@ -86,11 +86,14 @@ impl DirtyLog for GuestWrites {
 
     fn peek(&mut self) -> Result<Option<PageSet>, FrameError> {
         self.ours()?;
+        // The guest does not wait for this program's other threads.
+        let urgent = Urgent::begin();
         let (begin, ran) = (Instant::now(), self.ran());
         let read = self.log.peek(self.looked_at, &mut self.bitmap);
         // It runs again before the call is back, and on a busy host instead of it.
         let ran = self.ran().zip(ran).map(|(now, before)| now.saturating_sub(before));
         self.paused = ran.map(|ran| begin.elapsed().saturating_sub(ran));
+        drop(urgent);
         Ok(self.pages(read.map_err(refused)?))
     }
 

@@ -27,6 +27,9 @@ const PEEK_SHARE: u32 = 100;
 /// The same in the first pass, which leaves some of it to the later ones.
 const FIRST_PEEK_SHARE: u32 = 160;
 
+/// The time whose share may be spent before it has gone by: the first readings take longer than most.
+const IN_ADVANCE: Duration = Duration::from_secs(5);
+
 /// The shortest time between two readings, however quick they are.
 const PEEK_EVERY: Duration = Duration::from_millis(50);
 
@@ -236,9 +239,10 @@ impl Held {
         let took = self.holding.log.paused().map_or(elapsed, |paused| paused.min(elapsed));
         self.peeks += 1;
         self.peek_time += took;
-        // The later passes are short, and count: part of the first one's share is for them. It may be spent in advance.
+        // The later passes are short, and count: part of the first one's share is for them. Some of it may be spent in advance; the
+        // rest goes evenly over the pass, since an order in which the guest writes is only as fine as the readings are dense.
         let (share, in_advance) = match self.pass {
-            1 => (FIRST_PEEK_SHARE, self.holding.policy.left() / 2),
+            1 => (FIRST_PEEK_SHARE, (self.holding.policy.left() / 2).min(IN_ADVANCE)),
             _ => (PEEK_SHARE, Duration::ZERO),
         };
         let pace = (self.peek_time / self.peeks * PEEK_SHARE / 4).max(PEEK_EVERY);
@@ -262,6 +266,15 @@ impl Held {
             }
         }
         None
+    }
+
+    /// Between two records, while the link is behind: a slow one may take seconds for each.
+    pub fn glance(&mut self) {
+        if !self.behind.as_ref().is_some_and(Behind::takes_all)
+            && let Some(dirty) = self.look(0)
+        {
+            self.holding.policy.peeked(self.start.elapsed(), &dirty);
+        }
     }
 
     /// Whether xl's helper has certainly not come to the end of its first pass: that has all page numbers one after the other, each

@@ -7,9 +7,9 @@ use std::io::Read;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::behind::{Fate, LeftBehind};
@@ -47,6 +47,9 @@ const LOOK_PAGES: usize = 256;
 
 /// Records that may wait between two stages.
 const STAGE_DEPTH: usize = 1;
+
+/// How often the guest's writes may be looked at while the link is behind.
+const GLANCE_EVERY: Duration = Duration::from_millis(100);
 
 /// Records of pages between xl and the link: one with each stage and one between each two. A single processor has no use
 /// for that, and after the suspend the guest waits for all of them.
@@ -236,8 +239,15 @@ struct Front<R> {
 }
 
 impl<R: Read> Front<R> {
-    fn pass(&self, item: FromXl) -> Result<(), EngineError> {
-        self.next.send(item).map_err(|_| EngineError::WorkerLost)
+    fn pass(&mut self, mut item: FromXl) -> Result<(), EngineError> {
+        loop {
+            item = match self.next.send_timeout(item, GLANCE_EVERY) {
+                Ok(()) => return Ok(()),
+                Err(SendTimeoutError::Timeout(item)) => item,
+                Err(SendTimeoutError::Disconnected(_)) => return Err(EngineError::WorkerLost),
+            };
+            self.held.iter_mut().for_each(Held::glance);
+        }
     }
 
     fn run(&mut self) -> Result<(), EngineError> {
@@ -282,8 +292,16 @@ impl<R: Read> Front<R> {
 
     /// Room for the pages of a record.
     fn buffer(&mut self) -> Result<Vec<u8>, EngineError> {
-        let spare = self.spare.take();
-        spare.map_or_else(|| self.buffers.recv().map_err(|_| EngineError::WorkerLost), Ok)
+        if let Some(spare) = self.spare.take() {
+            return Ok(spare);
+        }
+        loop {
+            match self.buffers.recv_timeout(GLANCE_EVERY) {
+                Ok(buffer) => return Ok(buffer),
+                Err(RecvTimeoutError::Timeout) => self.held.iter_mut().for_each(Held::glance),
+                Err(RecvTimeoutError::Disconnected) => return Err(EngineError::WorkerLost),
+            }
+        }
     }
 
     fn page_data(&mut self, header: &RecordHeader) -> Result<(), EngineError> {
@@ -458,7 +476,7 @@ impl<R: Read> Front<R> {
     }
 
     /// Bytes of any length as they are, in frames of a bounded size.
-    fn parts(&self, bytes: &[u8]) -> Result<(), EngineError> {
+    fn parts(&mut self, bytes: &[u8]) -> Result<(), EngineError> {
         bytes
             .chunks(BYTES_PER_FRAME)
             .try_for_each(|part| self.pass(FromXl::Bytes(part.to_vec())))

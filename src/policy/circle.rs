@@ -22,6 +22,9 @@ const LOOKS: usize = 3;
 /// How far apart they may be, in parts of what was written between them, beside how finely the order is known.
 const APART: f64 = 0.35;
 
+/// The part of all pages that the guest has written when it has come round.
+const ROUND: f64 = 0.9;
+
 /// The part of a look's writes that have to be in one place.
 const MOSTLY: f64 = 0.6;
 
@@ -216,20 +219,21 @@ impl Circle {
         }
         let placed = self.has_place();
         let lost = match place {
-            // Who writes nothing new may have been everywhere.
             None => all >= FEW_WRITES,
             Some(_) => self.looks.iter().all(Option::is_some),
         };
-        if placed || lost {
+        // Who has been nearly everywhere since the pass began goes on unseen.
+        let round = f64::from(self.dirty.iter().sum::<u32>()) > self.all * ROUND;
+        if (placed || lost) && !round {
             let counts = [&mut self.placed, &mut self.lost, &mut self.gone, &mut self.gone_seconds];
             counts.into_iter().for_each(|count| *count *= FADE);
-        }
-        if placed {
-            self.placed += 1.0;
-            self.gone += f64::from(all);
-            self.gone_seconds += self.seconds;
-        } else if lost {
-            self.lost += 1.0;
+            if placed {
+                self.placed += 1.0;
+                self.gone += f64::from(all);
+                self.gone_seconds += self.seconds;
+            } else {
+                self.lost += 1.0;
+            }
         }
         self.seen.fill(0);
         self.seconds = 0.0;
@@ -426,6 +430,20 @@ mod tests {
         circle.ask_for_all();
         assert!([0, 2000, 3999].iter().all(|page| circle.expect(*page, 0.0) > 2.0));
         assert_eq!(circle.expect(4000, 0.7), 0.7, "no page of the circle");
+    }
+
+    #[test]
+    fn a_guest_that_has_come_round_is_not_lost() {
+        let mut circle = circle();
+        (0..40).for_each(|look| second(&mut circle, look * 100..look * 100 + 100, look as f64));
+        for look in 40..200 {
+            (0..30).for_each(|page| circle.written((page * 997 + look) % 4000));
+            circle.looked(look as f64, 1.0);
+        }
+        assert!(circle.is_true());
+        circle.pass_began(200.0);
+        second(&mut circle, 1500..1600, 200.0);
+        assert!(circle.has_place(), "one look is enough");
     }
 
     #[test]

@@ -610,13 +610,14 @@ impl Filter {
         released
     }
 
-    /// Takes in what was written since the pass began, while held pages are released: those that are dirty by now stay.
+    /// Takes in what was written since the pass began, between two records or while held pages are released: those that are dirty
+    /// by now stay.
     pub fn peeked(&mut self, now: Duration, peek: &PageSet) {
         let now = self.time(now);
         let had_place = self.has_place();
         self.see(now, peek);
         // Which of those that wait are due has only now been seen. Where it is not known any more, what was seen is still the best guess.
-        if !had_place && self.has_place() {
+        if self.pass > 1 && !had_place && self.has_place() {
             self.end_pass(now);
         }
     }
