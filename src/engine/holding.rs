@@ -27,7 +27,7 @@ const PEEK_SHARE: u32 = 100;
 /// The same in the first pass, which leaves some of it to the later ones.
 const FIRST_PEEK_SHARE: u32 = 160;
 
-/// The time whose share may be spent before it has gone by: the first readings take longer than most.
+/// The time whose share may be spent before it has gone by: what is seen early serves all of the pass.
 const IN_ADVANCE: Duration = Duration::from_secs(5);
 
 /// The shortest time between two readings, however quick they are.
@@ -268,7 +268,8 @@ impl Held {
         None
     }
 
-    /// Between two records, while the link is behind: a slow one may take seconds for each.
+    /// Between two records, while the link is behind: a slow one may take seconds for each. Reads the bitmap in xl's first pass only,
+    /// since nothing tells that its helper is inside a write.
     pub fn glance(&mut self) {
         if !self.behind.as_ref().is_some_and(Behind::takes_all)
             && let Some(dirty) = self.look(0)

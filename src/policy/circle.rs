@@ -219,6 +219,7 @@ impl Circle {
         }
         let placed = self.has_place();
         let lost = match place {
+            // Who writes nothing new may have been everywhere.
             None => all >= FEW_WRITES,
             Some(_) => self.looks.iter().all(Option::is_some),
         };

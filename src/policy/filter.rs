@@ -616,7 +616,8 @@ impl Filter {
         let now = self.time(now);
         let had_place = self.has_place();
         self.see(now, peek);
-        // Which of those that wait are due has only now been seen. Where it is not known any more, what was seen is still the best guess.
+        // Which of those that wait are due has only now been seen (in the first pass none is released). Where it is not known any more, what
+        // was seen is still the best guess.
         if self.pass > 1 && !had_place && self.has_place() {
             self.end_pass(now);
         }

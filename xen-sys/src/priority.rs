@@ -15,7 +15,7 @@ pub struct Urgent {
 impl Urgent {
     /// Where that is not allowed the thread goes on as it is.
     pub fn begin() -> Urgent {
-        let before = change()
+        let before = make_urgent()
             .map_err(|error| log::trace!("no realtime priority: {error}"))
             .ok();
         Urgent {
@@ -34,7 +34,7 @@ impl Drop for Urgent {
     }
 }
 
-fn change() -> io::Result<(libc::c_int, libc::sched_param)> {
+fn make_urgent() -> io::Result<(libc::c_int, libc::sched_param)> {
     let mut before = libc::sched_param { sched_priority: 0 };
     // SAFETY: 0 is the calling thread.
     let policy = unsafe { libc::sched_getscheduler(0) };
