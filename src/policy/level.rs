@@ -237,15 +237,14 @@ impl LevelPolicy {
             return;
         }
         let cpu_ns = cpu.as_nanos() as f64 / input as f64;
-        self.slowness += WEIGHT * (cpu_ns / reference.cpu_ns - self.slowness);
-        let measured = (output as f64 / input as f64).clamp(0.001, 1.0);
         // A probe stands for all the blocks that went without being looked at.
         let blocks = if self.is_raw() { PROBE_EVERY } else { 1 };
+        self.slowness += for_each_of(blocks, WEIGHT) * (cpu_ns / reference.cpu_ns - self.slowness);
+        let measured = (output as f64 / input as f64).clamp(0.001, 1.0);
         // Nothing is known of a guest before its first block.
         self.ratio_measured += 1.0;
         let weight = RATIO_WEIGHT.max(1.0 / self.ratio_measured);
-        let weight = 1.0 - (1.0 - weight).powf(f64::from(blocks));
-        self.ratio += weight * (measured.powf(1.0 / reference.strength()) - self.ratio);
+        self.ratio += for_each_of(blocks, weight) * (measured.powf(1.0 / reference.strength()) - self.ratio);
     }
 
     /// `bytes` went to the link, `elapsed` after those before; for `waited` of that time the link, or the destination
@@ -374,6 +373,11 @@ impl LevelPolicy {
     }
 }
 
+/// The weight of one measurement that stands for so many, each of which has `weight`.
+fn for_each_of(measurements: u32, weight: f64) -> f64 {
+    1.0 - (1.0 - weight).powf(f64::from(measurements))
+}
+
 /// The first measurement counts fully.
 fn learn(known: &mut Option<f64>, sample: f64) {
     let known = known.get_or_insert(sample);
@@ -417,9 +421,13 @@ mod tests {
     impl World {
         /// Runs the policy until it has settled.
         fn settled(&self, ratio_of: impl Fn(f64) -> f64) -> Level {
-            let mut policy = LevelPolicy::new(2, self.processors);
-            let mut spent = Spent::default();
-            for _ in 0..400 {
+            let (mut policy, mut spent) = (LevelPolicy::new(2, self.processors), Spent::default());
+            self.run(&mut policy, &mut spent, 400, ratio_of);
+            REFERENCES[policy.current].level
+        }
+
+        fn run(&self, policy: &mut LevelPolicy, spent: &mut Spent, blocks: u32, ratio_of: impl Fn(f64) -> f64) {
+            for _ in 0..blocks {
                 let level = policy.choose();
                 let reference = REFERENCES.iter().find(|reference| reference.level == level).unwrap();
                 let (input, output) = (1e6, 1e6 * ratio_of(reference.ratio));
@@ -443,9 +451,8 @@ mod tests {
                 spent.wire_bytes += output as u64;
                 spent.elapsed += Duration::from_secs_f64(elapsed);
                 spent.idle = Some(spent.idle.unwrap_or_default() + Duration::from_secs_f64(idle.max(0.0)));
-                policy.spent(spent);
+                policy.spent(*spent);
             }
-            REFERENCES[policy.current].level
         }
     }
 
@@ -498,6 +505,29 @@ mod tests {
         let fast = World { link_ns: 0.8, ..WORLD };
         assert_eq!(fast.settled(|ratio| ratio), Level::Raw);
         assert_eq!(World { share: 0.2, ..fast }.settled(|ratio| ratio), Level::Zstd(1));
+    }
+
+    #[test]
+    fn a_slow_moment_is_soon_forgotten() {
+        let world = World {
+            processors: 1,
+            link_ns: 220.0,
+            slowness: 5.0,
+            fixed_ns: 60.0,
+            carrier_ns: 80.0,
+            ..WORLD
+        };
+        let (mut policy, mut spent) = (LevelPolicy::new(1, 1), Spent::default());
+        world.run(&mut policy, &mut spent, 200, |ratio| ratio);
+        assert!(!policy.is_raw());
+        let slow = World {
+            slowness: 100.0,
+            ..world
+        };
+        slow.run(&mut policy, &mut spent, 10, |ratio| ratio);
+        assert!(policy.is_raw());
+        world.run(&mut policy, &mut spent, PROBE_EVERY + 1, |ratio| ratio);
+        assert!(!policy.is_raw());
     }
 
     #[test]
