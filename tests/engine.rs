@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use support::{Batch, Guest, Mix, Start, StreamSpec, build_stream, rebuild};
 use xenfold::engine::destination::{self, DestinationSetup, XlInput, XlProcess};
 use xenfold::engine::source::{self, Ending, SourceSetup};
-use xenfold::engine::{EngineError, LinkEnds, WINDOW_ROWS};
+use xenfold::engine::{EngineError, LinkEnds, Unseen, WINDOW_ROWS};
 use xenfold::wire::Hello;
 
 /// Migrations that look at the process's threads wait until the others are done.
@@ -961,7 +961,7 @@ fn ends(link: &UnixStream) -> LinkEnds {
         to_peer: Box::new(link.try_clone().unwrap()),
         from_peer: Box::new(link.try_clone().unwrap()),
         hangup: Arc::new(move || drop(hung_up.shutdown(std::net::Shutdown::Both))),
-        carrier: Arc::new(|| None),
+        carrier: Arc::new(Unseen),
     }
 }
 

@@ -66,6 +66,37 @@ pub fn wait_for_end(pid: u32, patience: Option<Duration>) -> bool {
     }
 }
 
+/// Whether the other host's kernel answers a process's TCP connection: not while it has not accepted it, or is sent the same for
+/// the third time. `None`: there is none, or the process is gone.
+pub fn is_answered(pid: u32) -> Option<bool> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
+    let open = open.filter_map(|entry| fs::read_link(entry.path()).ok());
+    let sockets: Vec<String> = open
+        .filter_map(|to| Some(to.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let tables =
+        ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default());
+    let lines = tables.iter().flat_map(|table| table.lines());
+    // Number, both addresses, state, queues, timer, times sent again, owner, timeout, inode (Linux,
+    // Documentation/networking/proc_net_tcp.rst).
+    let answered = lines.filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, _, state, _, _, again, _, _, inode, ..] = fields[..] else {
+            return None;
+        };
+        let again = u32::from_str_radix(again, 16).ok()?;
+        let is_its = sockets.iter().any(|socket| socket == inode);
+        is_its.then_some(state != SYN_SENT && again < SENT_AGAIN)
+    });
+    answered.max()
+}
+
+/// How often TCP has sent the same again when it counts as unanswered: once may be loss.
+const SENT_AGAIN: u32 = 2;
+
+/// A connection's state while nothing has come back (include/net/tcp_states.h).
+const SYN_SENT: &str = "02";
+
 fn all() -> impl Iterator<Item = u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
@@ -127,6 +158,10 @@ pub fn guest_of_xl(arguments: &[String]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+    use std::process::{Child, Command, Stdio};
+    use std::thread;
+
     use super::*;
 
     fn words(line: &str) -> Vec<String> {
@@ -151,6 +186,35 @@ mod tests {
         assert_eq!(helper_domid(&line, "--restore-domain"), DomId::new(7));
         assert_eq!(helper_domid(&line, "--save-domain"), None);
         assert_eq!(helper_domid(&words("sshd: root"), "--save-domain"), None);
+    }
+
+    #[test]
+    fn a_connection_is_seen_once_it_is_answered() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // One connection may wait to be accepted; Linux does not answer any more.
+        rustix::net::listen(&listener, 0).unwrap();
+        let script = format!(
+            "exec 3<>/dev/tcp/{}",
+            listener.local_addr().unwrap().to_string().replace(':', "/")
+        );
+        let mut connecting: Vec<Child> = (0..2)
+            .map(|_| {
+                let script = format!("{script}; read -r");
+                let mut child = Command::new("bash");
+                let child = child.args(["-c", &script]).stdin(Stdio::piped()).spawn().unwrap();
+                while is_answered(child.id()).is_none() {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                child
+            })
+            .collect();
+        let seen: Vec<Option<bool>> = connecting.iter().map(|child| is_answered(child.id())).collect();
+        for child in &mut connecting {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert_eq!(is_answered(child.id()), None);
+        }
+        assert_eq!(seen, [Some(true), Some(false)]);
     }
 
     #[test]

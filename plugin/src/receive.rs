@@ -18,7 +18,9 @@ use xen_sys::{DomId, Libxl, Xenctrl, Xenstore};
 use xenfold::config::Config;
 use xenfold::control::{ControlError, Offer, SOCKET};
 use xenfold::engine::destination::{self, DestinationSetup, Event, XlInput, XlProcess};
-use xenfold::engine::{Contents, FrameSource, GuestPaging, JournalFile, LateJournal, LinkEnds, WINDOW_ROWS, chain};
+use xenfold::engine::{
+    Contents, FrameSource, GuestPaging, JournalFile, LateJournal, LinkEnds, Unseen, WINDOW_ROWS, chain,
+};
 use xenfold::late::journal::Facts;
 use xenfold::page::ContentKey;
 use xenfold::wire::{Agreement, Hello};
@@ -199,7 +201,7 @@ pub(crate) fn link() -> Result<LinkEnds> {
         hangup: Arc::new(move || {
             let _ = rustix::io::write(&cancel, &[0]);
         }),
-        carrier: Arc::new(|| None),
+        carrier: Arc::new(Unseen),
     })
 }
 

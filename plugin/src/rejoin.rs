@@ -15,7 +15,7 @@ use anyhow::{Result, bail};
 use crossbeam_channel::Sender;
 use rustix::io::fcntl_dupfd_cloexec;
 use xenfold::engine::destination::Listen;
-use xenfold::engine::{LinkEnds, refuse};
+use xenfold::engine::{LinkEnds, Unseen, refuse};
 use xenfold::late::journal::JournalError;
 use xenfold::migrations::FOLDER;
 
@@ -102,7 +102,7 @@ fn ends(stream: UnixStream) -> io::Result<LinkEnds> {
         from_peer: Box::new(reading),
         // Already gone is as good.
         hangup: Arc::new(move || drop(closing.shutdown(Shutdown::Both))),
-        carrier: Arc::new(|| None),
+        carrier: Arc::new(Unseen),
     })
 }
 

@@ -5,10 +5,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::pipe::fcntl_setpipe_size;
-use xenfold::engine::LinkEnds;
+use xenfold::engine::{Carrier, LinkEnds};
 
 use crate::process;
 
@@ -88,9 +89,22 @@ fn with_pipes(mut command: Command) -> io::Result<(Ssh, LinkEnds)> {
             to_peer,
             from_peer,
             hangup,
-            carrier: Arc::new(move || process::cpu_time(pid)),
+            carrier: Arc::new(Process(pid)),
         },
     ))
+}
+
+/// ssh as whatever carries a connection.
+struct Process(u32);
+
+impl Carrier for Process {
+    fn cpu_time(&self) -> Option<Duration> {
+        process::cpu_time(self.0)
+    }
+
+    fn is_answered(&self) -> Option<bool> {
+        process::is_answered(self.0)
+    }
 }
 
 /// Runs a command on `host` to its end. Its standard output, and its exit status as ssh reports it.

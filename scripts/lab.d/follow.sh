@@ -75,6 +75,12 @@ follow_says() { on "$1" "grep -q '$2' /root/follow.log" </dev/null; }
 
 follow_count() { on "$1" "grep -c 'connected again after' /root/follow.log || true" </dev/null; }
 
+# Waits on HOST until it was connected again once more than BEFORE times, at most 10 minutes. Asking again and again would take
+# the processor of a host that is about to connect. What is left of `tail` for a moment must not hold the connection.
+follow_again() { # HOST BEFORE
+  on "$1" "timeout 600 bash -c 'grep -m $(($2 + 1)) \"connected again after\" < <(tail --pid=\$\$ -n +1 -f /root/follow.log 2>/dev/null)'" </dev/null >/dev/null
+}
+
 # Pages come, by what was said last.
 follow_goes_on() { on "$1" "tail -n 1 /root/follow.log | grep -q ': runs on '" </dev/null; }
 
@@ -84,9 +90,10 @@ follow_sender() { on "$1" "pgrep -x xenfold-ssh || pgrep -f '^xenfold follow'" <
 # Adds a line to $work/done when the disturbance met a guest that pages followed: what, and the milliseconds from when nothing
 # stands in the way any more until the two have connected again.
 follow_disturb() { # KIND SECONDS FROM TO
-  local kind=$1 seconds=$2 from=$3 to=$4 before begin
+  local kind=$1 seconds=$2 from=$3 to=$4 begin again
   follow_sender "$from" || return 0
-  before=$(follow_count "$from")
+  follow_again "$from" "$(follow_count "$from")" &
+  again=$!
   case $kind in
     cut)
       say "follow: the cable is out for $seconds s"
@@ -110,7 +117,7 @@ follow_disturb() { # KIND SECONDS FROM TO
     *) die "follow: no disturbance '$kind': cut, destination or source" ;;
   esac
   begin=$(date +%s%3N)
-  until [ "$(follow_count "$from")" -gt "$before" ]; do
+  while kill -0 $again 2>/dev/null; do
     if ! kill -0 "$migration" 2>/dev/null; then
       # All pages had come before it was noticed; or there was nothing left to go on with.
       say "follow: $kind: the migration was over"
@@ -125,8 +132,9 @@ follow_disturb() { # KIND SECONDS FROM TO
       on "$from" 'tail -n 40 /root/follow.log' </dev/null >&2
       die "follow: $kind: not connected again within 300 s"
     }
-    sleep 0.2
+    sleep 0.1
   done
+  wait $again || die "follow: $kind: $from cannot be asked"
   echo "$kind $(($(date +%s%3N) - begin))" >>"$work/done"
   say "follow: $kind: connected again after $(($(date +%s%3N) - begin)) ms, $(wc -l <"$work/done") of $wanted"
 }

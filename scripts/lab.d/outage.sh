@@ -4,7 +4,7 @@
 
 # lab outage SECONDS: a Debian guest under a database goes from a to b, hypervisor `paging`. Needs the programs of `lab push`.
 lab_outage() {
-  local seconds=${1:-60} guest=outage begin migration errors
+  local seconds=${1:-60} guest=outage begin again migration errors
   [[ $seconds =~ ^[1-9][0-9]*$ ]] || die 'usage: lab outage [SECONDS]'
   must_run a
   must_run b
@@ -22,15 +22,18 @@ lab_outage() {
   done
   sleep 10
   say "outage: the cable is out for $seconds s"
+  follow_again a 0 &
+  again=$!
   lab_link cut
   sleep "$seconds"
   on b "xl list $guest" </dev/null >&2
   lab_link restore
   begin=$(date +%s%3N)
-  until follow_says a 'connected again after'; do
+  while kill -0 $again 2>/dev/null; do
     [ $(($(date +%s%3N) - begin)) -lt 300000 ] || { on a 'cat /root/follow.log' </dev/null >&2; die 'outage: not connected again within 300 s'; }
-    sleep 0.2
+    sleep 0.1
   done
+  wait $again || die 'outage: host a cannot be asked'
   say "outage: connected again after $(($(date +%s%3N) - begin)) ms"
   wait $migration || { on a 'tail -n 40 /root/follow.log' </dev/null >&2; die 'outage: the migration failed'; }
   lab_rate none

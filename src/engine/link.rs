@@ -17,15 +17,35 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// Ends the connection for good, whatever is blocked on it: kills ssh, closes sockets.
 pub type Hangup = Arc<dyn Fn() + Send + Sync>;
 
-/// Processor time so far of whatever carries the bytes; `None` where that is not known.
-pub type Carrier = Arc<dyn Fn() -> Option<Duration> + Send + Sync>;
+/// Whatever carries a connection's bytes, as far as that can be looked at: an ssh.
+pub trait Carrier: Send + Sync {
+    /// Processor time so far; `None` where that is not known.
+    fn cpu_time(&self) -> Option<Duration>;
+
+    /// Whether the other host's kernel answers: not while it has not accepted a connection, or is sent the same again. `None`
+    /// where that is not known, or not yet.
+    fn is_answered(&self) -> Option<bool>;
+}
+
+/// A carrier that is not to be seen.
+pub struct Unseen;
+
+impl Carrier for Unseen {
+    fn cpu_time(&self) -> Option<Duration> {
+        None
+    }
+
+    fn is_answered(&self) -> Option<bool> {
+        None
+    }
+}
 
 /// A connection to the other host.
 pub struct LinkEnds {
     pub to_peer: Box<dyn Write + Send>,
     pub from_peer: Box<dyn Read + Send>,
     pub hangup: Hangup,
-    pub carrier: Carrier,
+    pub carrier: Arc<dyn Carrier>,
 }
 
 /// The sending half, shared by the threads of a side. It outlives a connection: where the two hosts connect again, those who
@@ -43,7 +63,7 @@ struct Shared {
     writer: Mutex<Writing>,
     /// Bytes sent, readable while a thread is stuck in sending.
     bytes: AtomicU64,
-    carried_by: Mutex<(Hangup, Carrier)>,
+    carried_by: Mutex<(Hangup, Arc<dyn Carrier>)>,
 }
 
 struct Writing {
@@ -64,7 +84,11 @@ impl Shared {
 
 impl Link {
     /// Takes the sending half over after the hellos and starts the heartbeat.
-    pub fn start(to_peer: Box<dyn Write + Send>, hangup: Hangup, carrier: Carrier) -> Result<Link, EngineError> {
+    pub fn start(
+        to_peer: Box<dyn Write + Send>,
+        hangup: Hangup,
+        carrier: Arc<dyn Carrier>,
+    ) -> Result<Link, EngineError> {
         let shared = Arc::new(Shared {
             writer: Mutex::new(Writing {
                 out: Some(FrameWriter::new(to_peer)),
@@ -94,7 +118,7 @@ impl Link {
 
     /// Without a connection: the first one is still to come.
     pub fn without() -> Result<Link, EngineError> {
-        let link = Link::start(Box::new(io::sink()), Arc::new(|| {}), Arc::new(|| None))?;
+        let link = Link::start(Box::new(io::sink()), Arc::new(|| {}), Arc::new(Unseen))?;
         link.lose();
         Ok(link)
     }
@@ -116,8 +140,12 @@ impl Link {
 
     /// Processor time of whatever carries the bytes.
     pub fn carrier_cpu(&self) -> Duration {
-        let carrier = self.shared.carried_by.lock().1.clone();
-        carrier().unwrap_or_default()
+        self.carrier().cpu_time().unwrap_or_default()
+    }
+
+    /// What carries the connection that there is now.
+    pub fn carrier(&self) -> Arc<dyn Carrier> {
+        self.shared.carried_by.lock().1.clone()
     }
 
     pub fn hang_up(&self) {
@@ -138,7 +166,7 @@ impl Link {
     }
 
     /// Goes on with another connection, on which something may have been sent already.
-    pub fn go_on(&self, out: Outgoing, hangup: Hangup, carrier: Carrier) {
+    pub fn go_on(&self, out: Outgoing, hangup: Hangup, carrier: Arc<dyn Carrier>) {
         *self.shared.carried_by.lock() = (hangup, carrier);
         let mut writer = self.shared.writer.lock();
         self.shared.bytes.store(writer.before + out.bytes(), Ordering::Relaxed);
@@ -151,7 +179,7 @@ const NOT_READING: u64 = u64::MAX;
 
 /// How often a watch looks.
 const LEAST_STEP: Duration = Duration::from_millis(10);
-const MOST_STEP: Duration = Duration::from_millis(500);
+const MOST_STEP: Duration = Duration::from_millis(250);
 
 /// A reader whose `read` may not take longer than a timeout. Only the time inside `read` counts: a side that is busy
 /// otherwise does not take the other for dead.
@@ -166,7 +194,10 @@ impl<R: Read> Watched<R> {
     /// Watches `inner`; when nothing arrives for `timeout` the connection is hung up. The watch ends with the handle.
     pub fn new(inner: R, timeout: Duration, hangup: Hangup) -> Result<(Watched<R>, Watch), EngineError> {
         let start = Instant::now();
-        let allowed = Arc::new(AtomicU64::new(timeout.as_millis() as u64));
+        let allowed = Arc::new(Mutex::new(Allowed {
+            silence: timeout,
+            unanswered: None,
+        }));
         let began = Arc::new(AtomicU64::new(NOT_READING));
         let fired = Arc::new(AtomicU64::new(0));
         let (keep, stopped) = bounded::<()>(0);
@@ -176,7 +207,7 @@ impl<R: Read> Watched<R> {
             while stopped.recv_timeout(step) == Err(RecvTimeoutError::Timeout) {
                 let began = seen.load(Ordering::Relaxed);
                 let silence = start.elapsed().saturating_sub(Duration::from_millis(began));
-                if silence > Duration::from_millis(limit.load(Ordering::Relaxed)) {
+                if limit.lock().is_broken(silence) {
                     note.store(silence.as_secs().max(1), Ordering::Relaxed);
                     hangup();
                     break;
@@ -203,22 +234,73 @@ impl<R: Read> Read for Watched<R> {
     }
 }
 
+/// What a watch allows.
+struct Allowed {
+    silence: Duration,
+    /// The same where the other host's kernel does not answer either.
+    unanswered: Option<(Arc<dyn Carrier>, Duration)>,
+}
+
+impl Allowed {
+    fn is_broken(&self, silence: Duration) -> bool {
+        let unanswered = self.unanswered.as_ref();
+        silence > self.silence
+            || unanswered.is_some_and(|(carrier, allowed)| silence > *allowed && carrier.is_answered() == Some(false))
+    }
+}
+
 /// Keeps a watch alive; dropped, nothing is hung up any more.
 pub struct Watch {
     _keep: Sender<()>,
-    /// The timeout, in ms.
-    allowed: Arc<AtomicU64>,
+    allowed: Arc<Mutex<Allowed>>,
     fired: Arc<AtomicU64>,
 }
 
 impl Watch {
     /// From here on no longer silence is allowed than this.
     pub fn shorten(&self, timeout: Duration) {
-        self.allowed.fetch_min(timeout.as_millis() as u64, Ordering::Relaxed);
+        let mut allowed = self.allowed.lock();
+        allowed.silence = allowed.silence.min(timeout);
+    }
+
+    /// From here on no longer silence is allowed than this while the other host's kernel does not answer `carrier`.
+    pub fn expect_answers(&self, carrier: Arc<dyn Carrier>, timeout: Duration) {
+        self.allowed.lock().unanswered = Some((carrier, timeout));
     }
 
     /// Seconds of silence after which the connection was hung up, if it was.
     pub fn silence_s(&self) -> Option<u64> {
         Some(self.fired.load(Ordering::Relaxed)).filter(|seconds| *seconds > 0)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A carrier of which this is known.
+    pub struct Answered(pub Option<bool>);
+
+    impl Carrier for Answered {
+        fn cpu_time(&self) -> Option<Duration> {
+            None
+        }
+
+        fn is_answered(&self) -> Option<bool> {
+            self.0
+        }
+    }
+
+    #[test]
+    fn silence_is_shorter_where_nothing_is_answered() {
+        let (long, short) = (Duration::from_secs(30), Duration::from_secs(4));
+        for (answered, broken_after) in [(Some(false), 5), (Some(true), 31), (None, 31)] {
+            let allowed = Allowed {
+                silence: long,
+                unanswered: Some((Arc::new(Answered(answered)), short)),
+            };
+            let broken = (0..40).find(|seconds| allowed.is_broken(Duration::from_secs(*seconds)));
+            assert_eq!(broken, Some(broken_after), "{answered:?}");
+        }
     }
 }

@@ -46,7 +46,7 @@ pub use error::{EngineError, FrameError, chain};
 pub use holding::{DowntimeLimit, Holding, SAMPLE};
 pub use journal::{JournalFile, LateJournal};
 pub use landing::{GuestPaging, Notices, PageRequest};
-pub use link::{Carrier, Hangup, LinkEnds};
+pub use link::{Carrier, Hangup, LinkEnds, Unseen};
 pub use rebuilt::WINDOW_ROWS;
 pub use rejoin::{Connect, refuse};
 

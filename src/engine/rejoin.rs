@@ -12,6 +12,7 @@
 //! The source says nothing before it has chosen among the connections that came about: what it says replaces the
 //! destination's connection by this one.
 use std::io::{self, Read};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
@@ -26,7 +27,12 @@ use crate::wire::{FrameReader, FrameWriter, Hello, Kind, WireError, missing, u64
 /// Silence after which a connection is given up while pages follow the guest: there is another one to be had.
 pub(super) const SILENCE: Duration = Duration::from_secs(5);
 
-/// The same when so many were lost before: a host that is busy for that long would lose each of them.
+/// The same where the other host's kernel does not answer either, so that it is not only busy. TCP, which doubles its waiting
+/// time, may then wait for longer than another connection takes.
+pub(super) const UNANSWERED: Duration = Duration::from_secs(4);
+
+/// Silence that is given up after when so many connections were lost before: a host that is busy for that long would lose each of
+/// them.
 pub(super) fn silence_after(outages: u64) -> Duration {
     SILENCE * (1 << outages.min(3))
 }
@@ -42,7 +48,7 @@ const AT_ONCE: usize = 4;
 /// The same once one has taken too long: on a slow host they are in each other's way.
 const AT_ONCE_SLOW: usize = 2;
 
-/// How long each may take at first, and at most: hosts may be slow.
+/// How long each may take at first, from when it stands where that can be seen, and at most: hosts may be slow.
 const ATTEMPT: Duration = Duration::from_secs(8);
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(60);
 
@@ -60,7 +66,7 @@ pub(super) struct Rejoined {
     pub watch: Watch,
     pub out: Outgoing,
     pub hangup: Hangup,
-    pub carrier: Carrier,
+    pub carrier: Arc<dyn Carrier>,
     /// Whoever goes on there looks contents up.
     pub late_known: bool,
     /// What has not arrived.
@@ -86,6 +92,30 @@ struct Attempt {
     number: u64,
     begun: Instant,
     hangup: Hangup,
+    carrier: Arc<dyn Carrier>,
+    /// Since when the other host has been known to answer.
+    stood: Option<Instant>,
+    /// Whether it was seen to wait for that.
+    unanswered: bool,
+}
+
+impl Attempt {
+    fn look(&mut self, now: Instant) {
+        if self.stood.is_some() {
+            return;
+        }
+        let answered = self.carrier.is_answered();
+        self.unanswered = answered == Some(false);
+        if answered == Some(true) {
+            log::debug!("connection {} is answered after {:?}", self.number, now - self.begun);
+            self.stood = Some(now);
+        }
+    }
+
+    /// Whether the other host has taken too long over it.
+    fn is_slow(&self, now: Instant, patience: Duration) -> bool {
+        now - self.stood.unwrap_or(self.begun) > patience
+    }
 }
 
 impl Attempts {
@@ -93,6 +123,26 @@ impl Attempts {
     fn end(&mut self, which: impl Fn(&Attempt) -> bool) -> usize {
         let ended = self.0.extract_if(.., |attempt| which(attempt));
         ended.map(|attempt| (attempt.hangup)()).count()
+    }
+
+    /// Ends what has no prospect. Where one stands, the others would only keep both hosts from it: it is by itself for half of
+    /// `patience`, in which case that is `true`. `patience` grows where one was slow.
+    fn clear(&mut self, now: Instant, patience: &mut Duration) -> bool {
+        self.0.iter_mut().for_each(|attempt| attempt.look(now));
+        self.end(|attempt| attempt.unanswered && now - attempt.begun > UNANSWERED);
+        if self.end(|attempt| attempt.is_slow(now, *patience)) > 0 {
+            *patience = (*patience * 3 / 2).min(LONGEST_ATTEMPT);
+        }
+        let first = self
+            .0
+            .iter()
+            .filter_map(|attempt| Some((attempt.stood?, attempt.number)))
+            .min();
+        let Some((_, alone)) = first.filter(|(stood, _)| now - *stood < *patience / 2) else {
+            return false;
+        };
+        self.end(|attempt| attempt.number != alone);
+        true
     }
 }
 
@@ -115,13 +165,12 @@ pub(super) fn connect_again(
     loop {
         look()?;
         let now = Instant::now();
-        if attempts.end(|attempt| now - attempt.begun > patience) > 0 {
-            patience = (patience * 3 / 2).min(LONGEST_ATTEMPT);
-        }
+        let is_alone = attempts.clear(now, &mut patience);
         let at_once = if patience > ATTEMPT { AT_ONCE_SLOW } else { AT_ONCE };
-        if now >= next && attempts.0.len() < at_once {
+        if now >= next && !is_alone && attempts.0.len() < at_once {
             next = now + EVERY;
             number += 1;
+            log::debug!("connection {number} is begun");
             match connect() {
                 Ok(mut ends) => {
                     let (hello, answers) = (saying.hello.clone(), answers.clone());
@@ -129,6 +178,9 @@ pub(super) fn connect_again(
                         number,
                         begun: now,
                         hangup: ends.hangup.clone(),
+                        carrier: ends.carrier.clone(),
+                        stood: None,
+                        unanswered: false,
                     });
                     spawn("xenfold-again", move || {
                         let answer = hello.agree(&mut ends.from_peer);
@@ -155,6 +207,7 @@ pub(super) fn connect_again(
                 continue;
             }
         };
+        log::debug!("connection {answering} is there");
         attempts.end(|_| true);
         let hangup = ends.hangup.clone();
         match greet(ends, saying) {
@@ -205,6 +258,7 @@ fn greet(ends: LinkEnds, saying: &Saying<'_>) -> Result<Rejoined, EngineError> {
         }
     }
     watch.shorten(saying.silence);
+    watch.expect_answers(carrier.clone(), UNANSWERED);
     Ok(Rejoined {
         reader,
         watch,
@@ -222,7 +276,7 @@ pub(super) struct Joined {
     pub watch: Watch,
     pub out: Outgoing,
     pub hangup: Hangup,
-    pub carrier: Carrier,
+    pub carrier: Arc<dyn Carrier>,
     /// Bytes of xl that the source has heard.
     pub heard: u64,
 }
@@ -286,12 +340,56 @@ pub fn refuse(mut ends: LinkEnds, why: &str) -> Result<(), WireError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::link::tests::Answered;
     use super::*;
 
     #[test]
     fn patience_grows_with_outages() {
         let seconds = [0, 1, 2, 3, 4, u64::MAX].map(|outages| silence_after(outages).as_secs());
         assert_eq!(seconds, [5, 10, 20, 40, 40, 40]);
+    }
+
+    /// Attempts that were begun so many seconds ago and stand, wait for an answer, or cannot be seen to.
+    fn attempts(begun: &[(u64, Option<bool>)], now: Instant) -> Attempts {
+        let numbered = (1..).zip(begun);
+        let attempts = numbered.map(|(number, (ago, stands))| Attempt {
+            number,
+            begun: now - Duration::from_secs(*ago),
+            hangup: Arc::new(|| ()),
+            carrier: Arc::new(Answered(*stands)),
+            stood: None,
+            unanswered: false,
+        });
+        Attempts(attempts.collect())
+    }
+
+    #[test]
+    fn an_attempt_that_stands_is_by_itself_for_a_while() {
+        let start = Instant::now() + Duration::from_secs(100);
+        let mut patience = ATTEMPT;
+        let mut look = |attempts: &mut Attempts, seconds: u64| {
+            let alone = attempts.clear(start + Duration::from_secs(seconds), &mut patience);
+            let left: Vec<u64> = attempts.0.iter().map(|attempt| attempt.number).collect();
+            (alone, left, patience.as_secs())
+        };
+        let mut several = attempts(&[(4, Some(false)), (2, Some(true)), (1, Some(true)), (0, None)], start);
+        assert_eq!(look(&mut several, 0), (true, vec![2], 8));
+        assert_eq!(look(&mut several, 3), (true, vec![2], 8));
+        assert_eq!(look(&mut several, 4), (false, vec![2], 8), "others may begin");
+        assert_eq!(look(&mut several, 9), (false, vec![], 12), "it was slow");
+    }
+
+    #[test]
+    fn what_is_not_answered_makes_nobody_patient() {
+        let start = Instant::now() + Duration::from_secs(100);
+        let mut patience = ATTEMPT;
+        let mut unanswered = attempts(&[(6, Some(false)), (4, Some(false)), (6, None)], start);
+        assert!(!unanswered.clear(start, &mut patience));
+        let left: Vec<u64> = unanswered.0.iter().map(|attempt| attempt.number).collect();
+        assert_eq!((left, patience), (vec![2, 3], ATTEMPT));
+        let mut unseen = attempts(&[(9, None), (7, None)], start);
+        assert!(!unseen.clear(start, &mut patience));
+        assert_eq!((unseen.0.len(), patience), (1, ATTEMPT * 3 / 2));
     }
 
     #[test]

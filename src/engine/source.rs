@@ -685,6 +685,7 @@ impl Source {
         self.handed_over = true;
         if self.may_connect_again() {
             self.watch.shorten(SILENCE);
+            self.watch.expect_answers(self.link.carrier(), rejoin::UNANSWERED);
         }
         // With pages that follow these come first.
         if self.serving.is_none() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use self::support::{Batch, Guest, Mix, StreamSpec, build_stream};
-use super::link::Link;
+use super::link::{Link, Unseen};
 use super::receiving::{Rebuilding, Receiving, XlInput};
 use super::sending::{Prepared, Sending};
 use crate::page::ContentKey;
@@ -38,7 +38,7 @@ fn through(stream: &[u8], table: PageTable) -> (Vec<u8>, u64) {
     let key = ContentKey::new([3; 32]);
     let sending = Sending {
         stream: Reader::new(io::Cursor::new(stream.to_vec())),
-        link: Link::start(Box::new(wire.clone()), Arc::new(|| {}), Arc::new(|| None)).unwrap(),
+        link: Link::start(Box::new(wire.clone()), Arc::new(|| {}), Arc::new(Unseen)).unwrap(),
         key: key.clone(),
         prepared: Prepared::start().unwrap(),
         frames: false,

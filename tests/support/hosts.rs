@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 use xenfold::engine::destination::{self, DestinationSetup, Listen, XlInput, XlProcess};
 use xenfold::engine::source::{self, Ending, SourceSetup};
 use xenfold::engine::{
-    Connect, Contents, EngineError, FrameError, FrameSource, GuestPaging, Holding, LateJournal, LinkEnds, WINDOW_ROWS,
-    refuse,
+    Connect, Contents, EngineError, FrameError, FrameSource, GuestPaging, Holding, LateJournal, LinkEnds, Unseen,
+    WINDOW_ROWS, refuse,
 };
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 use xenfold::report::Figures;
@@ -731,7 +731,7 @@ fn link(bytes: usize, to_destination: Hook, to_source: Hook) -> (LinkEnds, LinkE
         to_peer: Box::new(to_peer),
         from_peer: Box::new(back_out),
         hangup,
-        carrier: Arc::new(|| None),
+        carrier: Arc::new(Unseen),
     };
     let (input, to_peer) = (forth.clone(), tap(back_in, &back, &forth, to_source));
     let hangup = Arc::new(move || input.end_reading());
@@ -739,7 +739,7 @@ fn link(bytes: usize, to_destination: Hook, to_source: Hook) -> (LinkEnds, LinkE
         to_peer: Box::new(to_peer),
         from_peer: Box::new(forth_out),
         hangup,
-        carrier: Arc::new(|| None),
+        carrier: Arc::new(Unseen),
     };
     (source, destination, [forth, back])
 }
@@ -1088,7 +1088,7 @@ fn receive_from(wire: &[u8], alive: Option<u64>, quiet: Duration) -> Received {
         to_peer: Box::new(to_peer),
         from_peer: Box::new(from_peer),
         hangup: Arc::new(move || hung_up.end_reading()),
-        carrier: Arc::new(|| None),
+        carrier: Arc::new(Unseen),
     };
     let (to_xl, stdin, stdin_pipe) = pipe(256 << 10);
     let (stdout, from_xl, _) = pipe(64 << 10);

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use rustix::io::fcntl_dupfd_cloexec;
 use xenfold::engine::destination::XlInput;
 use xenfold::engine::source::{self, Source, SourceSetup};
-use xenfold::engine::{Contents, FrameError, FrameSource, LinkEnds, WINDOW_ROWS, destination};
+use xenfold::engine::{Contents, FrameError, FrameSource, LinkEnds, Unseen, WINDOW_ROWS, destination};
 use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
 use xenfold::report::Figures;
 use xenfold::stream::PageData;
@@ -164,7 +164,7 @@ fn link(wire: Box<dyn Write + Send>) -> Result<LinkEnds> {
                 std::process::exit(70);
             });
         }),
-        carrier: Arc::new(|| None),
+        carrier: Arc::new(Unseen),
     })
 }
 
