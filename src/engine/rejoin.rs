@@ -40,9 +40,10 @@ pub(super) fn silence_after(outages: u64) -> Duration {
 /// How long the two may take to greet each other: hosts may be slow.
 const GREETING: Duration = Duration::from_secs(30);
 
-/// How often a connection is tried, and how many at once. Several, since one that began while nothing got through may take
+/// How often a connection is tried, how soon after one that has failed was begun, and how many at once. Several, since one that began while nothing got through may take
 /// long to notice that something does.
 const EVERY: Duration = Duration::from_secs(2);
+const AFTER_FAILED: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 4;
 
 /// The same once one has taken too long: on a slow host they are in each other's way.
@@ -161,14 +162,15 @@ pub(super) fn connect_again(
 ) -> Result<Rejoined, EngineError> {
     let (answers, answered) = unbounded();
     let mut attempts = Attempts::default();
-    let (mut next, mut number, mut patience) = (Instant::now(), 0, ATTEMPT);
+    let (mut begun, mut number, mut patience) = (Instant::now(), 0, ATTEMPT);
+    let mut next = begun;
     loop {
         look()?;
         let now = Instant::now();
         let is_alone = attempts.clear(now, &mut patience);
         let at_once = if patience > ATTEMPT { AT_ONCE_SLOW } else { AT_ONCE };
         if now >= next && !is_alone && attempts.0.len() < at_once {
-            next = now + EVERY;
+            (next, begun) = (now + EVERY, now);
             number += 1;
             log::debug!("connection {number} is begun");
             match connect() {
@@ -203,7 +205,10 @@ pub(super) fn connect_again(
                 continue;
             }
             Err(error) => {
-                log::debug!("a new connection has failed: {}", chain(&error));
+                log::debug!("connection {answering} has failed: {}", chain(&error));
+                if known > 0 {
+                    next = next.min(begun + AFTER_FAILED);
+                }
                 continue;
             }
         };
