@@ -9,9 +9,10 @@ mod support;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
-use hosts::{DestinationXl, Outcome, Plan, SourceXl, migrate};
+use hosts::{DestinationXl, Fate, Hook, Outcome, Plan, SourceXl, migrate, pass};
 use living::{Anything, Dice, Log, Memory, SourceFrames, around_pages, send_pages};
 use parking_lot::Mutex;
 use proptest::prelude::*;
@@ -79,6 +80,11 @@ fn case() -> impl Strategy<Value = Case> {
 
 /// Migrates a guest that runs, and compares.
 fn live(case: &Case) -> Result<(Outcome, u64), String> {
+    live_over(case, |_| pass())
+}
+
+/// The same over a link with a hook.
+fn live_over(case: &Case, hook: impl FnOnce(Arc<Mutex<Memory>>) -> Hook) -> Result<(Outcome, u64), String> {
     let memory = Arc::new(Mutex::new(Memory::new(case.seed, case.pages as u64, case.busy_percent)));
     let (xls, passes, batch, record_time) = (memory.clone(), case.passes, case.batch, case.record_time);
     let all: Vec<u64> = (0..case.pages as u64).collect();
@@ -120,7 +126,8 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
             known: Vec::new(),
         })
     };
-    let outcome = migrate(Plan {
+    let forth = hook(memory.clone());
+    let plan = Plan {
         live: Some(Box::new(live)),
         verify: true,
         holding: Some(Holding {
@@ -135,7 +142,8 @@ fn live(case: &Case) -> Result<(Outcome, u64), String> {
             downtime: case.downtime,
         }),
         ..Plan::new(Vec::new())
-    });
+    };
+    let outcome = migrate(plan.hooks(move |_| (forth, pass())));
     if matches!(outcome.ending, Ending::SourceOwns(EngineError::NoConvergence { .. })) {
         return Ok((outcome, 0));
     }
@@ -237,6 +245,44 @@ fn the_bitmap_is_read_between_small_records_of_the_first_pass_only() {
     // What the helper may be ahead by is nearly all of this guest, and two thirds of that.
     assert_eq!(records_of(10_000), 0);
     assert!(records_of(16_000) > 1);
+}
+
+#[test]
+fn the_bitmap_is_read_while_the_link_takes_nothing() {
+    let case = Case {
+        seed: 11,
+        pages: 16_000,
+        batch: 8,
+        passes: 2,
+        hold_percent: 10,
+        release_percent: 50,
+        forecast: false,
+        busy_percent: 0,
+        record_time: Duration::from_micros(200),
+        downtime: NO_LIMIT,
+        stay_percent: 0,
+        rounds: 0,
+        max_time: None,
+    };
+    let read = Arc::new(AtomicU64::new(0));
+    let counted = read.clone();
+    live_over(&case, move |memory| {
+        let mut frames = 0;
+        Box::new(move |_| {
+            frames += 1;
+            if frames == 40 {
+                // What was under way goes as far as it can.
+                thread::sleep(Duration::from_millis(500));
+                let before = memory.lock().peeks;
+                thread::sleep(Duration::from_secs(1));
+                counted.store(memory.lock().peeks - before, Ordering::Relaxed);
+            }
+            Fate::Pass
+        })
+    })
+    .unwrap();
+    let read = read.load(Ordering::Relaxed);
+    assert!((3..=10).contains(&read), "{read} times in a second");
 }
 
 #[test]

@@ -170,6 +170,10 @@ impl Arriving {
         };
         let mut why = why;
         loop {
+            if matches!(why, EngineError::Silent { .. }) {
+                // The other direction may be open, and sshd would keep it so for as long as this process lives.
+                self.link.send_if_free(Kind::Unheard, &[]);
+            }
             self.link.lose();
             landing.link_lost(&why);
             let Ok(first) = joined.recv() else {

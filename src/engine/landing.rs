@@ -12,7 +12,7 @@ use super::contents::read_checked;
 use super::early::EarlyTime;
 use super::journal::LateJournal;
 use super::link::{Link, Watch};
-use super::rejoin::{Incoming, Joined, silence_after};
+use super::rejoin::{Incoming, Joined, Patience};
 use super::said::Said;
 use super::threads::spawn;
 use super::{Contents, EngineError, FrameError, Frames};
@@ -153,6 +153,7 @@ struct State {
     broken: bool,
     /// Since when there is no connection.
     lost: Option<Instant>,
+    patience: Patience,
     /// For another process, should this one be killed.
     journal: Option<Box<dyn LateJournal>>,
     noted: Noted,
@@ -269,6 +270,7 @@ impl Landing {
                 stands: false,
                 broken: false,
                 lost: None,
+                patience: Patience::default(),
                 journal: None,
                 noted: Noted::default(),
                 before: 0,
@@ -304,6 +306,7 @@ impl Landing {
             stands: false,
             broken: false,
             lost: Some(now),
+            patience: Patience::default(),
             journal: Some(taken.journal),
             noted: taken.noted,
             before: taken.before,
@@ -720,7 +723,8 @@ impl Landing {
             heard,
         } = joined;
         let mut state = self.state.lock();
-        watch.shorten(silence_after(state.figures.outages));
+        let missing = state.pager.missing();
+        watch.shorten(state.patience.connected_again(missing));
         state.pager.connected_again();
         let wire = |error| EngineError::Wire(WireError::Io(error));
         for body in missing_bodies(state.pager.missing_pages()) {

@@ -140,12 +140,8 @@ impl Link {
 
     /// Processor time of whatever carries the bytes.
     pub fn carrier_cpu(&self) -> Duration {
-        self.carrier().cpu_time().unwrap_or_default()
-    }
-
-    /// What carries the connection that there is now.
-    pub fn carrier(&self) -> Arc<dyn Carrier> {
-        self.shared.carried_by.lock().1.clone()
+        let carrier = self.shared.carried_by.lock().1.clone();
+        carrier.cpu_time().unwrap_or_default()
     }
 
     pub fn hang_up(&self) {

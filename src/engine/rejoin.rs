@@ -24,17 +24,32 @@ use super::{EngineError, chain};
 use crate::page_set::PageSet;
 use crate::wire::{FrameReader, FrameWriter, Hello, Kind, WireError, missing, u64_body};
 
-/// Silence after which a connection is given up while pages follow the guest: there is another one to be had.
-pub(super) const SILENCE: Duration = Duration::from_secs(5);
+/// Silence after which a connection is given up while pages follow the guest: there is another one to be had, and TCP, which
+/// doubles its waiting time, may wait for longer than that takes.
+pub(super) const SILENCE: Duration = Duration::from_secs(4);
 
-/// The same where the other host's kernel does not answer either, so that it is not only busy. TCP, which doubles its waiting
-/// time, may then wait for longer than another connection takes.
-pub(super) const UNANSWERED: Duration = Duration::from_secs(4);
+/// A connection on which fewer pages came than these was of no use.
+const FEW_PAGES: u64 = 64;
 
-/// Silence that is given up after when so many connections were lost before: a host that is busy for that long would lose each of
-/// them.
-pub(super) fn silence_after(outages: u64) -> Duration {
-    SILENCE * (1 << outages.min(3))
+/// How much silence is borne: a host that is busy for so long would lose each connection, so the more of them in a row were of no
+/// use, the more.
+#[derive(Debug, Default)]
+pub(super) struct Patience {
+    useless: u32,
+    /// Pages that were missing when the last connection began, if it was not the first.
+    missing: Option<u64>,
+}
+
+impl Patience {
+    /// A connection that was lost is set up again, with so many pages missing. The silence after which that one is given up.
+    pub fn connected_again(&mut self, missing: u64) -> Duration {
+        let useless = self
+            .missing
+            .is_some_and(|before| before.saturating_sub(missing) < FEW_PAGES);
+        self.useless = if useless { self.useless.saturating_add(1) } else { 0 };
+        self.missing = Some(missing);
+        SILENCE * (1 << self.useless.min(3))
+    }
 }
 
 /// How long the two may take to greet each other: hosts may be slow.
@@ -81,8 +96,6 @@ pub(super) struct Saying<'a> {
     pub heard: u64,
     /// One more than the highest page that may be missing.
     pub bound: u64,
-    /// Silence after which the new connection is given up.
-    pub silence: Duration,
 }
 
 /// Connections that are being tried. Dropped, they end.
@@ -130,7 +143,7 @@ impl Attempts {
     /// `patience`, in which case that is `true`. `patience` grows where one was slow.
     fn clear(&mut self, now: Instant, patience: &mut Duration) -> bool {
         self.0.iter_mut().for_each(|attempt| attempt.look(now));
-        self.end(|attempt| attempt.unanswered && now - attempt.begun > UNANSWERED);
+        self.end(|attempt| attempt.unanswered && now - attempt.begun > SILENCE);
         if self.end(|attempt| attempt.is_slow(now, *patience)) > 0 {
             *patience = (*patience * 3 / 2).min(LONGEST_ATTEMPT);
         }
@@ -262,8 +275,6 @@ fn greet(ends: LinkEnds, saying: &Saying<'_>) -> Result<Rejoined, EngineError> {
             _ => return Err(EngineError::Protocol("a new connection began with another frame")),
         }
     }
-    watch.shorten(saying.silence);
-    watch.expect_answers(carrier.clone(), UNANSWERED);
     Ok(Rejoined {
         reader,
         watch,
@@ -349,9 +360,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patience_grows_with_outages() {
-        let seconds = [0, 1, 2, 3, 4, u64::MAX].map(|outages| silence_after(outages).as_secs());
-        assert_eq!(seconds, [5, 10, 20, 40, 40, 40]);
+    fn patience_grows_with_connections_that_are_of_no_use() {
+        let mut patience = Patience::default();
+        let mut seconds = |missing| patience.connected_again(missing).as_secs();
+        let useless = [1000, 990, 990, 980, 980].map(&mut seconds);
+        assert_eq!(useless, [4, 8, 16, 32, 32]);
+        assert_eq!([900, 850, 100].map(seconds), [4, 8, 4]);
     }
 
     /// Attempts that were begun so many seconds ago and stand, wait for an answer, or cannot be seen to.

@@ -29,7 +29,7 @@ use super::error::peer_words;
 use super::leaving::Leaving;
 use super::link::{Link, LinkEnds, Watch, Watched};
 use super::pacing::{self, Pacing};
-use super::rejoin::{self, Connect, Incoming, Rejoined, SILENCE, Saying};
+use super::rejoin::{self, Connect, Incoming, Patience, Rejoined, SILENCE, Saying};
 use super::sending::{Prepared, Sending, Sent};
 use super::serving::{Served, Serving};
 use super::threads::{join, spawn};
@@ -147,6 +147,7 @@ pub struct Source {
     verdict: Option<Verdict>,
     /// Nothing comes from the other host any more.
     link_lost: bool,
+    patience: Patience,
     /// Sets up another connection while pages follow the guest; what we said of ourselves, with the token.
     connect: Option<Connect>,
     journal: Option<Box<dyn LateJournal>>,
@@ -417,6 +418,7 @@ impl Source {
             inbox,
             verdict,
             link_lost,
+            patience: Patience::default(),
             connect,
             journal,
             hello,
@@ -685,7 +687,6 @@ impl Source {
         self.handed_over = true;
         if self.may_connect_again() {
             self.watch.shorten(SILENCE);
-            self.watch.expect_answers(self.link.carrier(), rejoin::UNANSWERED);
         }
         // With pages that follow these come first.
         if self.serving.is_none() {
@@ -1008,17 +1009,11 @@ impl Source {
             return Err(EngineError::WorkerLost);
         };
         let (begin, figures, events) = (Instant::now(), self.figures.clone(), &self.events);
-        let outages = {
-            let mut known = figures.lock();
-            let late = known.late.get_or_insert_default();
-            late.outages += 1;
-            late.outages
-        };
+        figures.lock().late.get_or_insert_default().outages += 1;
         let saying = Saying {
             hello: &self.hello,
             heard: self.heard,
             bound: serving.bound(),
-            silence: rejoin::silence_after(outages),
         };
         let connected = rejoin::connect_again(connect, &saying, || {
             figures.lock().late.get_or_insert_default().lost_for_ms = begin.elapsed().as_millis().max(1) as u64;
@@ -1049,6 +1044,9 @@ impl Source {
             "connected again after {outage_ms} ms: {} pages have not arrived",
             missing.len()
         );
+        let silence = self.patience.connected_again(missing.len());
+        watch.shorten(silence);
+        watch.expect_answers(carrier.clone(), SILENCE);
         self.watch = watch;
         self.link.go_on(out, hangup, carrier);
         serving.connected_again(&missing, late_known)?;
@@ -1077,10 +1075,41 @@ fn xl_ended() -> EngineError {
 
 fn read_frames(mut reader: Incoming, events: &Sender<Event>) {
     loop {
-        let event = reader.read().map_or_else(Event::LinkLost, Event::Frame);
+        let event = match reader.read() {
+            Ok(frame) if frame.kind == Kind::Unheard => Event::LinkLost(WireError::Unheard),
+            Ok(frame) => Event::Frame(frame),
+            Err(error) => Event::LinkLost(error),
+        };
         let last = matches!(event, Event::LinkLost(_));
         if events.send(event).is_err() || last {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+    use crate::wire::FrameWriter;
+
+    #[test]
+    fn a_connection_that_the_other_host_has_given_up_is_lost() {
+        let mut sent = Vec::new();
+        let mut wire = FrameWriter::new(&mut sent);
+        wire.write(Kind::Ping, &[]).unwrap();
+        wire.write(Kind::Unheard, &[]).unwrap();
+        // It stays open.
+        let reader: Box<dyn Read + Send> = Box::new(io::Cursor::new(sent).chain(io::repeat(0)));
+        let (reader, _watch) = Watched::new(reader, SILENCE, Arc::new(|| {})).unwrap();
+        let (sender, events) = events();
+        read_frames(FrameReader::new(reader), &sender);
+        let seen: Vec<Event> = events.try_iter().collect();
+        assert!(
+            matches!(&seen[..], [Event::Frame(ping), Event::LinkLost(WireError::Unheard)] if ping.kind == Kind::Ping),
+            "{} events",
+            seen.len()
+        );
     }
 }

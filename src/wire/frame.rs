@@ -55,6 +55,9 @@ pub enum Kind {
     Started = 24,
     /// Late pages that have not come, on a new connection; an empty one ends the list.
     Missing = 25,
+    /// Nothing has come from the source for too long while pages follow the guest: this connection is given up. Programs that do
+    /// not know it take it for damage, which comes to the same.
+    Unheard = 26,
     /// A sign of life; a body of 8 bytes asks for the same bytes back (both directions).
     Ping = 32,
     /// The answer to a Ping that has a body.
@@ -68,7 +71,7 @@ impl Kind {
         use Kind::*;
         [
             Bytes, Guest, Rows, Forget, End, Go, Contents, Late, Rejoin, Done, Model, Xl, Verdict, Figures, Exit, Have,
-            Need, Settled, Want, Started, Missing, Ping, Pong, Abort,
+            Need, Settled, Want, Started, Missing, Unheard, Ping, Pong, Abort,
         ]
         .into_iter()
         .find(|kind| *kind as u16 == raw)
@@ -84,6 +87,8 @@ pub enum WireError {
     Cut { what: &'static str },
     #[error("the connection ended")]
     Closed,
+    #[error("the other host has heard nothing for too long")]
+    Unheard,
     #[error("the peer does not speak xenfold's protocol (no hello)")]
     NoHello,
     #[error("the hello is not valid: {0}")]
