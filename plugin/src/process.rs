@@ -66,8 +66,8 @@ pub fn wait_for_end(pid: u32, patience: Option<Duration>) -> bool {
     }
 }
 
-/// Whether the other host's kernel answers a process's TCP connection: not while it has not accepted it, or is sent the same for
-/// the third time. `None`: there is none, or the process is gone.
+/// Whether the other host's kernel answers a process's TCP connection: not while it has not accepted it, nor where so much was
+/// lost that TCP sends one segment at a time and waits for seconds in between. `None`: there is none, or the process is gone.
 pub fn is_answered(pid: u32) -> Option<bool> {
     let open = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
     let open = open.filter_map(|entry| fs::read_link(entry.path()).ok());
@@ -77,22 +77,23 @@ pub fn is_answered(pid: u32) -> Option<bool> {
     let tables =
         ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default());
     let lines = tables.iter().flat_map(|table| table.lines());
-    // Number, both addresses, state, queues, timer, times sent again, owner, timeout, inode (Linux,
-    // Documentation/networking/proc_net_tcp.rst).
+    // Number, both addresses, state, queues, timer, times sent again, owner, timeout, inode, references, place in memory, waiting
+    // time in 1/100 s, two more, segments under way at most (Linux, Documentation/networking/proc_net_tcp.rst).
     let answered = lines.filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let [_, _, _, state, _, _, again, _, _, inode, ..] = fields[..] else {
+        let (state, inode) = (fields.get(3)?, fields.get(9)?);
+        if !sockets.iter().any(|socket| socket == inode) {
             return None;
-        };
-        let again = u32::from_str_radix(again, 16).ok()?;
-        let is_its = sockets.iter().any(|socket| socket == inode);
-        is_its.then_some(state != SYN_SENT && again < SENT_AGAIN)
+        }
+        let number = |field: usize| fields.get(field).and_then(|field| field.parse::<u32>().ok());
+        let is_stuck = number(15) == Some(1) && number(12) >= Some(STUCK);
+        Some(*state != SYN_SENT && !is_stuck)
     });
     answered.max()
 }
 
-/// How often TCP has sent the same again when it counts as unanswered: once may be loss.
-const SENT_AGAIN: u32 = 2;
+/// So long, in 1/100 s, does TCP wait by then: it doubles the time whenever nothing comes, and begins with a fifth of a second.
+const STUCK: u32 = 200;
 
 /// A connection's state while nothing has come back (include/net/tcp_states.h).
 const SYN_SENT: &str = "02";

@@ -1,7 +1,7 @@
 //! The connection as the engine uses it: frames out under a lock, signs of life in both directions.
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
@@ -22,8 +22,8 @@ pub trait Carrier: Send + Sync {
     /// Processor time so far; `None` where that is not known.
     fn cpu_time(&self) -> Option<Duration>;
 
-    /// Whether the other host's kernel answers: not while it has not accepted a connection, or is sent the same again. `None`
-    /// where that is not known, or not yet.
+    /// Whether the other host's kernel answers: not while it has not accepted a connection, nor where TCP has fallen back to waiting
+    /// for seconds. `None` where that is not known, or not yet.
     fn is_answered(&self) -> Option<bool>;
 }
 
@@ -140,8 +140,12 @@ impl Link {
 
     /// Processor time of whatever carries the bytes.
     pub fn carrier_cpu(&self) -> Duration {
-        let carrier = self.shared.carried_by.lock().1.clone();
-        carrier.cpu_time().unwrap_or_default()
+        self.carrier().cpu_time().unwrap_or_default()
+    }
+
+    /// What carries the connection that there is now.
+    pub fn carrier(&self) -> Arc<dyn Carrier> {
+        self.shared.carried_by.lock().1.clone()
     }
 
     pub fn hang_up(&self) {
@@ -192,22 +196,29 @@ impl<R: Read> Watched<R> {
         let start = Instant::now();
         let allowed = Arc::new(Mutex::new(Allowed {
             silence: timeout,
-            unanswered: None,
+            answered: None,
         }));
         let began = Arc::new(AtomicU64::new(NOT_READING));
         let fired = Arc::new(AtomicU64::new(0));
         let (keep, stopped) = bounded::<()>(0);
-        let (seen, note, limit) = (began.clone(), fired.clone(), allowed.clone());
+        let unanswered = Arc::new(AtomicBool::new(false));
+        let (seen, note, limit, stuck) = (began.clone(), fired.clone(), allowed.clone(), unanswered.clone());
         let watch = move || {
             let step = (timeout / 8).clamp(LEAST_STEP, MOST_STEP);
             while stopped.recv_timeout(step) == Err(RecvTimeoutError::Timeout) {
                 let began = seen.load(Ordering::Relaxed);
                 let silence = start.elapsed().saturating_sub(Duration::from_millis(began));
-                if limit.lock().is_broken(silence) {
+                let limit = limit.lock();
+                if silence > limit.silence {
                     note.store(silence.as_secs().max(1), Ordering::Relaxed);
-                    hangup();
-                    break;
+                } else if limit.is_unanswered() {
+                    stuck.store(true, Ordering::Relaxed);
+                } else {
+                    continue;
                 }
+                drop(limit);
+                hangup();
+                break;
             }
         };
         spawn("xenfold-watch", watch)?;
@@ -215,6 +226,7 @@ impl<R: Read> Watched<R> {
             _keep: keep,
             allowed,
             fired,
+            unanswered,
         };
         Ok((Watched { inner, began, start }, watch))
     }
@@ -233,15 +245,14 @@ impl<R: Read> Read for Watched<R> {
 /// What a watch allows.
 struct Allowed {
     silence: Duration,
-    /// The same where the other host's kernel does not answer either.
-    unanswered: Option<(Arc<dyn Carrier>, Duration)>,
+    /// What the other host's kernel has to answer.
+    answered: Option<Arc<dyn Carrier>>,
 }
 
 impl Allowed {
-    fn is_broken(&self, silence: Duration) -> bool {
-        let unanswered = self.unanswered.as_ref();
-        silence > self.silence
-            || unanswered.is_some_and(|(carrier, allowed)| silence > *allowed && carrier.is_answered() == Some(false))
+    fn is_unanswered(&self) -> bool {
+        let carrier = self.answered.as_ref();
+        carrier.is_some_and(|carrier| carrier.is_answered() == Some(false))
     }
 }
 
@@ -250,6 +261,7 @@ pub struct Watch {
     _keep: Sender<()>,
     allowed: Arc<Mutex<Allowed>>,
     fired: Arc<AtomicU64>,
+    unanswered: Arc<AtomicBool>,
 }
 
 impl Watch {
@@ -259,9 +271,14 @@ impl Watch {
         allowed.silence = allowed.silence.min(timeout);
     }
 
-    /// From here on no longer silence is allowed than this while the other host's kernel does not answer `carrier`.
-    pub fn expect_answers(&self, carrier: Arc<dyn Carrier>, timeout: Duration) {
-        self.allowed.lock().unanswered = Some((carrier, timeout));
+    /// From here on the other host's kernel has to answer `carrier`.
+    pub fn expect_answers(&self, carrier: Arc<dyn Carrier>) {
+        self.allowed.lock().answered = Some(carrier);
+    }
+
+    /// Whether the connection was hung up because it did not.
+    pub fn is_unanswered(&self) -> bool {
+        self.unanswered.load(Ordering::Relaxed)
     }
 
     /// Seconds of silence after which the connection was hung up, if it was.
@@ -288,15 +305,19 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn silence_is_shorter_where_nothing_is_answered() {
-        let (long, short) = (Duration::from_secs(30), Duration::from_secs(4));
-        for (answered, broken_after) in [(Some(false), 5), (Some(true), 31), (None, 31)] {
-            let allowed = Allowed {
-                silence: long,
-                unanswered: Some((Arc::new(Answered(answered)), short)),
-            };
-            let broken = (0..40).find(|seconds| allowed.is_broken(Duration::from_secs(*seconds)));
-            assert_eq!(broken, Some(broken_after), "{answered:?}");
-        }
+    fn a_connection_that_is_not_answered_is_hung_up() {
+        let hung_up = |answered| {
+            let (sender, hangups) = bounded(1);
+            let hangup = Arc::new(move || {
+                let _ = sender.try_send(());
+            });
+            let (_reader, watch) = Watched::new(io::empty(), Duration::from_millis(80), hangup).unwrap();
+            watch.expect_answers(Arc::new(Answered(answered)));
+            let hung_up = hangups.recv_timeout(Duration::from_millis(500)).is_ok();
+            (hung_up, watch.is_unanswered(), watch.silence_s())
+        };
+        assert_eq!(hung_up(Some(false)), (true, true, None));
+        assert_eq!(hung_up(Some(true)), (false, false, None));
+        assert_eq!(hung_up(None), (false, false, None));
     }
 }

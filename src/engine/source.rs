@@ -687,6 +687,7 @@ impl Source {
         self.handed_over = true;
         if self.may_connect_again() {
             self.watch.shorten(SILENCE);
+            self.watch.expect_answers(self.link.carrier());
         }
         // With pages that follow these come first.
         if self.serving.is_none() {
@@ -1046,7 +1047,10 @@ impl Source {
         );
         let silence = self.patience.connected_again(missing.len());
         watch.shorten(silence);
-        watch.expect_answers(carrier.clone(), SILENCE);
+        // A host that is too busy to answer would lose each connection.
+        if silence == SILENCE {
+            watch.expect_answers(carrier.clone());
+        }
         self.watch = watch;
         self.link.go_on(out, hangup, carrier);
         serving.connected_again(&missing, late_known)?;
@@ -1064,6 +1068,7 @@ impl Source {
     fn lost(&self, error: WireError) -> EngineError {
         match self.watch.silence_s() {
             Some(seconds) => EngineError::Silent { seconds },
+            None if self.watch.is_unanswered() => EngineError::Wire(WireError::Unheard),
             None => EngineError::Wire(error),
         }
     }
