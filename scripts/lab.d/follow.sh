@@ -108,8 +108,12 @@ follow_disturb() { # KIND SECONDS FROM TO
     source)
       say "follow: the sender on $from is killed"
       on "$from" "pkill -KILL -x xenfold-ssh || pkill -KILL -f '^xenfold follow'" </dev/null || return 0
-      # xl, where it was still there, ends with its warning, and what it has left is sent by another process.
-      wait "$migration" || true
+      # xl, where it was still there, ends with its warning, and what it has left is sent by another process; where it had been
+      # told of the last page, it ends well.
+      if wait "$migration"; then
+        say "follow: $kind: the migration was over"
+        return 0
+      fi
       source_killed=1
       on "$from" "setsid -w xenfold follow $FOLLOW_GUEST >>/root/follow.log 2>&1" </dev/null &
       migration=$!
