@@ -127,8 +127,8 @@ impl Attempt {
     }
 
     /// Whether the other host has taken too long over it.
-    fn is_slow(&self, now: Instant, patience: Duration) -> bool {
-        now - self.stood.unwrap_or(self.begun) > patience
+    fn is_slow(&self, now: Instant, allowed: Duration) -> bool {
+        now - self.stood.unwrap_or(self.begun) > allowed
     }
 }
 
@@ -140,19 +140,19 @@ impl Attempts {
     }
 
     /// Ends what has no prospect. Where one stands, the others would only keep both hosts from it: it is by itself for half of
-    /// `patience`, in which case that is `true`. `patience` grows where one was slow.
-    fn clear(&mut self, now: Instant, patience: &mut Duration) -> bool {
+    /// `allowed`, in which case that is `true`. `allowed` grows where one was slow.
+    fn clear(&mut self, now: Instant, allowed: &mut Duration) -> bool {
         self.0.iter_mut().for_each(|attempt| attempt.look(now));
         self.end(|attempt| attempt.unanswered && now - attempt.begun > SILENCE);
-        if self.end(|attempt| attempt.is_slow(now, *patience)) > 0 {
-            *patience = (*patience * 3 / 2).min(LONGEST_ATTEMPT);
+        if self.end(|attempt| attempt.is_slow(now, *allowed)) > 0 {
+            *allowed = (*allowed * 3 / 2).min(LONGEST_ATTEMPT);
         }
         let first = self
             .0
             .iter()
             .filter_map(|attempt| Some((attempt.stood?, attempt.number)))
             .min();
-        let Some((_, alone)) = first.filter(|(stood, _)| now - *stood < *patience / 2) else {
+        let Some((_, alone)) = first.filter(|(stood, _)| now - *stood < *allowed / 2) else {
             return false;
         };
         self.end(|attempt| attempt.number != alone);
@@ -175,13 +175,13 @@ pub(super) fn connect_again(
 ) -> Result<Rejoined, EngineError> {
     let (answers, answered) = unbounded();
     let mut attempts = Attempts::default();
-    let (mut begun, mut number, mut patience) = (Instant::now(), 0, ATTEMPT);
+    let (mut begun, mut number, mut allowed) = (Instant::now(), 0, ATTEMPT);
     let mut next = begun;
     loop {
         look()?;
         let now = Instant::now();
-        let is_alone = attempts.clear(now, &mut patience);
-        let at_once = if patience > ATTEMPT { AT_ONCE_SLOW } else { AT_ONCE };
+        let is_alone = attempts.clear(now, &mut allowed);
+        let at_once = if allowed > ATTEMPT { AT_ONCE_SLOW } else { AT_ONCE };
         if now >= next && !is_alone && attempts.0.len() < at_once {
             (next, begun) = (now + EVERY, now);
             number += 1;
@@ -385,11 +385,11 @@ mod tests {
     #[test]
     fn an_attempt_that_stands_is_by_itself_for_a_while() {
         let start = Instant::now() + Duration::from_secs(100);
-        let mut patience = ATTEMPT;
+        let mut allowed = ATTEMPT;
         let mut look = |attempts: &mut Attempts, seconds: u64| {
-            let alone = attempts.clear(start + Duration::from_secs(seconds), &mut patience);
+            let alone = attempts.clear(start + Duration::from_secs(seconds), &mut allowed);
             let left: Vec<u64> = attempts.0.iter().map(|attempt| attempt.number).collect();
-            (alone, left, patience.as_secs())
+            (alone, left, allowed.as_secs())
         };
         let mut several = attempts(&[(4, Some(false)), (2, Some(true)), (1, Some(true)), (0, None)], start);
         assert_eq!(look(&mut several, 0), (true, vec![2], 8));
@@ -399,16 +399,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_answered_makes_nobody_patient() {
+    fn what_is_not_answered_allows_no_more_time() {
         let start = Instant::now() + Duration::from_secs(100);
-        let mut patience = ATTEMPT;
+        let mut allowed = ATTEMPT;
         let mut unanswered = attempts(&[(6, Some(false)), (4, Some(false)), (6, None)], start);
-        assert!(!unanswered.clear(start, &mut patience));
+        assert!(!unanswered.clear(start, &mut allowed));
         let left: Vec<u64> = unanswered.0.iter().map(|attempt| attempt.number).collect();
-        assert_eq!((left, patience), (vec![2, 3], ATTEMPT));
+        assert_eq!((left, allowed), (vec![2, 3], ATTEMPT));
         let mut unseen = attempts(&[(9, None), (7, None)], start);
-        assert!(!unseen.clear(start, &mut patience));
-        assert_eq!((unseen.0.len(), patience), (1, ATTEMPT * 3 / 2));
+        assert!(!unseen.clear(start, &mut allowed));
+        assert_eq!((unseen.0.len(), allowed), (1, ATTEMPT * 3 / 2));
     }
 
     #[test]
