@@ -124,14 +124,18 @@ impl PageSet {
             } else {
                 0
             };
-            let mut left = *word & !below;
-            std::iter::from_fn(move || {
-                let bit = (left != 0).then(|| left.trailing_zeros())?;
-                left &= left - 1;
-                Pfn::new(index * 64 + u64::from(bit))
-            })
+            bits_of(*word & !below).filter_map(move |bit| Pfn::new(index * 64 + bit))
         })
     }
+}
+
+/// The numbers of a word's set bits, ascending.
+pub(crate) fn bits_of(mut word: u64) -> impl Iterator<Item = u64> {
+    std::iter::from_fn(move || {
+        let bit = (word != 0).then(|| word.trailing_zeros())?;
+        word &= word - 1;
+        Some(u64::from(bit))
+    })
 }
 
 fn place(pfn: Pfn) -> (usize, u64) {

@@ -18,7 +18,7 @@
 //!
 //! What is known comes from a [`Model`] made before the migration, if there is one and it holds, from earlier migrations
 //! ([`Known`]), from peeks, and from the order in which a guest writes that goes round ([`Circle`]).
-//! Memory: 8 bytes and 2 bits for each page below the bound, and what is left of the model: its regions and working sets.
+//! Memory: 8 bytes and 4 bits for each page below the bound, and what is left of the model: its regions and working sets.
 use std::time::Duration;
 
 use super::ages::Ages;
@@ -29,9 +29,9 @@ use super::kept::{self, Kept};
 use super::known::Known;
 use super::model::{Model, State};
 use super::rate::{Pace, Rate};
-use super::written::{Forecast, Shown, Written};
+use super::written::{Forecast, LastWrites, Shown, Written};
 use crate::page::Pfn;
-use crate::page_set::PageSet;
+use crate::page_set::{PageSet, bits_of};
 
 /// The time between samples where there were none: as long as any.
 const UNSAMPLED: Duration = Duration::from_millis(50);
@@ -99,7 +99,7 @@ pub struct Filter {
     /// Added to times, so that ages from before the migration have a time.
     past_ms: u32,
     /// When each page was written last.
-    last: Vec<Written>,
+    last: LastWrites,
     /// When each was written first, in quarters of a second from 1, up to four hours; 0: it was not. That is the order in which a guest writes its
     /// pages that goes round once in the first pass, and goes on where it was in the next.
     first: Vec<u16>,
@@ -141,13 +141,17 @@ impl Filter {
     /// them hold memory.
     pub fn new(model: Option<Model>, pages_bound: u64, guest_pages: u64) -> Filter {
         let guest_pages = guest_pages.min(pages_bound);
-        let mut last = vec![Written::UNKNOWN; usize::try_from(pages_bound).unwrap_or(0)];
+        let mut last = LastWrites::unknown(pages_bound);
+        let mut first = vec![0; usize::try_from(pages_bound).unwrap_or(0)];
         let model = model.filter(|model| model.bound() == pages_bound);
         let past_ms = model.as_ref().map_or(0, |model| model.watched().as_millis() as u32);
         if let Some(model) = &model {
-            for (page, last) in last.iter_mut().enumerate() {
-                let at = |age: Duration| Written::at((model.watched().saturating_sub(age)).as_secs_f64());
-                *last = model.age(page as u64).map_or(Written::UNKNOWN, at);
+            for (page, first) in (0..).zip(&mut first) {
+                if let (Some(pfn), Some(age)) = (Pfn::new(page), model.age(page)) {
+                    let written = Written::at((model.watched().saturating_sub(age)).as_secs_f64());
+                    last.set(pfn, written);
+                    *first = written.time().map_or(0, quarter);
+                }
             }
         }
         let regions = model.as_ref().map(Model::regions);
@@ -166,7 +170,7 @@ impl Filter {
             states,
             interval,
             past_ms,
-            first: last.iter().map(|last| last.time().map_or(0, quarter)).collect(),
+            first,
             last,
             pass: 0,
             pass_began: 0.0,
@@ -206,15 +210,13 @@ impl Filter {
             return;
         }
         let mut written: Vec<(f64, usize)> = Vec::new();
-        let known = self
-            .last
-            .iter_mut()
-            .enumerate()
-            .filter(|(page, _)| ages.contains(*page));
-        for (page, last) in known {
-            match last.time() {
-                Some(at) => written.push((at, page)),
-                None => *last = Written::EARLIER,
+        for pfn in (0..self.bound)
+            .filter(|page| ages.contains(*page as usize))
+            .filter_map(Pfn::new)
+        {
+            match self.last.get(pfn).time() {
+                Some(at) => written.push((at, pfn.get() as usize)),
+                None => self.last.set(pfn, Written::EARLIER),
             }
         }
         let mut circle = Circle::known(&ages);
@@ -251,8 +253,7 @@ impl Filter {
             self.known = None;
             self.circle.take_if(|circle| circle.is_earlier());
             self.gaps.doubt();
-            let earlier = self.last.iter_mut().filter(|last| **last == Written::EARLIER);
-            earlier.for_each(|last| *last = Written::UNKNOWN);
+            self.last.forget_earlier();
         }
     }
 
@@ -367,9 +368,10 @@ impl Filter {
     }
 
     fn hold_one(&mut self, ahead: f64, pfn: Pfn) -> bool {
-        let Some(last) = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get_mut(page)) else {
+        if pfn.get() >= self.bound {
             return false;
-        };
+        }
+        let mut last = self.last.get(pfn);
         let region = self.regions.of(pfn.get());
         let curve = self.gaps.curve(region);
         let dirty = self.dirty.contains(pfn);
@@ -381,16 +383,17 @@ impl Filter {
             if let Some(earliest @ 0) = self.first.get_mut(pfn.get() as usize) {
                 *earliest = quarter(first);
             }
-            *last = match curve.unwritten_since(self.pass_began - first) < STILL {
+            last = match curve.unwritten_since(self.pass_began - first) < STILL {
                 true => Written::sometime_before(self.pass_began),
                 false => Written::at(first),
             };
+            self.last.set(pfn, last);
         }
-        let usual = self.forecast.expected(*last, curve, region, self.peeked, ahead);
+        let usual = self.forecast.expected(last, curve, region, self.peeked, ahead);
         let circle = self.circle.as_ref();
         let expected = circle.map_or(usual, |circle| circle.expect(pfn.get() as usize, usual));
         let enough = if self.pass == 1 { HOLD_FIRST } else { HOLD_WRITES };
-        let hold = dirty || expected > enough || self.pass == 1 && *last == Written::EARLIER;
+        let hold = dirty || expected > enough || self.pass == 1 && last == Written::EARLIER;
         if hold != self.held.contains(pfn) {
             if hold {
                 self.held.insert(pfn);
@@ -433,26 +436,21 @@ impl Filter {
             self.shown = Shown::new(from, self.regions.count());
         }
         let mut newly = 0;
-        let words = peek
-            .words()
-            .iter()
-            .zip(self.dirty.words())
-            .zip(self.last.chunks_mut(64));
-        for (((new, old), pages), first) in words.zip((0u64..).step_by(64)) {
-            let mut fresh = new & !old;
-            while fresh != 0 {
-                let bit = fresh.trailing_zeros();
-                fresh &= fresh - 1;
-                let Some(last) = pages.get_mut(bit as usize) else { break };
-                let page = first + u64::from(bit);
-                self.shown.count(self.regions.of(page), *last, true);
+        let words = peek.words().iter().zip(self.dirty.words());
+        for ((new, old), first) in words.zip((0..self.bound).step_by(64)) {
+            for page in bits_of(new & !old)
+                .map(|bit| first + bit)
+                .filter(|page| *page < self.bound)
+            {
+                let Some(pfn) = Pfn::new(page) else { break };
+                self.shown.count(self.regions.of(page), self.last.get(pfn), 1, 1);
                 if let Some(circle) = &mut self.circle {
                     circle.written(page as usize);
                 }
                 if let Some(first @ 0) = self.first.get_mut(page as usize) {
                     *first = quarter(middle);
                 }
-                *last = Written::at(middle);
+                self.last.set(pfn, Written::at(middle));
                 newly += 1;
             }
         }
@@ -467,31 +465,15 @@ impl Filter {
         }
     }
 
-    /// Learns from what was written and what was not since it learnt last in this pass. That goes over all pages.
+    /// Learns from what was written and what was not since it learnt last in this pass. That goes over all pages whose last write has a
+    /// time.
     fn learn(&mut self) {
         let mut shown = std::mem::take(&mut self.shown);
         let (from, seconds) = (shown.from, self.peeked - shown.from);
         if shown.is_empty() || seconds < SOON / 2.0 {
             return;
         }
-        for ((old, pages), first) in self
-            .dirty
-            .words()
-            .iter()
-            .zip(self.last.chunks(64))
-            .zip((0u64..).step_by(64))
-        {
-            if *old == u64::MAX {
-                continue;
-            }
-            // Nearly always one for all of them.
-            let all = Some(self.regions.of(first)).filter(|region| *region == self.regions.of(first + 63));
-            for (last, bit) in pages.iter().zip(0..) {
-                if old >> bit & 1 == 0 {
-                    shown.count(all.unwrap_or_else(|| self.regions.of(first + bit)), *last, false);
-                }
-            }
-        }
+        self.last.count_unwritten(&self.dirty, &self.regions, &mut shown);
         self.compare(seconds, &shown.counts);
         let mut seen = vec![Seen::default(); self.regions.count()];
         for (region, (seen, counts)) in seen.iter_mut().zip(&shown.counts).enumerate() {
@@ -551,12 +533,9 @@ impl Filter {
         self.circle.iter_mut().for_each(|circle| circle.ask(self.peeked, ahead));
         let mut heats: Vec<Vec<(Pfn, f32)>> = vec![Vec::new(); HEATS];
         for pfn in self.held.iter().filter(|pfn| !self.dirty.contains(*pfn)) {
-            let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
             let region = self.regions.of(pfn.get());
-            let curve = self.gaps.curve(region);
-            let usual = last.map_or(0.0, |last| {
-                self.forecast.expected(*last, curve, region, self.peeked, ahead)
-            });
+            let (last, curve) = (self.last.get(pfn), self.gaps.curve(region));
+            let usual = self.forecast.expected(last, curve, region, self.peeked, ahead);
             let circle = self.circle.as_ref();
             let expected = circle.map_or(usual, |circle| circle.expect(pfn.get() as usize, usual));
             if let Some(heat) = heats.get_mut(heat(expected)) {
@@ -649,9 +628,8 @@ impl Filter {
         let ahead = (waiting as f64 / 2.0 / self.rate.pages).max(SOON);
         let unchanged = unchanged.as_secs_f64();
         let one = |pfn: &Pfn| {
-            let last = usize::try_from(pfn.get()).ok().and_then(|page| self.last.get(page));
             let curve = self.gaps.curve(self.regions.of(pfn.get()));
-            let first = last.and_then(|last| last.time()).unwrap_or(self.pass_began);
+            let first = self.last.get(*pfn).time().unwrap_or(self.pass_began);
             let span = self.peeked - first - unchanged;
             let expected = match span > 0.0 {
                 true => curve.expected_sometime(unchanged, span, ahead),
