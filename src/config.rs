@@ -194,8 +194,8 @@ fn up_to<E: serde::de::Error>(key: &str, most: u32, number: i64) -> Result<u32, 
     fits.ok_or_else(|| E::custom(format!("{key} is {number}, and must be 0 to {most}")))
 }
 
-/// Longer than the guest would be migrated in.
-const MAX_MODEL_SECONDS: u32 = 60;
+/// So many samples as a model takes, one each 50 ms (`MOST_SAMPLES` in policy/model.rs).
+const MAX_MODEL_SECONDS: u32 = 12;
 
 fn model_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     up_to("model_seconds", MAX_MODEL_SECONDS, i64::deserialize(deserializer)?)
@@ -460,7 +460,7 @@ mod tests {
             ("\nstore_size = \"8GB\"", "8GiB"),
             ("\nstore_size = \"99999999TiB\"", "8GiB"),
             ("\ntimeout = 4000", "1 to 3600"),
-            ("\nmodel_seconds = 61", "0 to 60"),
+            ("\nmodel_seconds = 13", "0 to 12"),
             ("\nhold = 2", "0 or 1"),
             ("\ndowntime_limit = 0", "1 to 86400000"),
             ("\non_no_convergence = \"stop\"", "go-on"),

@@ -25,7 +25,9 @@ use paged::{Faults, Paged};
 use parking_lot::Mutex;
 use xenfold::engine::source::{self, Ending, Following};
 use xenfold::engine::takeover::{self, Start, TakeOver};
-use xenfold::engine::{DowntimeLimit, GuestPaging, Holding, JournalFile, LeaveBehind, LinkEnds, SAMPLE, refuse};
+use xenfold::engine::{
+    DowntimeLimit, EngineError, GuestPaging, Holding, JournalFile, LeaveBehind, LinkEnds, SAMPLE, refuse,
+};
 use xenfold::late::Mode;
 use xenfold::late::journal::{Facts, Journal};
 use xenfold::page::Pfn;
@@ -334,6 +336,59 @@ fn a_guest_that_is_destroyed_needs_no_pages() {
         ..plan
     });
     completed(&outcome);
+}
+
+/// Of a suspended guest that somebody destroys while its pages are sent none is made up: it is lost, and both hosts know.
+#[test]
+fn pages_of_a_source_that_is_destroyed_are_not_made_up() {
+    let (plan, memory, guest) = plan(&Case { touches: 0, ..long() });
+    guest.destroy_when_held_still();
+    let copy = memory.clone();
+    let outcome = migrate(plan.hooks(move |_| {
+        let mut let_go = false;
+        let forth = move |frame: &mut hosts::OnTheWay| {
+            let_go |= frame.kind == kind::GO;
+            if let_go && frame.kind == kind::LATE && frame.nth >= 10 {
+                copy.lock().destroyed = true;
+            }
+            Fate::Pass
+        };
+        (Box::new(forth), pass())
+    }));
+    assert!(
+        matches!(outcome.ending, Ending::Unknown(EngineError::CopyGone(_))),
+        "{:?}",
+        outcome.ending
+    );
+    assert!(guest.is_gone(), "it was not held still");
+    let memory = memory.lock();
+    let mut missing = 0;
+    for page in 0..long().pages {
+        match (memory.page(page), outcome.image.get(&page)) {
+            (Some(right), Some(found)) => assert_eq!(found, &right, "page {page}"),
+            (Some(_), None) => missing += 1,
+            _ => {}
+        }
+    }
+    assert!(missing > 0, "all had come before");
+}
+
+/// A page that cannot be put where it belongs for now comes again over another connection.
+#[test]
+fn a_page_that_finds_no_place_comes_again() {
+    let case = Case {
+        faults: Faults {
+            fails_at: Some(40),
+            ..Faults::default()
+        },
+        ..long()
+    };
+    let (plan, memory, guest) = plan(&case);
+    let (plan, _) = with_cuts(plan, Vec::new());
+    let outcome = migrate(plan);
+    let late = completed(&outcome);
+    compare(&memory, &guest, case.pages);
+    assert_eq!(late.outages, 1, "{late:?}");
 }
 
 #[test]
@@ -1011,6 +1066,43 @@ fn a_source_that_is_killed_has_an_heir() {
         assert_eq!(outcome.source_xl, left, "{cut:?}");
     }
     assert!(killed > 6, "{killed} were killed");
+}
+
+/// A source that lied is not believed; another process that sends what is right is.
+#[test]
+fn after_a_wrong_page_it_can_be_tried_again() {
+    let case = long();
+    let folder = tempfile::tempdir().unwrap();
+    let (plan, memory, guest) = plan(&case);
+    let cut = Cut {
+        to_destination: false,
+        kind: kind::ABORT,
+        nth: 0,
+        fate: Fate::CutAfter,
+    };
+    let (mut plan, life) = with_dying_source(plan, &memory, folder.path(), cut);
+    let hooks = plan.hooks;
+    plan.hooks = Box::new(move |controls| {
+        let (mut forth, back) = hooks(controls);
+        let (mut let_go, mut lied) = (false, false);
+        let lies = move |frame: &mut hosts::OnTheWay| {
+            let_go |= frame.kind == kind::GO;
+            if let_go && frame.kind == kind::LATE && frame.nth >= 10 && !lied {
+                lied = true;
+                frame.body.truncate(11);
+            }
+            forth(frame)
+        };
+        (Box::new(lies), back)
+    });
+    let outcome = migrate(plan);
+    assert!(life.is_dead(), "nobody gave up");
+    assert!(
+        matches!(outcome.ending, Ending::Completed { status: 0 }),
+        "{:?}",
+        outcome.ending
+    );
+    compare(&memory, &guest, case.pages);
 }
 
 /// Another program saves the guest while pages follow, slowly: they come at once, the guest waits for that, and all of it is

@@ -55,6 +55,15 @@ pub fn forget(guest: &Guest) {
     }
 }
 
+/// What is said when the suspended guest is not there any more before all of its pages were sent.
+pub fn lost(guest: &str, host: &str, error: &EngineError) -> String {
+    format!(
+        "guest {guest} cannot go on on {host}, whose it is and where it stands still: {}. Type `ssh {host} xl destroy {guest}`, and \
+         start it from its disks again, unless it runs on this host.",
+        chain(error)
+    )
+}
+
 /// Sends what is missing, and does at the end what xl would have done. Returns the exit status.
 pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let Some(mut guest) = guest::find_going(&arguments.guest)? else {
@@ -150,6 +159,11 @@ fn end(
                  resumes the guest here only if it is not there.",
                 why
             );
+            Ok(1)
+        }
+        Ending::Unknown(error @ EngineError::CopyGone(_)) => {
+            record.close();
+            say!("xenfold: {}", lost(name, host, &error));
             Ok(1)
         }
         Ending::Unknown(error) => {

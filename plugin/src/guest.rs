@@ -132,6 +132,19 @@ impl FrameSource for GuestFrames {
         Ok(())
     }
 
+    fn check_suspended(&mut self) -> Result<(), FrameError> {
+        let domid = self.domid()?;
+        let info = self
+            .xen
+            .domain(domid)
+            .map_err(|error| FrameError::Xen(error.to_string()))?;
+        match info {
+            Some(info) if is_suspended(&info) => Ok(()),
+            Some(info) if !info.dying => Err(FrameError::Gone("it runs again".into())),
+            _ => Err(FrameError::Gone("it was destroyed".into())),
+        }
+    }
+
     fn rewritten_by_xen(&mut self) -> Result<Vec<Pfn>, FrameError> {
         let domid = self.domid()?;
         // A param that was never set reads as 0, or as an error for params that this kind of guest does not have.

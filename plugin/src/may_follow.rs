@@ -1,5 +1,5 @@
 //! Whether pages of a guest may follow it, as this host sees it.
-use xen_sys::{DomainInfo, Xenctrl, hvm_param};
+use xen_sys::{DomainInfo, Paging, Xenctrl, hvm_param};
 use xenfold::wire::EarlyOut;
 
 use crate::guest::{self, Guest};
@@ -7,7 +7,11 @@ use crate::guest::{self, Guest};
 /// Why no page of this guest can follow it; `None`: nothing is known here that speaks against it. `xl`: the command line of
 /// the xl that migrates it.
 pub fn refusal(guest: Option<&Guest>, xl: &[String]) -> Option<&'static str> {
-    if xl.iter().any(|word| word == "--debug") {
+    // xl takes any beginning of the word for it.
+    if xl
+        .iter()
+        .any(|word| word.len() > 2 && "--debug".starts_with(word.as_str()))
+    {
         return Some("`xl migrate --debug` compares all of its memory before it is started; leave --debug out");
     }
     let Some(info) = guest.and_then(info) else {
@@ -22,6 +26,8 @@ pub fn of_kind(info: &DomainInfo) -> Option<&'static str> {
         Some("it is a PV guest, whose page tables Xen's toolstack rewrites; only HVM and PVH guests can")
     } else if !info.hap {
         Some("it has no nested paging; set hap=1 in its configuration and start it again")
+    } else if info.max_vcpu_id.is_some_and(|highest| highest >= Paging::MOST_REQUESTS) {
+        Some("it has more than 8 processors: Xen has no room for what all of them may wait for at once")
     } else {
         None
     }
@@ -63,8 +69,10 @@ mod tests {
     #[test]
     fn reasons_are_named() {
         let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        let debug = refusal(None, &words("xl migrate --debug -s xenfold-ssh g h"));
-        assert!(debug.is_some_and(|why| why.contains("--debug")), "{debug:?}");
+        for word in ["--debug", "--deb", "--d"] {
+            let debug = refusal(None, &words(&format!("xl migrate {word} -s xenfold-ssh g h")));
+            assert!(debug.is_some_and(|why| why.contains("--debug")), "{word}: {debug:?}");
+        }
         let unknown = refusal(None, &words("xl migrate g h"));
         assert!(unknown.is_some_and(|why| why.contains("does not know")), "{unknown:?}");
         let of = |hvm, hap| of_kind(&guest(hvm, hap));
@@ -74,6 +82,13 @@ mod tests {
             "on shadow page tables"
         );
         assert_eq!(of(true, true), None);
+        let of_size = |vcpus: u32| {
+            of_kind(&DomainInfo {
+                max_vcpu_id: Some(vcpus - 1),
+                ..guest(true, true)
+            })
+        };
+        assert!(of_size(8).is_none() && of_size(9).is_some_and(|why| why.contains("more than 8 processors")));
     }
 
     fn guest(hvm: bool, hap: bool) -> DomainInfo {

@@ -56,6 +56,8 @@ impl Listening {
         remove_left_behind(folder);
         // Nobody else may reach it, not for a moment.
         let new = path.with_extension("new");
+        // One that was killed here may have left it. Absent is as good.
+        let _ = fs::remove_file(&new);
         let listener = UnixListener::bind(&new)?;
         fs::set_permissions(&new, Permissions::from_mode(0o600)).and_then(|()| fs::rename(&new, &path))?;
         let accepting = listener.try_clone()?;

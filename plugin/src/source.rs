@@ -586,6 +586,12 @@ impl Agent<'_> {
                 figures.error = Some(why);
                 exit_status(&error)
             }
+            Ending::Unknown(error @ EngineError::CopyGone(_)) => {
+                figures.error = Some(chain(&error));
+                self.close_record();
+                say!("xenfold: {}", following::lost(&guest, &host, &error));
+                exit_status(&error)
+            }
             Ending::Unknown(error) if figures.late.as_ref().is_some_and(|late| late.started) => {
                 figures.error = Some(chain(&error));
                 say!(

@@ -10,9 +10,10 @@ use xenfold::page_set::PageSet;
 
 use crate::guest::Guest;
 
-/// Below this page a guest's memory has no holes but small ones (HVM_BELOW_4G_RAM_END of Xen's hvm/e820.h is above); a guest that has
-/// more is looked at as a whole.
+/// Below this page a guest's memory has no holes but small ones (HVM_BELOW_4G_RAM_END of Xen's hvm/e820.h is above), unless part of it
+/// is above 4 GiB, as xl's `mmio_hole` has it; a guest that has more is looked at as a whole.
 const LOW: u64 = 0xe_0000;
+const FOUR_GIB: u64 = 0x10_0000;
 
 /// By how many pages more than it has such a guest's memory may reach: holes, and what is not counted.
 const HOLES: u64 = 4096;
@@ -44,7 +45,11 @@ impl GuestWrites {
             .map(|info| info.max_pages.max(info.total_pages));
         let memory = memory.unwrap_or(pages).saturating_add(HOLES);
         Ok(GuestWrites {
-            looked_at: if memory < LOW { memory.min(pages) } else { pages },
+            looked_at: if memory < LOW && pages <= FOUR_GIB {
+                memory.min(pages)
+            } else {
+                pages
+            },
             xen,
             log,
             guest: guest.clone(),

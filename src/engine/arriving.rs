@@ -35,9 +35,10 @@ pub(super) struct Arriving {
 
 /// Why a connection is not read any further.
 enum Ended {
-    /// It is lost.
+    /// It is lost, or what it brings cannot be put where it belongs for now: the source connects again.
     Lost(EngineError),
-    /// What came on it is not to be believed, nor what would come on another one.
+    /// What came on it is not to be believed, or the source has given up. The guest stands still; somebody may have the source try
+    /// again.
     Refused,
 }
 
@@ -57,7 +58,7 @@ impl Arriving {
                     let closed = EngineError::Wire(WireError::Closed);
                     let why = silence.map_or(closed, |seconds| EngineError::Silent { seconds });
                     let _ = events.send(Event::LinkLost(error));
-                    self.go_on(why, let_go);
+                    self.go_on(Ended::Lost(why), let_go);
                     return;
                 }
             };
@@ -78,15 +79,19 @@ impl Arriving {
                     continue;
                 }
                 Kind::Late => {
-                    if self.late(&frame.body).is_err() {
+                    if let Err(ended) = self.late(&frame.body, let_go) {
                         let why = "its pages are not what they are said to be";
                         let _ = events.send(Event::LinkLost(WireError::BadBody { kind, why }));
+                        self.go_on(ended, let_go);
                         return;
                     }
                     continue;
                 }
                 Kind::Abort => {
                     let _ = events.send(Event::Abort(peer_words(&frame.body)));
+                    if let_go {
+                        self.given_up(&frame.body);
+                    }
                     continue;
                 }
                 // A sign of life: a moment to see that the rebuilding has failed when nothing else comes.
@@ -139,18 +144,30 @@ impl Arriving {
 
     /// Goes on for a process that was killed: there is no connection, and others may come.
     pub fn go_on_reading(self) {
-        self.go_on(EngineError::Wire(WireError::Closed), true);
+        self.go_on(Ended::Lost(EngineError::Wire(WireError::Closed)), true);
     }
 
-    /// Takes late pages. Errors: they are not what they are said to be. Then the source has been told, and the guest stands.
-    fn late(&self, body: &[u8]) -> Result<(), ()> {
+    /// Takes late pages. Errors: they are not what they are said to be, and the source has been told, or, once the guest is let go, Xen
+    /// does not take them now.
+    fn late(&self, body: &[u8], let_go: bool) -> Result<(), Ended> {
         let late = self.landing.lock().clone();
         let unasked = EngineError::Protocol("late pages came before there were any");
         let taken = late.as_ref().map_or(Err(unasked), |landing| landing.arrived(body));
         taken.map_err(|error| {
+            if let_go && self.joined.is_some() && matches!(error, EngineError::Frame(_)) {
+                return Ended::Lost(error);
+            }
             self.link.send_if_free(Kind::Abort, &[chain(&error).as_bytes()]);
             late.iter().for_each(|landing| landing.stands_still(&error));
+            Ended::Refused
         })
+    }
+
+    /// The source cannot send what is missing.
+    fn given_up(&self, body: &[u8]) {
+        if let Some(landing) = self.landing.lock().clone() {
+            landing.stands_still(&EngineError::PeerAborted(peer_words(body)));
+        }
     }
 
     fn done(&self) {
@@ -158,36 +175,38 @@ impl Arriving {
         let _ = self.heard.try_send(());
     }
 
-    /// The first connection is lost. `let_go`: the source had let the guest go, so that it may run here, and what it lacks
+    /// The first connection has ended. `let_go`: the source had let the guest go, so that it may run here, and what it lacks
     /// can come on another one.
-    fn go_on(self, why: EngineError, let_go: bool) {
+    fn go_on(self, ended: Ended, let_go: bool) {
         let Some(landing) = self.landing.lock().clone() else {
             return;
         };
         let Some(joined) = self.joined.as_ref().filter(|_| let_go) else {
-            landing.stands_still(&why);
+            if let Ended::Lost(why) = ended {
+                landing.stands_still(&why);
+            }
             return;
         };
-        let mut why = why;
+        let mut ended = ended;
         loop {
-            if matches!(why, EngineError::Silent { .. }) {
-                // The other direction may be open, and sshd would keep it so for as long as this process lives.
-                self.link.send_if_free(Kind::Unheard, &[]);
+            if let Ended::Lost(why) = &ended {
+                if matches!(why, EngineError::Silent { .. }) {
+                    // The other direction may be open, and sshd would keep it so for as long as this process lives.
+                    self.link.send_if_free(Kind::Unheard, &[]);
+                }
+                self.link.lose();
+                landing.link_lost(why);
             }
-            self.link.lose();
-            landing.link_lost(&why);
             let Ok(first) = joined.recv() else {
-                landing.stands_still(&why);
+                landing.stands_still(&EngineError::Wire(WireError::Closed));
                 return;
             };
             let newest = joined.try_iter().last().unwrap_or(first);
-            why = match landing.connected_again(newest, &self.said) {
-                Err(error) => error,
-                Ok((reader, watch)) => match self.follow(reader, &landing) {
-                    Ended::Refused => return,
-                    Ended::Lost(error) => watch
-                        .silence_s()
-                        .map_or(error, |seconds| EngineError::Silent { seconds }),
+            ended = match landing.connected_again(newest, &self.said) {
+                Err(error) => Ended::Lost(error),
+                Ok((reader, watch)) => match (self.follow(reader, &landing), watch.silence_s()) {
+                    (Ended::Lost(_), Some(seconds)) => Ended::Lost(EngineError::Silent { seconds }),
+                    (ended, _) => ended,
                 },
             };
         }
@@ -202,9 +221,13 @@ impl Arriving {
             };
             match frame.kind {
                 Kind::Late => {
-                    if self.late(&frame.body).is_err() {
-                        return Ended::Refused;
+                    if let Err(ended) = self.late(&frame.body, true) {
+                        return ended;
                     }
+                }
+                Kind::Abort => {
+                    self.given_up(&frame.body);
+                    return Ended::Refused;
                 }
                 Kind::Ping if frame.body.is_empty() => {}
                 Kind::Ping => {

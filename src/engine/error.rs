@@ -13,6 +13,8 @@ use crate::wire::WireError;
 pub enum FrameError {
     #[error("the guest under construction was not found: {0}")]
     NoGuest(String),
+    #[error("the suspended guest, whose memory this is, is not there any more: {0}")]
+    Gone(String),
     #[error("page {pfn} cannot be read")]
     Unreadable { pfn: Pfn, source: io::Error },
     #[error("Xen refused: {0}")]
@@ -32,8 +34,10 @@ pub enum EngineError {
     Codec(#[from] CodecError),
     #[error("writing to xl failed: it has ended")]
     Xl(#[source] io::Error),
-    #[error("a page that is referred to cannot be read back")]
+    #[error("the memory of the guest cannot be reached")]
     Frame(#[from] FrameError),
+    #[error("pages that follow the guest are lost")]
+    CopyGone(#[source] FrameError),
     #[error(transparent)]
     TooSparse(#[from] TooSparse),
     #[error("page {pfn} refers to page {target}, which holds nothing yet")]
@@ -58,6 +62,10 @@ pub enum EngineError {
         "the guest writes faster than the link takes: it would stand still for about {expected_ms} ms, and no more than {limit_ms} are allowed"
     )]
     NoConvergence { expected_ms: u64, limit_ms: u64 },
+    #[error(
+        "xl compares all of the guest's memory (--debug), some of which was to follow it: leave --debug out, or use --mode precopy"
+    )]
+    ComparedWhole,
     #[error("stopped: {0}")]
     Stopped(String),
     #[error("it cannot be noted that the guest starts here")]

@@ -180,6 +180,11 @@ impl Held {
         }
     }
 
+    /// Whether pages may follow the guest.
+    pub fn leaves_behind(&self) -> bool {
+        self.behind.is_some()
+    }
+
     /// One of xl's passes has ended, and the next begins.
     pub fn pass(&mut self, number: u32) {
         self.pass = number;
@@ -442,6 +447,7 @@ impl Held {
         {
             return None;
         }
+        let waits = Instant::now();
         thread::sleep(wait);
         let began = Instant::now();
         let dirty = self.look(unread)?;
@@ -469,7 +475,7 @@ impl Held {
         if !self.guest_runs() {
             return None;
         }
-        self.waits.get_or_insert(began);
+        self.waits.get_or_insert(waits);
         self.rounds.begin();
         self.round = Round {
             began: Some(began),

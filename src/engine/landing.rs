@@ -435,10 +435,7 @@ impl Landing {
             }
             if looked.elapsed() >= ALIVE {
                 looked = Instant::now();
-                let mut state = self.state.lock();
-                if matches!(state.paging.guest_exists(), Ok(false)) {
-                    state.pager.abandon();
-                    state.gone = true;
+                if self.state.lock().guest_has_ended() {
                     return;
                 }
             }
@@ -520,7 +517,8 @@ impl Landing {
         }
     }
 
-    /// Takes the body of a Late frame. Errors: it is not what the source said that it is, or nobody may send it.
+    /// Takes the body of a Late frame. Errors: it is not what the source said that it is, nobody may send it, or Xen does not take a page.
+    /// Of a guest that has ended none is needed.
     pub fn arrived(&self, body: &[u8]) -> Result<(), EngineError> {
         let frame = LatePages::parse(body)?;
         let full = frame.pages.iter().filter(|(_, row)| matches!(row, LateRow::Full(_)));
@@ -538,7 +536,12 @@ impl Landing {
         let result = self.put_all(&mut state, &frame, pages, held, &mut put);
         // Also with an error: they are there.
         let marked = state.come(self.now(), &put);
-        result.and(marked)?;
+        if let Err(error) = result.and(marked) {
+            if !matches!(error, EngineError::Frame(_)) || !state.guest_has_ended() {
+                return Err(error);
+            }
+            log::debug!("the guest has ended: {}", super::chain(&error));
+        }
         let last = state.pager.missing() == 0;
         self.ask(state)?;
         if last || self.state.lock().started.is_none() {
@@ -631,10 +634,7 @@ impl Landing {
         while !state.gone {
             match state.let_go(&self.key) {
                 Ok(()) => break,
-                Err(error) if matches!(state.paging.guest_exists(), Ok(false)) => {
-                    log::debug!("the guest has ended: {error}");
-                    state.gone = true;
-                }
+                Err(error) if state.guest_has_ended() => log::debug!("the guest has ended: {error}"),
                 Err(error) => {
                     log::warn!("the last page has come, and the guest cannot be let go yet: {error}");
                     MutexGuard::unlocked(&mut state, || std::thread::sleep(ALIVE));
@@ -679,14 +679,17 @@ impl Landing {
     /// Pages will not come any more: the guest is held still, and that is said.
     pub fn stands_still(&self, error: &EngineError) {
         let mut state = self.state.lock();
-        if state.gone || state.ended.is_some() || state.broken {
+        if state.gone || state.ended.is_some() || state.broken || state.guest_has_ended() {
             return;
         }
         state.broken = true;
         let when = state.pause();
+        let kept = match error {
+            EngineError::PeerAborted(_) => "",
+            _ => ", and its memory there is kept",
+        };
         log::error!(
-            "{} pages of the guest are still on the other host and cannot be had: {}. The guest stands still here{when}, and its \
-             memory there is kept.",
+            "{} pages of the guest cannot be had from the other host: {}. The guest stands still here{when}{kept}.",
             state.pager.missing(),
             super::chain(error),
         );
@@ -736,14 +739,14 @@ impl Landing {
         drop(quiet);
         let outage = state.lost.take().map_or(Duration::ZERO, |lost| lost.elapsed());
         state.figures.outage_ms += outage.as_millis() as u64;
-        if !state.broken {
-            log::warn!(
-                "connected again after {:.1} s: the guest goes on, {} of its pages are still on the other host",
-                outage.as_secs_f64(),
-                state.pager.missing()
-            );
-            state.let_run();
-        }
+        // Whoever has connected tries anew, also where the one before had sent something wrong.
+        state.broken = false;
+        log::warn!(
+            "connected again after {:.1} s: the guest goes on, {} of its pages are still on the other host",
+            outage.as_secs_f64(),
+            state.pager.missing()
+        );
+        state.let_run();
         self.ask(state)?;
         Ok((reader, watch))
     }
@@ -799,6 +802,15 @@ fn content(row: &LateRow) -> Option<ContentId> {
 }
 
 impl State {
+    /// Whether the guest has been destroyed here: then nobody needs its pages.
+    fn guest_has_ended(&mut self) -> bool {
+        if !self.gone && matches!(self.paging.guest_exists(), Ok(false)) {
+            self.pager.abandon();
+            self.gone = true;
+        }
+        self.gone
+    }
+
     /// Holds the guest still. When it does, if not now: for a message.
     fn pause(&mut self) -> String {
         if self.stands {

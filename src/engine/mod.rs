@@ -85,6 +85,12 @@ pub trait FrameSource: Send {
     /// Fills `pages` with the bytes of `pfns`, 4096 each, in their order. Errors: a page that cannot be read.
     fn read(&mut self, pfns: &[Pfn], pages: &mut [u8]) -> Result<(), FrameError>;
 
+    /// Whether these are still the frames of a suspended guest. Errors: [`FrameError::Gone`], and then nothing that was read before is
+    /// to be believed: pages of a guest that ends cannot be told from those that it never had.
+    fn check_suspended(&mut self) -> Result<(), FrameError> {
+        Ok(())
+    }
+
     /// Pages that Xen's toolstack itself rewrites after they were carried: they cannot be verified.
     fn rewritten_by_xen(&mut self) -> Result<Vec<Pfn>, FrameError> {
         Ok(Vec::new())

@@ -264,6 +264,9 @@ impl<R: Read> Front<R> {
                     }
                     self.other_record(&header)?;
                     if header.is(Layer::Libxc, libxc::VERIFY) {
+                        if self.held.as_ref().is_some_and(Held::leaves_behind) {
+                            return Err(EngineError::ComparedWhole);
+                        }
                         self.pass(FromXl::Verify)?;
                         // What follows is only compared.
                         self.held = None;
@@ -317,13 +320,15 @@ impl<R: Read> Front<R> {
         // What is wrong with the list shows when all of the record has been read.
         let mut list = Vec::new();
         let head = self.stream.read_page_data_head(header, &mut list, MAX_HEAD);
-        let keep = match head {
-            Ok(()) => self.hold_back(header, &list)?,
-            Err(_) => None,
+        let (keep, wrong) = match head {
+            Ok(()) => (self.hold_back(header, &list)?, None),
+            Err(error) => (None, Some(error)),
         };
         let (start, pages) = body.split_at_mut(list.len().min(length));
         start.copy_from_slice(list.get(..start.len()).unwrap_or_default());
-        self.stream.read_body_part(pages)?;
+        self.stream
+            .read_body_part(pages)
+            .map_err(|error| wrong.unwrap_or(error))?;
         let count = body.first_chunk::<4>().map_or(0, |count| u32::from_le_bytes(*count));
         if count as usize > MAX_ROWS {
             self.pass(FromXl::Forget)?;

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use crossbeam_channel::Sender as Events;
 use parking_lot::{Condvar, Mutex};
 
 use super::contents::Holdings;
 use super::link::Link;
+use super::source::Event;
 use super::threads::spawn;
-use super::{EngineError, FrameSource, chain, read_or_gone};
+use super::{EngineError, FrameError, FrameSource, chain, read_or_gone};
 use crate::codec::{Compressor, Level};
 use crate::late::{Batch, Next, PageServer};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, is_zero};
@@ -39,6 +41,8 @@ pub(super) struct Served {
     /// What the destination holds, and whether it looks there for late pages.
     pub holdings: Option<Arc<Holdings>>,
     pub known: bool,
+    /// Told when there is nothing left to send from.
+    pub events: Events<Event>,
     pub figures: Arc<Mutex<Figures>>,
 }
 
@@ -86,6 +90,7 @@ impl Serving {
             table,
             holdings,
             known,
+            events,
             figures,
         } = served;
         figures.lock().late.get_or_insert_default().pages = pages;
@@ -109,6 +114,7 @@ impl Serving {
             table,
             holdings,
             sent: PageTable::default(),
+            events,
             compressor: Compressor::default(),
             figures,
         };
@@ -192,10 +198,21 @@ impl Shared {
                         // What went to a connection that is gone has not arrived: its pages are among the missing ones.
                         _ if state.connections != connection => {}
                         Ok(bytes) => state.server.sent(self.start.elapsed(), &batch, bytes),
-                        // The reader of the connection finds it broken, too, and tells the phases.
+                        Err(EngineError::Frame(error @ FrameError::Gone(_))) => {
+                            state.closed = true;
+                            // The phases have ended when nobody receives this.
+                            let _ = sender.events.send(Event::CopyGone(error));
+                        }
                         Err(error) => {
-                            log::debug!("late pages cannot be sent: {}", chain(&error));
-                            state.lost = state.rejoins && matches!(error, EngineError::Wire(_));
+                            if matches!(error, EngineError::Wire(_)) {
+                                log::debug!("late pages cannot be sent: {}", chain(&error));
+                            } else {
+                                log::warn!("late pages cannot be read here: {}", chain(&error));
+                                // The guest must not run on and wait for them.
+                                sender.link.hang_up();
+                            }
+                            // The reader of the connection finds it broken, too, and tells the phases.
+                            state.lost = state.rejoins;
                             state.closed |= !state.lost;
                         }
                     }
@@ -214,6 +231,7 @@ struct Sender {
     holdings: Option<Arc<Holdings>>,
     /// What the late pages held that were sent.
     sent: PageTable,
+    events: Events<Event>,
     compressor: Compressor,
     figures: Arc<Mutex<Figures>>,
 }
@@ -254,6 +272,7 @@ impl Sender {
     fn rows(&mut self, batch: &Batch, known: bool) -> Result<(Rows, Vec<u8>), EngineError> {
         let mut pages = vec![0; batch.pages.len() * PAGE_SIZE];
         let gone = read_or_gone(self.frames.as_mut(), &batch.pages, &mut pages)?;
+        self.frames.check_suspended()?;
         let (pages, _) = pages.as_chunks::<PAGE_SIZE>();
         let ids = self.key.ids(pages);
         let held = match self.holdings.as_ref().filter(|_| known && !batch.plain) {

@@ -34,7 +34,7 @@ use super::sending::{Prepared, Sending, Sent};
 use super::serving::Serving;
 use super::threads::{join, spawn};
 use super::verify::read_back;
-use super::{Contents, EngineError, FrameSource, Holding, LateJournal, chain};
+use super::{Contents, EngineError, FrameError, FrameSource, Holding, LateJournal, chain};
 use crate::codec::{Compressor, Level};
 use crate::page::ContentKey;
 use crate::report::{DestinationFigures, Figures, LateFigures, VerifyFigures};
@@ -80,6 +80,8 @@ pub enum Event {
     Stop(String),
     /// xl has ended. Once the guest has been let go that ends nothing.
     XlEnded,
+    /// The suspended guest has been destroyed, or runs again, before all of its pages had gone.
+    CopyGone(FrameError),
 }
 
 /// xl's pipe and the table after the stream.
@@ -692,7 +694,14 @@ impl Source {
             // The other host waits for this, in case that we had to connect again.
             self.link.send_if_free(Kind::Done, &[]);
         }
-        if !matches!(ending, Ending::Unknown(_)) {
+        let copy_gone = match &ending {
+            Ending::Unknown(error @ EngineError::CopyGone(_)) => Some(error),
+            _ => None,
+        };
+        if let Some(error) = copy_gone {
+            self.link.send_if_free(Kind::Abort, &[chain(error).as_bytes()]);
+        }
+        if !matches!(ending, Ending::Unknown(_)) || copy_gone.is_some() {
             self.journal.iter_mut().for_each(|journal| journal.end());
         }
         if let Ending::SourceOwns(error) = &ending {
@@ -773,6 +782,7 @@ impl Source {
                 return Ok(None);
             }
             Event::XlEnded => return Err(EngineError::Stopped("xl was ended".into())),
+            Event::CopyGone(error) => return Err(EngineError::CopyGone(error)),
             Event::Streamed(end) => return Ok(Some(Signal::Streamed(end))),
             Event::Go(go) => return Ok(Some(Signal::Go(go))),
             Event::Stop(reason) if self.handed_over => {

@@ -34,6 +34,8 @@ pub struct Memory {
     pub writes: u64,
     pub dice: Dice,
     pub suspended: bool,
+    /// Somebody has destroyed it since: nothing of it can be read any more.
+    pub destroyed: bool,
     /// xl's helper is inside its write of a record.
     pub in_write: bool,
     /// It has not come to the end of its first pass, where it reads the bitmap itself.
@@ -59,6 +61,7 @@ impl Memory {
             writes: 20,
             dice: Dice(seed ^ 77),
             suspended: false,
+            destroyed: false,
             in_write: false,
             in_first_pass: false,
             unsafe_peeks: 0,
@@ -192,14 +195,22 @@ impl FrameSource for SourceFrames {
     fn read(&mut self, pfns: &[Pfn], pages: &mut [u8]) -> Result<(), FrameError> {
         let mut memory = self.0.lock();
         for (pfn, page) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)) {
+            let there = !memory.destroyed;
             let gone = || FrameError::Unreadable {
                 pfn: *pfn,
                 source: io::Error::from_raw_os_error(22),
             };
-            page.copy_from_slice(&memory.page(pfn.get()).ok_or_else(gone)?);
+            page.copy_from_slice(&memory.page(pfn.get()).filter(|_| there).ok_or_else(gone)?);
             memory.runs();
         }
         Ok(())
+    }
+
+    fn check_suspended(&mut self) -> Result<(), FrameError> {
+        match self.0.lock().destroyed {
+            true => Err(FrameError::Gone("it was destroyed".into())),
+            false => Ok(()),
+        }
     }
 }
 

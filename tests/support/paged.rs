@@ -25,6 +25,8 @@ pub struct Faults {
     pub busy: u64,
     /// The guest is destroyed after so many touches.
     pub destroyed_after: Option<u64>,
+    /// The so many-th page that comes cannot be put where it belongs, once.
+    pub fails_at: Option<u64>,
 }
 
 /// A guest whose pages Xen holds back.
@@ -56,6 +58,8 @@ struct State {
     written: BTreeMap<u64, u8>,
     given_up: HashSet<u64>,
     loads: HashMap<u64, u32>,
+    /// Pages that came while the guest ran.
+    came: u64,
     /// Pages that were wrong when the guest looked.
     wrong: Vec<String>,
     touches: u64,
@@ -341,6 +345,14 @@ impl GuestPaging for Paged {
 
     fn load(&mut self, pfn: Pfn, page: &[u8; PAGE_SIZE]) -> Result<(), FrameError> {
         let mut state = self.0.state.lock();
+        if state.gone {
+            return Err(FrameError::Xen("there is no such domain".into()));
+        }
+        state.came += u64::from(state.runs);
+        if state.faults.fails_at == Some(state.came) {
+            state.faults.fails_at = None;
+            return Err(FrameError::Xen("no memory for now".into()));
+        }
         // One that is there is left alone.
         if state.evicted.remove(&pfn.get()) {
             state.came_back += u64::from(!state.sealed);
@@ -381,7 +393,12 @@ impl GuestPaging for Paged {
     }
 
     fn answer(&mut self, token: u64) -> Result<(), FrameError> {
-        self.0.state.lock().answered.insert(token);
+        let mut state = self.0.state.lock();
+        if state.gone {
+            return Err(FrameError::Xen("there is no such domain".into()));
+        }
+        state.answered.insert(token);
+        drop(state);
         self.0.changed.notify_all();
         Ok(())
     }

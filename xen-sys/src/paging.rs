@@ -16,7 +16,7 @@ use std::ptr::NonNull;
 
 use crate::events::EventPort;
 use crate::ffi::{ctrl, errno, symbol};
-use crate::paging_ring::BackRing;
+use crate::paging_ring::{BackRing, ENTRIES};
 use crate::{DOM0, DomId, ForeignMemory, PAGE_BYTES, XenError, Xenctrl, hvm_param};
 
 /// Why a guest's pages cannot be paged, or an operation was refused.
@@ -97,6 +97,11 @@ pub struct Paging {
 }
 
 impl Paging {
+    /// Requests that Xen can have waiting. A processor of a guest with more of them waits inside Xen for a place, and while one does
+    /// Xen does not turn paging off (EBUSY of vm_event_disable in xen/common/vm_event.c): nobody could take over from a pager that has
+    /// ended ([`Paging::take_over`]).
+    pub const MOST_REQUESTS: u32 = ENTRIES;
+
     /// Whether the hypervisor was built with paging. Changes nothing. Whether a guest's pages can be paged depends on the
     /// guest besides: [`Paging::enable`].
     ///

@@ -11,7 +11,7 @@ use crate::foreign::PAGE_BYTES;
 const ENTRIES_AT: usize = 64;
 
 /// The entries that a page has room for, a power of two.
-const ENTRIES: u32 = {
+pub(crate) const ENTRIES: u32 = {
     let room = (PAGE_BYTES - ENTRIES_AT) / size_of::<ctrl::vm_event_st>();
     1 << room.ilog2()
 };

@@ -83,6 +83,7 @@ pub fn follow(following: Following) -> Result<Ending, EngineError> {
         table: Arc::default(),
         holdings: None,
         known: false,
+        events: events.0.clone(),
         figures: figures.clone(),
     })?;
     serving.push();
@@ -132,6 +133,7 @@ impl Source {
             table: end.sent.table.clone(),
             holdings: self.holdings.clone(),
             known: self.agreement.late_known,
+            events: self.event_sender.clone(),
             figures: self.figures.clone(),
         })?);
         let (wants, serving) = (std::mem::take(&mut self.early_wants), self.serving.as_ref());
@@ -172,6 +174,7 @@ impl Source {
                 Event::Stop(reason) => Err(EngineError::Stopped(format!(
                     "{reason}, while there was no connection to the other host"
                 ))),
+                Event::CopyGone(error) => Err(EngineError::CopyGone(error)),
                 _ => Ok(()),
             })
         });
