@@ -295,6 +295,31 @@ lab_cut_while_pages_follow() {
   on "$to" 'if ls /run/xenfold/*.rejoin /run/xenfold/*.arriving 2>/dev/null; then exit 1; fi'
 }
 
+# One of the two is destroyed while pages follow: the guest where it runs, which ends as with plain xl, or its suspended copy,
+# without which it cannot go on.
+lab_ended_while_pages_follow() {
+  local from to
+  have_guest ci
+  from=$(lab guest where ci)
+  to=$(other "$from")
+  start_migration "$from" ci --mode postcopy
+  within 300 log_has "$from" ': runs on '
+  on "$to" 'xl destroy ci'
+  wait "$migration" || { said "$from"; die 'the end of the guest was taken for a failure'; }
+  [ -z "$(copies a ci)$(copies b ci)" ] || die 'something of the guest is left'
+
+  have_guest ci --on "$from"
+  start_migration "$from" ci --mode postcopy
+  within 300 log_has "$from" ': runs on '
+  on "$from" 'xl destroy ci--migratedaway'
+  must_fail
+  must_say "$from" 'ci cannot go on on .*was destroyed'
+  [[ $(copies "$to" ci) == "ci "*p* ]] || die 'the guest is not held still'
+  on "$to" 'xenfold status' | grep ci
+  on "$to" 'xl destroy ci'
+  within 30 on "$to" 'if ls /run/xenfold/*.rejoin /run/xenfold/*.arriving 2>/dev/null; then exit 1; fi'
+}
+
 # Stock xl takes the guest while pages of it are missing: live, back to where they are, so that it has passed over some before
 # they come; then into a file. The guest's own checker finds what is lost.
 lab_stock_save_while_pages_follow() {

@@ -393,8 +393,9 @@ impl Destination {
         let mut xl;
         (xl, *ids) = self.settle(rebuilt, frames)?;
         let go = self.wait_go()?;
-        before_go().map_err(EngineError::NotNoted)?;
+        // First: should the connection be lost while a slow disk takes the note, whoever connects again finds somebody.
         self.expect_another_connection();
+        before_go().map_err(EngineError::NotNoted)?;
         // ── Point of no return: xl may start the guest from here on. ──
         // So few bytes go into a pipe whole or not at all: when this fails xl has ended without them, the guest with it.
         xl.write_all(&go).and_then(|()| xl.flush()).map_err(EngineError::Xl)?;
