@@ -16,6 +16,9 @@ pub trait LateJournal: Send {
     /// A page is where it belongs.
     fn came(&mut self, pfn: Pfn) -> io::Result<()>;
 
+    /// Another domain waits for a page.
+    fn awaited(&mut self, pfn: Pfn) -> io::Result<()>;
+
     /// Nobody has to go on.
     fn end(&mut self);
 }
@@ -60,6 +63,10 @@ impl LateJournal for JournalFile {
 
     fn came(&mut self, pfn: Pfn) -> io::Result<()> {
         self.journal.as_mut().map_or(Ok(()), |journal| journal.came(pfn))
+    }
+
+    fn awaited(&mut self, pfn: Pfn) -> io::Result<()> {
+        self.journal.as_mut().map_or(Ok(()), |journal| journal.awaited(pfn))
     }
 
     fn end(&mut self) {

@@ -185,8 +185,9 @@ pub(super) struct Late {
 
 /// What a landing goes on with whose process was killed.
 pub(super) struct Taken {
-    /// Pages that may still be missing, ascending, and how many were late besides.
+    /// Pages that may still be missing, ascending, those of them that another domain waits for, and how many were late besides.
     pub missing: Vec<Pfn>,
+    pub awaited: Vec<Pfn>,
     pub before: u64,
     pub noted: Noted,
     pub paging: Box<dyn GuestPaging>,
@@ -313,6 +314,10 @@ impl Landing {
             save: Save::default(),
             unmarked: false,
         };
+        for pfn in taken.awaited {
+            // Nobody is answered: it tries again until the page is there.
+            let _ = state.pager.asked(Duration::ZERO, pfn, Asking::Domain, 0);
+        }
         if state.ended.is_none() && !state.paging.guest_exists()? {
             (state.gone, state.ended) = (true, Some(Landed::GuestGone));
         }
@@ -445,6 +450,12 @@ impl Landing {
     fn take_requests(&self, mut state: MutexGuard<'_, State>) -> Result<(), EngineError> {
         let now = self.now();
         for PageRequest { pfn, asking, token } in state.paging.requests()? {
+            if asking == Asking::Domain
+                && state.pager.judge(pfn) == Arrival::Late
+                && let Some(Err(error)) = state.journal.as_mut().map(|journal| journal.awaited(pfn))
+            {
+                log::debug!("that page {pfn} is waited for cannot be written down: {error}");
+            }
             if let Some(token) = state.pager.asked(now, pfn, asking, token) {
                 state.paging.answer(token)?;
             }

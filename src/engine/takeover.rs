@@ -88,6 +88,7 @@ pub fn run(taking: TakeOver) -> Result<i32, EngineError> {
     let missing = found.missing.len();
     let landing = Landing::take_over(Taken {
         missing: found.missing.iter().collect(),
+        awaited: found.awaited.iter().collect(),
         before: found.late.len().saturating_sub(missing),
         noted,
         paging,

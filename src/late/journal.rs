@@ -14,12 +14,14 @@
 //!      u32 CRC-32 of all from 24 to here
 //!      the pages that have come since, a bit each in the same order, in bytes. Written one by one, each behind the page
 //!      itself; what is missing at the end is zero. A page that came and is not in it comes again, and is left alone then.
+//!      the pages for which another domain has asked, in the same way. Of one that is missing it is not asked again: Xen tells each pager
+//!      once (p2m_mem_paging_populate in xen/arch/x86/mm/mem_paging.c).
 //! ```
 //!
 //! All numbers are little-endian. The file has its name only when it is complete; what is damaged nevertheless is noticed
 //! by the two CRCs, and not used.
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -110,9 +112,42 @@ impl Noted {
 pub struct Journal {
     file: File,
     path: PathBuf,
-    /// Where the pages begin that have come, and which they are.
-    come_at: u64,
-    come: Vec<u8>,
+    come: Marks,
+    awaited: Marks,
+}
+
+/// A bit for each page, in the file and here.
+struct Marks {
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Marks {
+    fn add(&mut self, file: &File, pfn: Pfn) -> io::Result<()> {
+        let at = pfn.get() / 8;
+        let byte = usize::try_from(at).ok().and_then(|at| self.bytes.get_mut(at));
+        let Some(byte) = byte else { return Ok(()) };
+        *byte |= 1 << (pfn.get() % 8);
+        file.write_all_at(&[*byte], self.at + at)
+    }
+
+    /// Reads them where the file is now; what is missing at its end is zero.
+    fn read(mut file: &File, length: u64) -> io::Result<Marks> {
+        let at = file.stream_position()?;
+        let mut bytes = Vec::new();
+        file.take(length).read_to_end(&mut bytes)?;
+        bytes.resize(usize::try_from(length).unwrap_or(usize::MAX), 0);
+        Ok(Marks { at, bytes })
+    }
+
+    fn words(&self) -> Vec<u64> {
+        words(&self.bytes)
+    }
+}
+
+fn words(bytes: &[u8]) -> Vec<u64> {
+    let words = bytes.as_chunks().0.iter();
+    words.map(|word| u64::from_le_bytes(*word)).collect()
 }
 
 /// What a journal says.
@@ -124,6 +159,8 @@ pub struct Found {
     /// Late pages at the beginning, and those that have not come.
     pub late: PageSet,
     pub missing: PageSet,
+    /// Of the missing ones, those that another domain waits for.
+    pub awaited: PageSet,
 }
 
 impl Journal {
@@ -151,12 +188,17 @@ impl Journal {
             fs::rename(&new, path)?;
             Ok((HEAD_BYTES + body.len()) as u64)
         });
+        let length = late.words().len() * 8;
+        let marks = |at| Marks {
+            at,
+            bytes: vec![0; length],
+        };
         match written {
             Ok(come_at) => Ok(Journal {
                 file,
                 path: path.to_owned(),
-                come_at,
-                come: vec![0; late.words().len() * 8],
+                come: marks(come_at),
+                awaited: marks(come_at + length as u64),
             }),
             Err(error) => {
                 // It is of no use to anybody.
@@ -179,14 +221,14 @@ impl Journal {
         if !now.is_ok_and(|now| (now.dev(), now.ino()) == (opened.dev(), opened.ino())) {
             return Err(JournalError::Absent);
         }
-        let (found, come_at, come) = read(path, &file)?;
+        let (found, come, awaited) = read(path, &file)?;
         file.write_all_at(&head(found.noted, std::process::id()), 0)?;
         Ok((
             Journal {
                 file,
                 path: path.to_owned(),
-                come_at,
                 come,
+                awaited,
             },
             found,
         ))
@@ -198,11 +240,12 @@ impl Journal {
 
     /// A page is where it belongs.
     pub fn came(&mut self, pfn: Pfn) -> io::Result<()> {
-        let at = pfn.get() / 8;
-        let byte = usize::try_from(at).ok().and_then(|at| self.come.get_mut(at));
-        let Some(byte) = byte else { return Ok(()) };
-        *byte |= 1 << (pfn.get() % 8);
-        self.file.write_all_at(&[*byte], self.come_at + at)
+        self.come.add(&self.file, pfn)
+    }
+
+    /// Another domain waits for a page.
+    pub fn awaited(&mut self, pfn: Pfn) -> io::Result<()> {
+        self.awaited.add(&self.file, pfn)
     }
 
     /// Nobody has to go on.
@@ -258,7 +301,7 @@ fn body(facts: &Facts, late: &PageSet) -> io::Result<Vec<u8>> {
     Ok(body)
 }
 
-fn read(path: &Path, mut file: &File) -> Result<(Found, u64, Vec<u8>), JournalError> {
+fn read(path: &Path, mut file: &File) -> Result<(Found, Marks, Marks), JournalError> {
     let damaged = |what| JournalError::Damaged {
         path: path.to_owned(),
         what,
@@ -299,28 +342,24 @@ fn read(path: &Path, mut file: &File) -> Result<(Found, u64, Vec<u8>), JournalEr
         .and_then(|body| body.split_at_checked(usize::try_from(length).ok()?))
         .ok_or_else(short)?;
     let facts = serde_json::from_slice(facts).map_err(|_| damaged("its facts are not the JSON expected"))?;
-    let words = |bytes: &[u8]| -> Vec<u64> {
-        bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|word| u64::from_le_bytes(*word))
-            .collect()
-    };
     let late = PageSet::from_words(&words(late), bound);
-    let mut come = Vec::new();
-    file.take(late_bytes).read_to_end(&mut come)?;
-    come.resize(usize::try_from(late_bytes).unwrap_or(usize::MAX), 0);
+    let come = Marks::read(file, late_bytes)?;
+    // Where a byte of the ones before is missing none of these is there.
+    let mut awaited = Marks::read(file, late_bytes)?;
+    awaited.at = come.at + late_bytes;
     let mut missing = late.clone();
-    missing.subtract(&words(&come));
+    missing.subtract(&come.words());
+    let mut waits = missing.clone();
+    waits.subtract(&awaited.words().iter().map(|word| !word).collect::<Vec<_>>());
     let found = Found {
         facts,
         noted,
         owner,
         late,
         missing,
+        awaited: waits,
     };
-    Ok((found, FIXED_BYTES as u64 + wanted + 4, come))
+    Ok((found, come, awaited))
 }
 
 #[cfg(test)]
@@ -365,12 +404,16 @@ mod tests {
             started: true,
             landed: false,
         };
+        for page in [200, 499] {
+            first.awaited(pfn(page)).unwrap();
+        }
         first.note(noted).unwrap();
         assert_eq!(look(&path).unwrap().owner, std::process::id());
         drop(first);
         let (mut second, found) = Journal::take(&path).unwrap();
         assert_eq!((found.facts, found.noted), (facts(), noted));
         assert_eq!((found.late.len(), pages(&found.missing)), (400, vec![498, 499]));
+        assert_eq!(pages(&found.awaited), [499], "the other one has come");
         second.came(pfn(498)).unwrap();
         drop(second);
         let (third, found) = Journal::take(&path).unwrap();
@@ -425,6 +468,11 @@ mod tests {
             [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]
         );
         assert_eq!(come, [0, 0, 0, 0, 0, 0, 0, 0, 2]);
+        journal.awaited(pfn(64)).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        let (come, awaited) = bytes[HEAD_BYTES + 16 + json.len() + 16 + 4..].split_at(16);
+        assert_eq!((come[8], come.len()), (2, 16));
+        assert_eq!(awaited, [0, 0, 0, 0, 0, 0, 0, 0, 1]);
     }
 
     #[test]

@@ -199,6 +199,10 @@ impl<J: LateJournal + 'static> LateJournal for Kept<J> {
         self.with(|journal| journal.came(pfn))
     }
 
+    fn awaited(&mut self, pfn: Pfn) -> io::Result<()> {
+        self.with(|journal| journal.awaited(pfn))
+    }
+
     fn end(&mut self) {
         // Killed before is as good.
         let _ = self.with(|journal| {
