@@ -342,6 +342,7 @@ fn a_guest_that_is_destroyed_needs_no_pages() {
 #[test]
 fn pages_of_a_source_that_is_destroyed_are_not_made_up() {
     let (plan, memory, guest) = plan(&Case { touches: 0, ..long() });
+    let (plan, _) = with_cuts(plan, Vec::new());
     guest.destroy_when_held_still();
     let copy = memory.clone();
     let outcome = migrate(plan.hooks(move |_| {

@@ -163,8 +163,9 @@ impl Arriving {
         })
     }
 
-    /// The source cannot send what is missing.
+    /// The source cannot send what is missing, and ends: it will hear nothing more.
     fn given_up(&self, body: &[u8]) {
+        self.done();
         if let Some(landing) = self.landing.lock().clone() {
             landing.stands_still(&EngineError::PeerAborted(peer_words(body)));
         }
