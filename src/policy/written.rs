@@ -124,7 +124,7 @@ pub struct Forecast {
     passes: Vec<(Written, f64)>,
     /// How much is written of what was written earlier, in parts of what was then.
     pub earlier: f64,
-    /// Of pages written at some time in a pass, in earlier migrations, and of those of which nothing is known.
+    /// Of pages of which nothing is known, of those written in earlier migrations, and of those written at some time in a pass.
     remembered: [Option<(Question, f64)>; 3],
 }
 
