@@ -18,7 +18,7 @@ pub trait Host: MemShr + Send {
     /// The guest that has this number now.
     fn guest(&mut self, domid: DomId) -> Result<Option<Seen>, XenError>;
 
-    /// The first frame number past the guest's last.
+    /// The first frame number past the last that the guest has ever had a frame at: it never becomes less while the guest runs.
     fn end_of_frames(&mut self, domid: DomId) -> Result<u64, XenError>;
 
     /// Copies frames, as many as there are pages, and tells which could be read. None stays mapped.

@@ -26,6 +26,8 @@ pub struct World {
     next_handle: u64,
     /// Which frame each page has.
     p2m: BTreeMap<GuestPage, u64>,
+    /// One above the last pfn that each guest has ever had a frame at (`max_mapped_pfn`, which never becomes less).
+    ends: BTreeMap<DomId, u64>,
     pub guests: BTreeMap<DomId, Seen>,
     pub free: u64,
     saved: u64,
@@ -59,6 +61,7 @@ impl SimXen {
             next_frame: 1,
             next_handle: 1,
             p2m: BTreeMap::new(),
+            ends: BTreeMap::new(),
             guests: BTreeMap::new(),
             free,
             saved: 0,
@@ -85,6 +88,7 @@ impl World {
         let mut seen = seen_guest(number, number as u8, name, []).seen;
         seen.info.total_pages = contents.len() as u64;
         self.guests.insert(domid(number), seen);
+        self.ends.insert(domid(number), contents.len() as u64);
         for (pfn, content) in contents.iter().enumerate() {
             let page = page(number, pfn as u64);
             let frame = self.new_frame(*content);
@@ -181,7 +185,7 @@ impl World {
     }
 
     /// The frame leaves the guest.
-    fn give_up(&mut self, page: GuestPage) {
+    pub fn give_up(&mut self, page: GuestPage) {
         self.expected.remove(&page);
         let Some(number) = self.p2m.remove(&page) else { return };
         let Some(frame) = self.frames.get_mut(&number) else {
@@ -406,9 +410,7 @@ impl Host for SimXen {
     }
 
     fn end_of_frames(&mut self, domid: DomId) -> Result<u64, XenError> {
-        let world = self.0.lock();
-        let last = world.p2m.keys().rfind(|page| page.domid == domid);
-        Ok(last.map_or(0, |page| page.pfn().get() + 1))
+        Ok(self.0.lock().ends.get(&domid).copied().unwrap_or(0))
     }
 
     fn read(&mut self, domid: DomId, pfns: &[Pfn], pages: &mut [Page]) -> Result<Vec<bool>, XenError> {

@@ -159,6 +159,19 @@ fn equal_pages_of_a_group_get_one_frame() {
 }
 
 #[test]
+fn a_last_page_that_is_given_up_leaves_its_row() {
+    let mut lab = Lab::new(1, 100, 10, |world| {
+        world.add_guest(1, "web-1", &[1, 2]);
+        world.add_guest(2, "web-2", &[1, 2]);
+    });
+    lab.rounds(3);
+    assert_eq!(lab.stats().saved_pages, 2);
+    lab.xen.0.lock().give_up(page(2, 1));
+    lab.rounds(1);
+    lab.check_table();
+}
+
+#[test]
 fn pages_that_change_are_left_alone() {
     let mut lab = Lab::new(1, 100, 10, |world| {
         world.add_guest(1, "web-1", &[1, 9]);
