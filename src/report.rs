@@ -115,6 +115,8 @@ pub struct BalloonFigures {
 pub struct HoldingFigures {
     /// Pages that earlier migrations of the guest have seen written.
     pub known_pages: u64,
+    /// Pages that the host's daemon has seen change before.
+    pub changing_pages: u64,
     /// Pages with data in xl's stream, those that did not travel among them.
     pub pages_from_xl: u64,
     /// How often one of them was held back.

@@ -20,7 +20,7 @@ use proptest::test_runner::{Config, TestRunner};
 use xenfold::engine::source::Ending;
 use xenfold::engine::{DowntimeLimit, EngineError, Holding, SAMPLE};
 use xenfold::page::Pfn;
-use xenfold::policy::{Forecast, HoldPolicy};
+use xenfold::policy::{Before, Forecast, HoldPolicy};
 
 /// What the pipe between xl and the agent holds in these tests (support/hosts.rs).
 const PIPE_BYTES: u64 = 64 << 10;
@@ -113,7 +113,7 @@ fn live_over(case: &Case, hook: impl FnOnce(Arc<Mutex<Memory>>) -> Hook) -> Resu
             case.pages as u64,
             case.pages as u64,
             SAMPLE,
-            None,
+            Before::default(),
             Duration::from_millis(300),
         ))
     } else {

@@ -31,7 +31,7 @@ use xenfold::engine::{
 use xenfold::late::Mode;
 use xenfold::late::journal::{Facts, Journal};
 use xenfold::page::Pfn;
-use xenfold::policy::Forecast;
+use xenfold::policy::{Before, Forecast};
 use xenfold::report::LateFigures;
 use xenfold::wire::{EarlyOut, Hello};
 
@@ -124,7 +124,7 @@ fn plan(case: &Case) -> (Plan, Arc<Mutex<Memory>>, Paged) {
                 case.pages,
                 case.pages,
                 SAMPLE,
-                None,
+                Before::default(),
                 Duration::from_millis(300),
             )),
             pipe_bytes: PIPE_BYTES,

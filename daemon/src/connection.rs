@@ -4,12 +4,14 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xenfold::control::{
-    ControlError, ErrorCode, HoldingsFrom, KeyHex, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_READ_PAGES,
-    MalformedPayload, Message, Offer, Offered, Refusal, Reply, Request, ids, image_entries, image_payload,
-    keys_payload, pages, read_message, read_payload, write_message,
+    ControlError, ErrorCode, HoldingsFrom, KeyHex, MAX_IDS, MAX_IMAGE_ENTRIES, MAX_KEYS, MAX_PAYLOAD_BYTES,
+    MAX_READ_PAGES, MalformedPayload, Message, Offer, Offered, Refusal, Reply, Request, ids, image_entries,
+    image_payload, keys_payload, pages, read_message, read_payload, write_message,
 };
 use xenfold::engine::chain;
 use xenfold::page::{ContentId, Pfn};
+use xenfold::policy::packed;
+use xenfold::policy::trace::MOST_PAGES;
 
 use crate::daemon::{Bound, Daemon, model_failed, store_failed};
 use crate::server::{Connections, MAX_CONNECTIONS};
@@ -142,6 +144,7 @@ impl Connection<'_> {
                 models.set(&guest_uuid, &payload).map_err(model_failed)?;
                 Reply::Done { new: 0 }
             }
+            Request::Changing { guest_uuid, bound } => return Ok(self.changing(&guest_uuid, bound)),
             Request::StoreStats {} => Reply::StoreStats(self.daemon.stats()?),
             Request::StoreVerify {} => Reply::Verified(self.daemon.verify()?),
             Request::StoreGc {} => Reply::Collected(self.daemon.collect()?),
@@ -158,6 +161,18 @@ impl Connection<'_> {
             }
         };
         Ok(Answer::One(reply, Vec::new()))
+    }
+
+    fn changing(&self, uuid: &str, bound: u64) -> Answer {
+        let changing = self
+            .daemon
+            .index()
+            .and_then(|index| index.changing(uuid, bound.min(MOST_PAGES)));
+        let packed = changing.map(|pages| packed::pack(&pages));
+        match packed.filter(|packed| packed.len() <= MAX_PAYLOAD_BYTES) {
+            Some(packed) => Answer::One(Reply::Part { last: true }, packed),
+            None => Answer::One(Reply::None {}, Vec::new()),
+        }
     }
 
     fn open(&mut self, uuid: &str, name: &str, offered: Option<Offered>) -> Result<Reply, Refusal> {

@@ -15,6 +15,7 @@ mod keys;
 mod membership;
 pub mod metrics;
 mod models;
+mod notes;
 pub mod server;
 mod sharing;
 pub mod socket;

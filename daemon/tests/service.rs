@@ -261,6 +261,8 @@ fn models_outlive_the_daemon_and_need_no_store() {
     let mut client = host.client();
     assert_eq!(client.model(GUEST).unwrap(), Some(model(5)));
     assert_eq!(client.model(OTHER).unwrap(), None);
+    let changing = [GUEST, "../1"].map(|uuid| client.changing(uuid, u64::MAX).unwrap());
+    assert_eq!(changing, [None, None], "no guest is read here");
 }
 
 #[test]

@@ -328,13 +328,16 @@ fn index_figures(stats: &IndexStats) -> String {
             .max(5);
         let groups = stats.guests.iter().filter_map(|guest| guest.group.as_ref());
         let group = groups.map(String::len).max().unwrap_or(0).max(5);
-        text += &format!("{:>5} {:name$} {:group$} {:>10}\n", "domid", "guest", "group", "pages");
+        text += &format!(
+            "{:>5} {:name$} {:group$} {:>10} {:>6}\n",
+            "domid", "guest", "group", "pages", "visits"
+        );
         for guest in &stats.guests {
             let in_group = guest.group.as_deref().unwrap_or("-");
             text += &match &guest.left_out {
                 None => format!(
-                    "{:>5} {:name$} {in_group:group$} {:>10}\n",
-                    guest.domid, guest.name, guest.pages
+                    "{:>5} {:name$} {in_group:group$} {:>10} {:>6}\n",
+                    guest.domid, guest.name, guest.pages, guest.visits
                 ),
                 Some(reason) => format!("{:>5} {:name$} left out: {reason}\n", guest.domid, guest.name),
             };
@@ -488,6 +491,7 @@ mod tests {
             name: name.into(),
             group: left_out.is_none().then(|| "web".into()),
             pages: 7,
+            visits: 2,
             left_out: left_out.map(Into::into),
         };
         let stats = IndexStats {
@@ -512,7 +516,7 @@ mod tests {
             "1234 pages/s of 20000, processors idle: 50 %",
             "3 pages, 2 stale",
             "FULL: further",
-            "    3 web-1    web            7",
+            "    3 web-1    web            7      2",
             "   12 database left out: PV",
         ] {
             assert!(text.contains(says), "{says}: {text}");

@@ -366,6 +366,12 @@ pub fn summary(figures: &Figures) -> String {
             holding.known_pages
         ));
     }
+    if holding.changing_pages > 0 {
+        text.push_str(&format!(
+            "\n{} pages had changed while xenfoldd looked at the guest's memory",
+            holding.changing_pages
+        ));
+    }
     if holding.rounds > 0 {
         text.push_str(&format!(
             "\nxl was held for {} rounds, {} ms, and {} pages went ahead of it; expected downtime then {} ms",

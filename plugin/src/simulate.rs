@@ -55,6 +55,9 @@ pub struct Arguments {
     /// begins in the trace's middle.
     #[arg(long)]
     known: bool,
+    /// The daemon has seen which pages the guest wrote from the trace's beginning on. The migration begins in its middle.
+    #[arg(long)]
+    changing: bool,
     /// Write the figures to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -100,7 +103,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                     ..usual.rounds
                 },
                 known: arguments.known,
-                begins: trace.interval() * (if arguments.known { trace.len() / 2 } else { 0 }) as u32,
+                changing: arguments.changing,
+                begins: trace.interval()
+                    * (if arguments.known || arguments.changing {
+                        trace.len() / 2
+                    } else {
+                        0
+                    }) as u32,
                 ..usual
             };
             for run in simulate(&name, link, &trace, &conditions) {
@@ -203,6 +212,7 @@ mod tests {
             model: 2,
             peek: None,
             known: false,
+            changing: false,
             json: None,
         };
         let error = run(&arguments).unwrap_err();
@@ -228,6 +238,7 @@ mod tests {
             model: 2,
             peek: None,
             known: false,
+            changing: false,
             json: Some(json.clone()),
         };
         run(&arguments).unwrap();

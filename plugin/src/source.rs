@@ -321,7 +321,11 @@ impl Agent<'_> {
             figures.memory_total_bytes / PAGE_SIZE as u64
         };
         let (holding, forecast) = self.holding(&seen, &from_xl, guest_pages, mode).unzip();
-        figures.lock().holding.known_pages = forecast.as_ref().map_or(0, Forecast::known_pages);
+        {
+            let holding = &mut figures.lock().holding;
+            holding.known_pages = forecast.as_ref().map_or(0, Forecast::known_pages);
+            holding.changing_pages = forecast.as_ref().map_or(0, Forecast::changing_pages);
+        }
         let learning = forecast.clone();
         let (was_dead, xl) = (seen.xl_was_dead.clone(), self.xl);
         let setup = SourceSetup {
@@ -474,9 +478,9 @@ impl Agent<'_> {
                 return None;
             }
         };
-        let kept = model::load(&guest.uuid, log.bound());
+        let before = model::load(&guest.uuid, log.bound());
         let downtime = Duration::from_millis(config.downtime_limit.into());
-        let forecast = Forecast::new(log.bound(), guest_pages, SAMPLE, kept, downtime);
+        let forecast = Forecast::new(log.bound(), guest_pages, SAMPLE, before, downtime);
         let holding = Holding {
             policy: Box::new(forecast.clone()),
             log: Box::new(log),

@@ -164,14 +164,15 @@ impl Client {
 
     /// The bytes of what is kept of a guest's writes ([`crate::policy::Kept`]); `None`: nothing is.
     pub fn model(&mut self, guest_uuid: &str) -> Result<Option<Vec<u8>>, ControlError> {
-        let mut bytes = Vec::new();
         let guest_uuid = guest_uuid.into();
-        let there = self.parts("model", &Request::Model { guest_uuid }, |payload| {
-            // One part is as long as a model may be.
-            bytes = payload.to_vec();
-            Ok(())
-        })?;
-        Ok(there.then_some(bytes))
+        self.one_part("model", &Request::Model { guest_uuid })
+    }
+
+    /// The pages of a running guest that change, as far as the daemon has read its memory: a set of pages below `bound`, packed
+    /// ([`crate::policy::packed`]). `None`: the guest is not read, or not for long enough.
+    pub fn changing(&mut self, guest_uuid: &str, bound: u64) -> Result<Option<Vec<u8>>, ControlError> {
+        let guest_uuid = guest_uuid.into();
+        self.one_part("changing", &Request::Changing { guest_uuid, bound })
     }
 
     /// Keeps such bytes, in the place of what was kept of the guest.
@@ -290,6 +291,16 @@ impl Client {
             Reply::Done { .. } => Ok(()),
             _ => Err(ControlError::Unexpected { what }),
         }
+    }
+
+    /// An answer that is bytes of one part, or that there is none.
+    fn one_part(&mut self, what: &'static str, request: &Request) -> Result<Option<Vec<u8>>, ControlError> {
+        let mut bytes = Vec::new();
+        let there = self.parts(what, request, |payload| {
+            bytes = payload.to_vec();
+            Ok(())
+        })?;
+        Ok(there.then_some(bytes))
     }
 
     /// Takes an answer in parts. False: the answer is that there is none.

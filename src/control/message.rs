@@ -77,6 +77,12 @@ pub enum Request {
     SaveModel {
         guest_uuid: String,
     },
+    /// Which pages of a running guest change.
+    Changing {
+        guest_uuid: String,
+        /// The guest's pages lie below this.
+        bound: u64,
+    },
     StoreStats {},
     StoreVerify {},
     StoreGc {},
@@ -125,7 +131,7 @@ pub enum Reply {
         #[serde(default)]
         new: u64,
     },
-    /// A part of holdings or of an image, or a model.
+    /// A part of holdings or of an image, a model, or a set of pages.
     Part {
         last: bool,
     },
@@ -399,6 +405,8 @@ pub struct IndexedGuest {
     pub group: Option<String>,
     /// Contents that are found at this guest; one that several have is found at one.
     pub pages: u64,
+    /// How often it has been gone through: which of its pages change is known after the second time.
+    pub visits: u32,
     /// Why its contents are not looked up, if they are not.
     pub left_out: Option<String>,
 }

@@ -5,6 +5,9 @@
 //! pages are put in that order, and it is seen between which of them the guest's writes of a second lie: its place. When
 //! three such looks, one after the other, find it to have gone on by as many pages as it has written, that says when each
 //! of the others is due. Once that has mostly been so, one look is enough.
+//!
+//! Pages that it is known to write, but not when, are those that it has not come to since the order was seen: between the
+//! youngest and the oldest ones, in no order.
 use super::ages::Ages;
 
 /// Seconds for which writes are looked at together, how many of them there must be, and the part of all pages that they may be:
@@ -43,6 +46,10 @@ const CERTAIN: f64 = 0.95;
 /// Ages that are told apart.
 const AGES: usize = 256;
 
+/// The age of pages whose place in the order is not known, the oldest; and the youngest.
+const UNORDERED: u8 = u8::MAX;
+const YOUNGEST: u8 = 1;
+
 /// An order of pages, and how it has fared.
 #[derive(Debug)]
 pub(super) struct Circle {
@@ -54,6 +61,8 @@ pub(super) struct Circle {
     counts: Vec<u32>,
     before: Vec<f64>,
     all: f64,
+    /// Pages of no place in the order that have been written since xl's pass began.
+    placed_now: Vec<usize>,
     /// Of each age, pages that are dirty; where the guest was when none was.
     dirty: Vec<u32>,
     from: Option<f64>,
@@ -94,7 +103,7 @@ impl Place {
 }
 
 impl Circle {
-    /// The order of this migration, by the times at which pages were written first, in any unit; 0: not yet. Ages are ranks, a 255th
+    /// The order of this migration, by the times at which pages were written first, in any unit; 0: not yet. Ages are ranks, a 254th
     /// of the pages each, if times are told apart as finely.
     pub fn of(first: &[u16]) -> Circle {
         let mut at: Vec<usize> = vec![0; first.iter().copied().max().map_or(0, usize::from) + 1];
@@ -108,7 +117,7 @@ impl Circle {
         let mut ages = vec![0];
         for pages in at.iter().skip(1) {
             let middle = before + pages / 2;
-            ages.push(u8::MAX - (middle * (AGES - 1) / all).min(AGES - 2) as u8);
+            ages.push(UNORDERED - 1 - (middle * (AGES - 2) / all).min(AGES - 3) as u8);
             before += pages;
         }
         let age = |first: &u16| ages.get(usize::from(*first)).copied().unwrap_or(0);
@@ -117,24 +126,31 @@ impl Circle {
 
     /// The order of earlier migrations.
     pub fn known(ages: &Ages) -> Circle {
-        Circle::new(ages.bytes().to_vec(), true)
+        let age = |age: &u8| (*age).min(UNORDERED - 1);
+        Circle::new(ages.bytes().iter().map(age).collect(), true)
+    }
+
+    /// Takes in pages that are known to be written, those that are in the order already excepted.
+    pub fn take_in(&mut self, pages: impl Iterator<Item = usize>) {
+        let mut added = 0.0;
+        for page in pages {
+            if let Some(age @ 0) = self.ages.get_mut(page) {
+                *age = UNORDERED;
+                added += 1.0;
+            }
+        }
+        self.count_all();
+        self.looks.iter_mut().flatten().for_each(|look| look.page += added);
     }
 
     fn new(ages: Vec<u8>, earlier: bool) -> Circle {
-        let counts = counts_of(&ages);
-        let mut before = vec![0.0; AGES];
-        let mut all = 0.0;
-        // The oldest are written next.
-        for (before, count) in before.iter_mut().zip(&counts).rev() {
-            *before = all;
-            all += f64::from(*count);
-        }
-        Circle {
+        let mut circle = Circle {
             ages,
             earlier,
-            counts,
-            before,
-            all,
+            counts: Vec::new(),
+            before: Vec::new(),
+            all: 0.0,
+            placed_now: Vec::new(),
             dirty: vec![0; AGES],
             from: None,
             seen: vec![0; AGES],
@@ -146,6 +162,19 @@ impl Circle {
             gone: 0.0,
             gone_seconds: 0.0,
             due: None,
+        };
+        circle.count_all();
+        circle
+    }
+
+    fn count_all(&mut self) {
+        self.counts = counts_of(&self.ages);
+        self.before = vec![0.0; AGES];
+        self.all = 0.0;
+        // The oldest are written next.
+        for (before, count) in self.before.iter_mut().zip(&self.counts).rev() {
+            *before = self.all;
+            self.all += f64::from(*count);
         }
     }
 
@@ -172,10 +201,11 @@ impl Circle {
             let squares: f64 = counts.iter().map(|count| f64::from(*count).powi(2)).sum();
             squares / all.max(1.0)
         };
-        let others = counts_of(ages);
-        let all: f64 = others.iter().map(|count| f64::from(*count)).sum();
-        let finer = 2.0 * self.all >= all && coarse(&self.counts) < coarse(&others);
-        self.earlier && self.is_true() && (all < MOST * self.all || finer)
+        let (ours, others) = (self.counts.get(..UNORDERED.into()).unwrap_or_default(), counts_of(ages));
+        let sum = |counts: &[u32]| counts.iter().map(|count| f64::from(*count)).sum::<f64>();
+        let (mine, all) = (sum(ours), sum(&others));
+        let finer = 2.0 * mine >= all && coarse(ours) < coarse(&others);
+        self.earlier && self.is_true() && (all < MOST * mine || finer)
     }
 
     fn age(&self, page: usize) -> u8 {
@@ -186,6 +216,15 @@ impl Circle {
     pub fn pass_began(&mut self, now: f64) {
         self.dirty.fill(0);
         self.from = self.place().map(|place| place.here(now));
+        if !self.placed_now.is_empty() {
+            // They are the last ones that it wrote, and the rest of their kind come next.
+            for page in std::mem::take(&mut self.placed_now) {
+                self.ages.get_mut(page).into_iter().for_each(|age| *age = YOUNGEST);
+            }
+            self.count_all();
+            self.from = self.from.map(|_| 0.0);
+            self.looks = [None; LOOKS];
+        }
         // What was written since the last reading comes in no look.
         self.seen.fill(0);
         self.seconds = 0.0;
@@ -196,9 +235,12 @@ impl Circle {
 
     /// A page was written, for the first time since the pass began.
     pub fn written(&mut self, page: usize) {
-        let age = usize::from(self.age(page));
+        let age = self.age(page);
+        if age == UNORDERED {
+            self.placed_now.push(page);
+        }
         for counts in [&mut self.seen, &mut self.dirty] {
-            count_one(counts, age);
+            count_one(counts, age.into());
         }
     }
 
@@ -341,10 +383,22 @@ impl Circle {
         let from = self
             .from
             .filter(|from| (0.0..place.exact).contains(&self.way(*from, here)));
-        let from = from.unwrap_or(here - place.exact).rem_euclid(self.all.max(1.0));
         let order: Vec<usize> = (1..AGES).rev().filter(|age| self.count(*age) > 0).collect();
-        let end = |age: usize| self.before.get(age).copied().unwrap_or(0.0) + f64::from(self.count(age));
-        let first = order.iter().position(|age| from < end(*age)).unwrap_or(0);
+        let start = |age: usize| self.before.get(age).copied().unwrap_or(0.0);
+        let end = |age: usize| start(age) + f64::from(self.count(age));
+        let at = |page: f64| order.iter().position(|age| page < end(*age)).unwrap_or(0);
+        let turn = |page: f64| page.rem_euclid(self.all.max(1.0));
+        // Of the age before some may be left, and none of those before that.
+        let back = || {
+            let here = turn(here);
+            let at = at(here);
+            let before = at.checked_sub(1).unwrap_or(order.len().saturating_sub(1));
+            let (now, before) = (order.get(at).copied(), order.get(before).copied());
+            let widths = now.map_or(0.0, |age| here - start(age)) + before.map_or(0.0, |age| self.count(age).into());
+            here - widths.min(place.exact)
+        };
+        let from = turn(from.unwrap_or_else(back));
+        let first = at(from);
         // Where a pass begins all memory has just been write-protected, and the guest is slow for a while.
         let mean = self.gone / self.gone_seconds.max(LOOK);
         let mut goes = place.speed.max(mean) * seconds * LONGER;
@@ -420,6 +474,37 @@ mod tests {
             let before = at + 4000 - 300;
             assert!(expect(&mut circle, before, 2.0) < 0.3 && expect(&mut circle, before, 4000.0 / speed as f64) > 2.0);
         }
+    }
+
+    #[test]
+    fn pages_of_no_order_come_between_the_youngest_and_the_oldest() {
+        // As above, and 2000 pages more that are written after those.
+        let ages = (0..6000).map(|page| if page < 4000 { 40 - (page / 100) as u8 } else { 0 });
+        let mut circle = Circle::new(ages.collect(), true);
+        circle.take_in(3900..6000);
+        assert_eq!(circle.counts[usize::from(UNORDERED)], 2000);
+        let second = |circle: &mut Circle, second: usize| {
+            (3600..3700).for_each(|page| circle.written(page + second * 100));
+            circle.looked(second as f64, 1.0);
+        };
+        (0..8).for_each(|at| second(&mut circle, at));
+        let expect = |circle: &mut Circle, now, page, seconds| {
+            circle.ask(now, seconds);
+            circle.expect(page, 0.7)
+        };
+        assert!(expect(&mut circle, 8.0, 5000, 5.0) > 0.5, "half of them are due");
+        assert!(
+            [0, 2000, 3500]
+                .iter()
+                .all(|page| expect(&mut circle, 8.0, *page, 5.0) < 0.3)
+        );
+        assert!(expect(&mut circle, 8.0, 5000, 20.0) > 2.0 && expect(&mut circle, 8.0, 0, 20.0) > 2.0);
+        // Those that it has been to are behind it.
+        circle.pass_began(8.0);
+        second(&mut circle, 8);
+        assert!(expect(&mut circle, 9.0, 4100, 5.0) < 0.3 && expect(&mut circle, 9.0, 5000, 5.0) > 0.5);
+        (9..24).for_each(|at| second(&mut circle, at));
+        assert!(expect(&mut circle, 24.0, 10, 4.0) > 1.0 && expect(&mut circle, 24.0, 2000, 4.0) < 0.3);
     }
 
     #[test]

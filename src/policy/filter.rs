@@ -6,8 +6,8 @@
 //!
 //! 1. A page that is known to be written since xl's pass began is held: xl sends it again.
 //! 2. In every pass a page is held when it is likely written again before the suspend ([`super::gaps`]); quiet pages go
-//!    first that way, whatever their place in memory. In the first pass less is enough for that, and for a page that earlier
-//!    migrations have seen written nothing more is needed. Of a guest that goes round those wait that are due next, and all of
+//!    first that way, whatever their place in memory. In the first pass less is enough for that, and for a page that was seen
+//!    written before the migration nothing more is needed. Of a guest that goes round those wait that are due next, and all of
 //!    its circle until it is found in it ([`Circle`]).
 //! 3. At the end of each pass but the first, held pages that have turned quiet are released.
 //! 4. At the end of the last pass, or of one that leaves so little that xl's next is the last, all that is held and is
@@ -17,7 +17,7 @@
 //! excepted), and that is how the end is known while xl still waits for its record to be read.
 //!
 //! What is known comes from a [`Model`] made before the migration, if there is one and it holds, from earlier migrations
-//! ([`Known`]), from peeks, and from the order in which a guest writes that goes round ([`Circle`]).
+//! ([`Known`]), from whoever has seen pages change meanwhile ([`Filter::expect_writes`]), from peeks, and from the order in which a guest writes that goes round ([`Circle`]).
 //! Memory: 8 bytes and 4 bits for each page below the bound, and what is left of the model: its regions and working sets.
 use std::time::Duration;
 
@@ -235,6 +235,23 @@ impl Filter {
         self.circle = Some(circle);
     }
 
+    /// Takes in pages that were written not long before the migration, as who reads the guest's memory has seen: in which order is not
+    /// known. Like those of earlier migrations they wait in the first pass, and are held against what peeks show.
+    pub fn expect_writes(&mut self, changing: &PageSet) {
+        for pfn in changing.iter().take_while(|pfn| pfn.get() < self.bound) {
+            if self.last.get(pfn) == Written::UNKNOWN {
+                self.last.set(pfn, Written::EARLIER);
+            }
+        }
+        if let Some(circle) = &mut self.circle {
+            circle.take_in(changing.iter().map(|pfn| pfn.get() as usize));
+        }
+        if self.known.is_none() && !changing.is_empty() {
+            self.forecast.earlier_spans(kept::SPAN);
+            self.known = Some(Known::new(Ages::default(), self.guest_pages));
+        }
+    }
+
     /// How many of the pages known from earlier migrations had not been written `from` seconds after the watching began, and
     /// how many of those were in the next `seconds`, region by region: whether they still are what is written.
     fn weigh(&mut self, from: f64, seconds: f64, counts: &[(u32, u32)]) {
@@ -359,7 +376,9 @@ impl Filter {
         self.dirty.clear();
         if self.pass > 1 && self.circle.as_ref().is_none_or(Circle::is_outdated) {
             self.circle = None;
-            self.circle = Some(Circle::of(&self.first));
+            let mut circle = Circle::of(&self.first);
+            circle.take_in(self.last.earlier().map(|pfn| pfn.get() as usize));
+            self.circle = Some(circle);
         }
         self.circle.iter_mut().for_each(|circle| circle.pass_began(now));
         self.queue.clear();

@@ -59,6 +59,15 @@ pub struct Outlook {
     pub page_wire_bytes: f64,
 }
 
+/// What is known of a guest's writes from before its migration.
+#[derive(Debug, Default)]
+pub struct Before {
+    /// Of earlier migrations of this guest; of another size it is of no use.
+    pub kept: Option<Kept>,
+    /// Pages that changed while the guest's memory was read from time to time.
+    pub changing: Option<PageSet>,
+}
+
 /// Holds back what a [`Filter`] forecasts, with a model of the guest's writes if they were watched before, or in an earlier
 /// migration. Clones are the same one.
 #[derive(Clone)]
@@ -69,20 +78,22 @@ struct Inner {
     guest_pages: u64,
     interval: Duration,
     kept: Option<Kept>,
+    changing: Option<PageSet>,
     downtime: Duration,
     builder: Option<Builder>,
     filter: Option<Filter>,
 }
 
 impl Forecast {
-    /// The guest's pages lie below `bound`; `guest_pages` of them hold memory. `interval`: time between samples. `kept`: of
-    /// earlier migrations of this guest; of another size it is of no use. `downtime`: how long the guest may stand still.
-    pub fn new(bound: u64, guest_pages: u64, interval: Duration, kept: Option<Kept>, downtime: Duration) -> Forecast {
+    /// The guest's pages lie below `bound`; `guest_pages` of them hold memory. `interval`: time between samples. `before`: what is
+    /// known of its writes. `downtime`: how long the guest may stand still.
+    pub fn new(bound: u64, guest_pages: u64, interval: Duration, before: Before, downtime: Duration) -> Forecast {
         Forecast(Arc::new(Mutex::new(Inner {
             bound,
             guest_pages,
             interval,
-            kept: kept.filter(|kept| kept.bound() == bound),
+            kept: before.kept.filter(|kept| kept.bound() == bound),
+            changing: before.changing,
             downtime,
             builder: None,
             filter: None,
@@ -92,6 +103,11 @@ impl Forecast {
     /// How many pages are known from earlier migrations. To be asked before the first sample.
     pub fn known_pages(&self) -> u64 {
         self.0.lock().kept.as_ref().map_or(0, Kept::pages)
+    }
+
+    /// How many pages have been seen to change before. To be asked before the first sample.
+    pub fn changing_pages(&self) -> u64 {
+        self.0.lock().changing.as_ref().map_or(0, PageSet::len)
     }
 
     /// What is known by now, for the guest's next migration; `None` before xl has sent a page.
@@ -120,6 +136,7 @@ impl Inner {
             let model = builder.take().map(Builder::finish);
             let mut filter = Filter::new(model, bound, guest_pages);
             filter.limit_downtime(self.downtime);
+            self.changing.iter().for_each(|pages| filter.expect_writes(pages));
             filter
         })
     }

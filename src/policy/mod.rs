@@ -24,7 +24,7 @@ pub mod simulate;
 pub mod trace;
 mod written;
 
-pub use hold::{Forecast, HoldPolicy, Outlook};
+pub use hold::{Before, Forecast, HoldPolicy, Outlook};
 pub use kept::{Kept, KeptError};
 pub use level::{LevelPolicy, Spent};
 pub use rounds::{Hope, Look, RoundLimits, Rounds};

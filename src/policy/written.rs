@@ -87,6 +87,11 @@ impl LastWrites {
         }
     }
 
+    /// Pages of which it is only known that they were written before this migration.
+    pub fn earlier(&self) -> impl Iterator<Item = Pfn> + '_ {
+        self.earlier.iter()
+    }
+
     /// What earlier migrations have seen is of no account any more.
     pub fn forget_earlier(&mut self) {
         let earlier: Vec<Pfn> = self.earlier.iter().collect();

@@ -10,6 +10,7 @@
 //! What a guest that has just arrived has in common with others is shared before any round ([`arrivals`]).
 //! Everything but `xen` runs without Xen.
 mod arrivals;
+mod changes;
 mod helpers;
 mod host;
 mod pace;
@@ -32,6 +33,7 @@ use xenfold::config::{Config, Patterns};
 use xenfold::control::{Absent, DedupStatus, IndexStats, IndexStatus};
 use xenfold::engine::chain;
 use xenfold::page::{ContentId, PAGE_SIZE, Pfn};
+use xenfold::page_set::PageSet;
 
 use self::arrivals::Arrivals;
 pub(crate) use self::host::{Host, Identity, LeftOut, Page, Seen, read_of};
@@ -195,6 +197,11 @@ impl Index {
             self.urgent.lock().push(uuid);
         }
         known
+    }
+
+    /// Which pages of a guest change, below a bound. `None`: it is not indexed, or was not gone through twice.
+    pub(crate) fn changing(&self, uuid: &str, bound: u64) -> Option<PageSet> {
+        self.state.lock().changing(&canonical(uuid)?, bound)
     }
 
     pub(crate) fn stats(&self) -> IndexStats {

@@ -319,6 +319,7 @@ impl Scanner {
         if let Some(cursor) = self.cursor.take() {
             // What it did not show this time it does not have any more.
             if cursor.round.is_some() {
+                self.index.state.lock().visited(cursor.slot);
                 self.sweep(&cursor.membership.group, cursor.slot, cursor.round);
             }
         }
@@ -417,6 +418,7 @@ impl Scanner {
         let partners = {
             let mut state = self.index.state.lock();
             state.note(slot, &seen);
+            state.watch(slot, keys(&pfns, &read, &seen));
             match sharing.enabled() {
                 true => state.partners(slot, &seen),
                 false => Vec::new(),
@@ -450,4 +452,15 @@ fn sightings(
         }
     };
     pfns.iter().zip(read).map(sighting).collect()
+}
+
+/// The lookup keys of the pages that were read; those of zeros are not among `seen`.
+fn keys<'a>(pfns: &'a [Pfn], read: &'a [bool], seen: &'a [(u64, Place)]) -> impl Iterator<Item = (Pfn, u64)> + 'a {
+    let mut seen = seen.iter().peekable();
+    pfns.iter().zip(read).filter_map(move |(pfn, read)| {
+        let key = seen
+            .next_if(|(_, place)| place.pfn() == *pfn)
+            .map_or(ZERO, |(key, _)| *key);
+        read.then_some((*pfn, key))
+    })
 }

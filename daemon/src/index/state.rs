@@ -5,7 +5,9 @@ use std::time::Duration;
 use xen_sys::DomId;
 use xenfold::control::{IndexStats, IndexedGuest};
 use xenfold::page::{ContentId, ContentKey, Pfn};
+use xenfold::page_set::PageSet;
 
+use super::changes::Changes;
 use super::host::Identity;
 use super::table::{Noted, Place, Slot, Table};
 use crate::membership::Membership;
@@ -18,6 +20,7 @@ pub struct Indexed {
     pub round: u16,
     /// Contents that are found at it.
     pages: u64,
+    changes: Changes,
 }
 
 struct Group {
@@ -69,7 +72,9 @@ impl State {
     }
 
     fn bytes(&self) -> u64 {
-        self.groups.values().map(|group| group.table.bytes()).sum()
+        let tables: u64 = self.groups.values().map(|group| group.table.bytes()).sum();
+        let changes: u64 = self.guests.values().map(|guest| guest.changes.bytes()).sum();
+        tables.saturating_add(changes)
     }
 
     pub fn guests(&self) -> impl Iterator<Item = (Slot, &Indexed)> {
@@ -94,6 +99,7 @@ impl State {
             membership,
             round: 0,
             pages: 0,
+            changes: Changes::default(),
         };
         self.guests.insert(slot, guest);
         Some(slot)
@@ -161,6 +167,30 @@ impl State {
                 }
             }
         }
+    }
+
+    /// Notes whether pages are what they were; pages of zeros have key 0. As long as there is room.
+    pub fn watch(&mut self, slot: Slot, pages: impl Iterator<Item = (Pfn, u64)>) {
+        let room_bytes = self.limit_bytes.saturating_sub(self.bytes());
+        if let Some(guest) = self.guests.get_mut(&slot) {
+            let most_bytes = guest.changes.bytes().saturating_add(room_bytes);
+            let pages = pages.filter_map(|(pfn, key)| Some((u32::try_from(pfn.get()).ok()?, key)));
+            pages.for_each(|(pfn, key)| guest.changes.seen(pfn, key, most_bytes));
+        }
+    }
+
+    /// A guest has been gone through from its first page to its last.
+    pub fn visited(&mut self, slot: Slot) {
+        if let Some(guest) = self.guests.get_mut(&slot) {
+            guest.changes.visited();
+        }
+    }
+
+    /// Which pages of a guest change; `None`: it is not here, or was not gone through twice.
+    pub fn changing(&self, uuid: &str, bound: u64) -> Option<PageSet> {
+        let mut guests = self.guests.values();
+        let guest = guests.find(|guest| guest.identity.uuid == uuid)?;
+        guest.changes.pages(bound)
     }
 
     /// For each of these contents of a guest's pages, another page of its group that had it when it was last seen.
@@ -257,6 +287,7 @@ impl State {
             name: guest.identity.name.clone(),
             group: Some(guest.membership.group.clone()),
             pages: guest.pages,
+            visits: guest.changes.visits(),
             left_out: None,
         });
         let outside = self.outside.iter().map(|outside| IndexedGuest {

@@ -192,6 +192,27 @@ fn what_has_changed_is_stale_once_and_found_again_later() {
 }
 
 #[test]
+fn pages_that_change_are_told() {
+    let mut lab = Lab::new(vec![guest(3, 1, "web-1", [page(1), [0; PAGE_SIZE], page(2), page(1)])]);
+    assert!(lab.index.changing(&uuid(1), 10).is_none(), "seen once only");
+    lab.change(3, |guest| {
+        guest.frames.insert(1, page(7));
+        guest.frames.insert(2, [0; PAGE_SIZE]);
+    });
+    lab.round();
+    let changing = |lab: &Lab, bound| {
+        let pages = lab.index.changing(&uuid(1).to_uppercase(), bound).unwrap();
+        pages.iter().map(Pfn::get).collect::<Vec<_>>()
+    };
+    assert_eq!((changing(&lab, 10), changing(&lab, 2)), (vec![1, 2], vec![1]));
+    assert!(lab.index.changing(&uuid(2), 10).is_none());
+    lab.round();
+    assert_eq!(changing(&lab, 10), [0; 0]);
+    let visits: Vec<u32> = lab.stats().guests.iter().map(|guest| guest.visits).collect();
+    assert_eq!(visits, [3]);
+}
+
+#[test]
 fn groups_do_not_mix() {
     let mut lab = Lab::new(vec![
         guest(3, 1, "web-1", [page(1), page(2)]),

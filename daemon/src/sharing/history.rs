@@ -1,9 +1,6 @@
 //! Which pages stay: what each page of a guest was when it was last looked at, and how often it was that in a row.
 //! Dirtiness is never learnt from Xen: log-dirty belongs to migrations.
-use std::collections::BTreeMap;
-
-/// Pages noted together.
-const CHUNK: usize = 512;
+use crate::notes::Notes;
 
 /// 24 bits of the content's key, 4 of how often it was seen again, 4 of how long it has to stay. Zero: never seen.
 type Note = u32;
@@ -14,20 +11,17 @@ const MOST_SEEN: u32 = 15;
 /// A page that has not stayed has to be seen twice as often the next time, up to 2^this times.
 const MOST_CAUTION: u32 = 3;
 
-/// 4 bytes for each page, taken when a page of its 512 is first seen.
 #[derive(Default)]
-pub struct History {
-    chunks: BTreeMap<u32, Box<[Note; CHUNK]>>,
-}
+pub struct History(Notes);
 
 impl History {
     pub fn bytes(&self) -> u64 {
-        (self.chunks.len() * (CHUNK * size_of::<Note>() + 64)) as u64
+        self.0.bytes()
     }
 
     /// The page has this content now. True: it has had it for long enough to be shared.
     pub fn seen(&mut self, pfn: u32, key: u64) -> bool {
-        let Some(note) = self.note(pfn) else { return false };
+        let Some(note) = self.0.entry(pfn) else { return false };
         let (hash, times, caution) = (note.to_owned() >> 8, (*note >> 4) & 15, *note & 15);
         if hash != hash_of(key) {
             *note = pack(hash_of(key), 0, caution);
@@ -45,36 +39,21 @@ impl History {
 
     /// Whether the page had this content when it was last seen, and for long enough.
     pub fn stays(&self, pfn: u32, key: u64) -> bool {
-        let note = self.get(pfn);
+        let note = self.0.get(pfn);
         note >> 8 == hash_of(key) && (note >> 4) & 15 >= 1 << (note & 15)
     }
 
     /// It was shared, or was to be, and did not stay.
     pub fn broke(&mut self, pfn: u32) {
-        if let Some(note) = self.note(pfn) {
+        if let Some(note) = self.0.entry(pfn) {
             *note = pack(*note >> 8, 0, ((*note & 15) + 1).min(MOST_CAUTION));
         }
     }
 
     /// The least stable pages come first when sorted by this.
     pub fn stability(&self, pfn: u32) -> (u32, u32) {
-        let note = self.get(pfn);
+        let note = self.0.get(pfn);
         (MOST_CAUTION.saturating_sub(note & 15), (note >> 4) & 15)
-    }
-
-    fn get(&self, pfn: u32) -> Note {
-        let chunk = self.chunks.get(&(pfn / CHUNK as u32));
-        chunk
-            .and_then(|chunk| chunk.get(pfn as usize % CHUNK))
-            .copied()
-            .unwrap_or(0)
-    }
-
-    fn note(&mut self, pfn: u32) -> Option<&mut Note> {
-        let chunk = self.chunks.entry(pfn / CHUNK as u32);
-        chunk
-            .or_insert_with(|| Box::new([0; CHUNK]))
-            .get_mut(pfn as usize % CHUNK)
     }
 }
 

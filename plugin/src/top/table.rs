@@ -214,6 +214,7 @@ mod tests {
             name: name.into(),
             group: group.map(Into::into),
             pages: 12_000,
+            visits: 2,
             left_out: left_out.map(Into::into),
         };
         let shares = |domid, name: &str, left_out: Option<&str>| DedupGuest {
