@@ -332,12 +332,12 @@ impl Filter {
             self.see(now, peek);
         }
         self.pace.record(now, pfns.len());
-        let ahead = self.ahead();
+        let (ahead, drained) = (self.ahead(), self.drained());
         if let Some(circle) = &mut self.circle {
             // A page that is held in vain in the first pass has all later ones to go in, whose time is not known yet. In those it has
             // the pass's end, until when the guest's place may be found.
             match self.pass > 1 && circle.has_place() {
-                true => circle.ask(self.peeked, ahead),
+                true => circle.ask(self.peeked, drained),
                 false => circle.ask_for_all(),
             }
         }
@@ -439,6 +439,22 @@ impl Filter {
             0.0
         };
         (first_pass + held).max(SOON)
+    }
+
+    /// Seconds until all that is held or dirty has gone: what the guest comes to before is better sent after that. In the last pass
+    /// xl sends what is dirty from the suspended guest.
+    fn drained(&self) -> f64 {
+        let pages = match self.may_be_last {
+            true => self.held_pages,
+            false => self.held_or_dirty(),
+        };
+        (pages as f64 / self.rate.pages).max(SOON)
+    }
+
+    /// Pages that are held or dirty, or both.
+    fn held_or_dirty(&self) -> u64 {
+        let both = self.held.words().iter().zip(self.dirty.words());
+        both.map(|(held, dirty)| u64::from((held | dirty).count_ones())).sum()
     }
 
     /// The time until the suspend, as far as can be said.
@@ -549,7 +565,10 @@ impl Filter {
     /// Queues what is to be released now that xl waits with the last record of a pass.
     fn end_pass(&mut self, now: f64) {
         let ahead = (self.held_pages as f64 / 2.0 / self.rate.pages).max(SOON);
-        self.circle.iter_mut().for_each(|circle| circle.ask(self.peeked, ahead));
+        let drained = self.drained();
+        self.circle
+            .iter_mut()
+            .for_each(|circle| circle.ask(self.peeked, drained));
         let mut heats: Vec<Vec<(Pfn, f32)>> = vec![Vec::new(); HEATS];
         for pfn in self.held.iter().filter(|pfn| !self.dirty.contains(*pfn)) {
             let region = self.regions.of(pfn.get());
@@ -676,8 +695,7 @@ impl Filter {
     }
 
     fn expected_downtime_at(&self, now: f64) -> Duration {
-        let both = self.held.words().iter().zip(self.dirty.words());
-        let known: u64 = both.map(|(held, dirty)| u64::from((held | dirty).count_ones())).sum();
+        let known = self.held_or_dirty();
         let since = (now - self.peeked.max(self.pass_began)).max(0.0);
         let pages = (known as f64 + self.dirtying * since).min(self.bound as f64);
         Duration::try_from_secs_f64(pages / self.rate.pages).unwrap_or(Duration::MAX)
