@@ -19,9 +19,14 @@ impl Notes {
         self.chunks.len() as u64 * CHUNK_BYTES
     }
 
-    /// Whether a page can be noted within so many bytes.
-    pub fn has_room(&self, pfn: u32, most_bytes: u64) -> bool {
-        self.chunks.contains_key(&(pfn / CHUNK as u32)) || self.bytes() + CHUNK_BYTES <= most_bytes
+    /// Whether noting a page takes no further memory.
+    pub fn has(&self, pfn: u32) -> bool {
+        self.chunks.contains_key(&(pfn / CHUNK as u32))
+    }
+
+    /// Whether any page can be noted within so many bytes.
+    pub fn has_room(&self, most_bytes: u64) -> bool {
+        self.bytes() + CHUNK_BYTES <= most_bytes
     }
 
     pub fn get(&self, pfn: u32) -> u32 {
@@ -46,5 +51,24 @@ impl Notes {
             (first..).zip(notes.iter().copied())
         });
         pages.filter(|(_, note)| *note != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_found_by_their_pages() {
+        let mut notes = Notes::default();
+        for pfn in [3, 511, 512, u32::MAX] {
+            assert_eq!(notes.get(pfn), 0);
+            *notes.entry(pfn).unwrap() = pfn / 2;
+        }
+        assert_eq!(notes.get(513), 0);
+        let all: Vec<_> = notes.iter().collect();
+        assert_eq!(all, [(3, 1), (511, 255), (512, 256), (u32::MAX, u32::MAX / 2)]);
+        assert!(notes.has(4) && !notes.has(1024) && notes.bytes() == 3 * CHUNK_BYTES);
+        assert!(notes.has_room(4 * CHUNK_BYTES) && !notes.has_room(4 * CHUNK_BYTES - 1));
     }
 }

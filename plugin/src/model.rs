@@ -13,29 +13,33 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What is known of a guest whose pages lie below `bound`.
 pub fn load(uuid: &str, bound: u64) -> Before {
+    let asked = ask(|client| {
+        let model = client.model(uuid)?;
+        // A daemon of before 2026-11-27 does not know this one.
+        Ok((model, client.changing(uuid, bound).unwrap_or_default()))
+    });
+    let (model, changing) = asked.unwrap_or_default();
     let before = Before {
-        kept: kept(uuid, bound),
-        changing: changing(uuid, bound),
+        kept: model.and_then(|bytes| kept(&bytes, bound)),
+        changing: changing.and_then(|bytes| pages(&bytes, bound)),
     };
     log::debug!(
-        "{} pages are known to have been written in earlier migrations, and {} have changed since",
+        "{} pages are known from earlier migrations to be written, and {} have changed while the daemon looked",
         before.kept.as_ref().map_or(0, Kept::pages),
         before.changing.as_ref().map_or(0, PageSet::len)
     );
     before
 }
 
-fn kept(uuid: &str, bound: u64) -> Option<Kept> {
-    let bytes = ask(|client| client.model(uuid))??;
-    Kept::from_bytes(&bytes, bound)
+fn kept(bytes: &[u8], bound: u64) -> Option<Kept> {
+    Kept::from_bytes(bytes, bound)
         .map_err(|error| log::debug!("what is known of the guest's writes is of no use: {error}"))
         .ok()
 }
 
-fn changing(uuid: &str, bound: u64) -> Option<PageSet> {
-    let bytes = ask(|client| client.changing(uuid, bound))??;
+fn pages(bytes: &[u8], bound: u64) -> Option<PageSet> {
     let mut pages = PageSet::new(bound);
-    packed::for_each_run(&bytes, bound, |run| pages.insert_run(run))
+    packed::for_each_run(bytes, bound, |run| pages.insert_run(run))
         .map_err(|error| log::debug!("which pages of the guest change is of no use: {error}"))
         .ok()?;
     Some(pages)

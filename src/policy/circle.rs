@@ -37,7 +37,7 @@ const FADE: f64 = 0.95;
 /// An order that has less than this part of another's pages lacks some.
 const MOST: f64 = 0.9;
 
-/// Seconds for which a look says where the guest is, once its order has proved true.
+/// Seconds for which the look before the last says where the guest is, once its order has proved true.
 const STALE: f64 = 1.2;
 
 /// How many times as far the guest is thought to come: its speed is known roughly, and passes take time of their own.
@@ -64,8 +64,8 @@ pub(super) struct Circle {
     counts: Vec<u32>,
     before: Vec<f64>,
     all: f64,
-    /// Pages of no place in the order that have been written since xl's pass began.
-    placed_now: Vec<usize>,
+    /// Pages without a place in the order that have been written since xl's pass began: they have one now.
+    placed_now: Vec<u32>,
     /// Of each age, pages that are dirty; where the guest was when none was.
     dirty: Vec<u32>,
     from: Option<f64>,
@@ -94,7 +94,7 @@ struct Place {
     exact: f64,
     /// Pages a second.
     speed: f64,
-    /// The part of its writes that were there.
+    /// The part of its writes that were there, beyond what chance would have there.
     sure: f64,
 }
 
@@ -133,9 +133,9 @@ impl Circle {
         Circle::new(ages.bytes().iter().map(age).collect(), true)
     }
 
-    /// Takes in pages that are known to be written, those that are in the order already excepted.
+    /// Takes in pages that are known to be written, and that the guest has not come to. Those in the order are left there.
     pub fn take_in(&mut self, pages: impl Iterator<Item = usize>) {
-        let mut added = 0.0;
+        let (mut added, all) = (0.0, self.all.max(1.0));
         for page in pages {
             if let Some(age @ 0) = self.ages.get_mut(page) {
                 *age = UNORDERED;
@@ -143,7 +143,19 @@ impl Circle {
             }
         }
         self.count_all();
-        self.looks.iter_mut().flatten().for_each(|look| look.page += added);
+        let looks = self.looks.iter_mut().flatten();
+        looks.for_each(|look| look.page = look.page.rem_euclid(all) + added);
+    }
+
+    /// Leaves those out again: it is not known any more that they are written.
+    pub fn leave_out(&mut self) {
+        self.ages
+            .iter_mut()
+            .filter(|age| **age == UNORDERED)
+            .for_each(|age| *age = 0);
+        self.placed_now.clear();
+        self.count_all();
+        (self.from, self.looks) = (None, [None; LOOKS]);
     }
 
     fn new(ages: Vec<u8>, earlier: bool) -> Circle {
@@ -236,7 +248,10 @@ impl Circle {
         }
         let were = f64::from(self.count(UNORDERED.into()));
         for page in &settled {
-            self.ages.get_mut(*page).into_iter().for_each(|age| *age = YOUNGEST);
+            self.ages
+                .get_mut(*page as usize)
+                .into_iter()
+                .for_each(|age| *age = YOUNGEST);
         }
         self.count_all();
         // Who was among those goes on at the first of the rest.
@@ -256,7 +271,7 @@ impl Circle {
     pub fn written(&mut self, page: usize) {
         let age = self.age(page);
         if age == UNORDERED {
-            self.placed_now.push(page);
+            self.placed_now.extend(u32::try_from(page));
         }
         for counts in [&mut self.seen, &mut self.dirty] {
             count_one(counts, age.into());
@@ -307,10 +322,11 @@ impl Circle {
             return None;
         }
         let ages: Vec<usize> = (1..AGES).rev().filter(|age| self.count(*age) > 0).collect();
-        let mut best: Option<(u32, f64, f64)> = None;
+        // Writes, the middle of them, how exactly that is known, and all pages there.
+        let mut best: Option<(u32, f64, f64, u32)> = None;
         for first in 0..ages.len() {
             // The first and the last of them are only partly written.
-            let (mut pages, mut writes, mut middle, mut widest) = (0, 0, 0.0, 0u32);
+            let (mut pages, mut writes, mut middle, mut widest, mut there) = (0, 0, 0.0, 0u32, 0);
             for (age, round) in ages.iter().cycle().zip(0..).skip(first).take(ages.len()) {
                 let count = self.count(*age);
                 let seen = self.seen.get(*age).copied().unwrap_or(0);
@@ -318,21 +334,27 @@ impl Circle {
                 writes += seen;
                 middle += f64::from(seen) * (self.middle(*age) + rounds);
                 widest = widest.max(count);
+                there += count;
                 if pages > 0 && pages + count > all {
                     break;
                 }
                 pages += count;
             }
             if writes > 0 && best.is_none_or(|(most, ..)| writes > most) {
-                best = Some((writes, middle / f64::from(writes), widest.into()));
+                best = Some((writes, middle / f64::from(writes), widest.into(), there));
             }
         }
-        best.map(|(writes, page, exact)| Place {
-            at: self.began + self.seconds / 2.0,
-            page,
-            exact,
-            speed: f64::from(all) / self.seconds,
-            sure: f64::from(writes) / f64::from(all),
+        best.map(|(writes, page, exact, there)| {
+            // Who writes anywhere has as many there as there are pages.
+            let chance = (f64::from(there) / self.all).min(1.0 - 1e-9);
+            let part = f64::from(writes) / f64::from(all);
+            Place {
+                at: self.began + self.seconds / 2.0,
+                page,
+                exact,
+                speed: f64::from(all) / self.seconds,
+                sure: ((part - chance) / (1.0 - chance)).max(0.0),
+            }
         })
     }
 
@@ -363,10 +385,12 @@ impl Circle {
     /// Where the guest is now, if it goes on in the order.
     fn place(&self) -> Option<Place> {
         if self.is_true() {
-            // One look that shows mostly something else does not make it lost.
+            let sure = |look: &Place| look.sure > MOSTLY;
+            let [.., before, last] = self.looks;
+            // One look that shows mostly something else, or nothing, does not make it lost.
             let now = self.began + self.seconds;
-            let mut latest = self.looks.iter().rev().flatten();
-            return latest.find(|look| look.sure > MOSTLY && now - look.at < STALE).copied();
+            let fresh = |look: &Place| sure(look) && now - look.at < STALE;
+            return last.filter(sure).or_else(|| before.filter(fresh));
         }
         let looks = self.looks.iter().copied();
         let looks: Vec<Place> = looks.collect::<Option<_>>()?;

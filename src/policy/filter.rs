@@ -17,7 +17,8 @@
 //! excepted), and that is how the end is known while xl still waits for its record to be read.
 //!
 //! What is known comes from a [`Model`] made before the migration, if there is one and it holds, from earlier migrations
-//! ([`Known`]), from whoever has seen pages change meanwhile ([`Filter::expect_writes`]), from peeks, and from the order in which a guest writes that goes round ([`Circle`]).
+//! ([`Known`]), from whoever has seen pages change since ([`Filter::expect_writes`]), from peeks, and from the order in which a
+//! guest writes that goes round ([`Circle`]).
 //! Memory: 8 bytes and 4 bits for each page below the bound, and what is left of the model: its regions and working sets.
 use std::time::Duration;
 
@@ -130,6 +131,8 @@ pub struct Filter {
     judged_seconds: f64,
     held: PageSet,
     held_pages: u64,
+    /// Pages held or dirty at the last peek.
+    waiting_pages: u64,
     /// To be released, the last one first.
     queue: Vec<Pfn>,
     rate: Rate,
@@ -189,6 +192,7 @@ impl Filter {
             judged_seconds: 0.0,
             held: PageSet::new(pages_bound),
             held_pages: 0,
+            waiting_pages: 0,
             queue: Vec::new(),
             forecast: Forecast::default(),
             rate: Rate::default(),
@@ -244,7 +248,7 @@ impl Filter {
             }
         }
         if let Some(circle) = &mut self.circle {
-            circle.take_in(changing.iter().map(|pfn| pfn.get() as usize));
+            circle.take_in(self.last.earlier().map(|pfn| pfn.get() as usize));
         }
         if self.known.is_none() && !changing.is_empty() {
             self.forecast.earlier_spans(kept::SPAN);
@@ -266,9 +270,10 @@ impl Filter {
         known.weigh(expected, written);
         self.forecast.earlier = known.factor();
         if !known.holds() {
-            log::debug!("what earlier migrations have shown of the guest's writes does not hold any more");
+            log::debug!("what was known of the guest's writes does not hold any more");
             self.known = None;
             self.circle.take_if(|circle| circle.is_earlier());
+            self.circle.iter_mut().for_each(Circle::leave_out);
             self.gaps.doubt();
             self.last.forget_earlier();
         }
@@ -332,7 +337,8 @@ impl Filter {
             self.see(now, peek);
         }
         self.pace.record(now, pfns.len());
-        let (ahead, drained) = (self.ahead(), self.drained());
+        let ahead = self.ahead();
+        let drained = self.drained();
         if let Some(circle) = &mut self.circle {
             // A page that is held in vain in the first pass has all later ones to go in, whose time is not known yet. In those it has
             // the pass's end, until when the guest's place may be found.
@@ -373,6 +379,8 @@ impl Filter {
         self.pass_began = now;
         self.offered = 0;
         self.previous = None;
+        // What was dirty is what xl offers now.
+        self.waiting_pages = self.held_or_dirty();
         self.dirty.clear();
         if self.pass > 1 && self.circle.as_ref().is_none_or(Circle::is_outdated) {
             self.circle = None;
@@ -446,7 +454,7 @@ impl Filter {
     fn drained(&self) -> f64 {
         let pages = match self.may_be_last {
             true => self.held_pages,
-            false => self.held_or_dirty(),
+            false => self.waiting_pages.max(self.held_pages),
         };
         (pages as f64 / self.rate.pages).max(SOON)
     }
@@ -491,6 +499,7 @@ impl Filter {
         }
         self.circle.iter_mut().for_each(|circle| circle.looked(from, seconds));
         self.dirty.union(peek);
+        self.waiting_pages = self.held_or_dirty();
         self.peeked = now;
         if seconds >= SOON / 2.0 {
             self.dirtying = f64::from(newly) / seconds;

@@ -334,7 +334,7 @@ impl Scanner {
         };
         let entered = {
             let mut state = self.index.state.lock();
-            let round = state.begin(slot);
+            let round = state.begin(slot, now);
             let mut guests = state.guests();
             let guest = guests.find(|(number, _)| *number == slot);
             guest.map(|(_, guest)| (guest.identity.clone(), guest.membership.clone(), round))

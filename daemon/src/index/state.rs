@@ -12,6 +12,9 @@ use super::host::Identity;
 use super::table::{Noted, Place, Slot, Table};
 use crate::membership::Membership;
 
+/// The part of its memory that the index notes changes of pages in, at most: one in so many.
+const WATCHED_PART: u64 = 4;
+
 /// A guest whose contents are looked up.
 pub struct Indexed {
     pub identity: Identity,
@@ -73,8 +76,11 @@ impl State {
 
     fn bytes(&self) -> u64 {
         let tables: u64 = self.groups.values().map(|group| group.table.bytes()).sum();
-        let changes: u64 = self.guests.values().map(|guest| guest.changes.bytes()).sum();
-        tables.saturating_add(changes)
+        tables.saturating_add(self.changes_bytes())
+    }
+
+    fn changes_bytes(&self) -> u64 {
+        self.guests.values().map(|guest| guest.changes.bytes()).sum()
     }
 
     pub fn guests(&self) -> impl Iterator<Item = (Slot, &Indexed)> {
@@ -120,8 +126,9 @@ impl State {
     }
 
     /// The guest is gone through once more; returns the number of the round.
-    pub fn begin(&mut self, slot: Slot) -> Option<u16> {
+    pub fn begin(&mut self, slot: Slot, now: Duration) -> Option<u16> {
         let guest = self.guests.get_mut(&slot)?;
+        guest.changes.begin(now);
         guest.round = guest.round.wrapping_add(1);
         Some(guest.round)
     }
@@ -169,9 +176,11 @@ impl State {
         }
     }
 
-    /// Notes whether pages are what they were; pages of zeros have key 0. As long as there is room.
+    /// Notes whether pages are what they were; pages of zeros have key 0. As long as there is room, and all of it is not a quarter of
+    /// what the index may take.
     pub fn watch(&mut self, slot: Slot, pages: impl Iterator<Item = (Pfn, u64)>) {
-        let room_bytes = self.limit_bytes.saturating_sub(self.bytes());
+        let room_bytes = (self.limit_bytes / WATCHED_PART).saturating_sub(self.changes_bytes());
+        let room_bytes = room_bytes.min(self.limit_bytes.saturating_sub(self.bytes()));
         if let Some(guest) = self.guests.get_mut(&slot) {
             let most_bytes = guest.changes.bytes().saturating_add(room_bytes);
             let pages = pages.filter_map(|(pfn, key)| Some((u32::try_from(pfn.get()).ok()?, key)));
