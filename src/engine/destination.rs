@@ -25,7 +25,7 @@ use crate::stream::xl;
 use crate::table::PageIds;
 use crate::wire::{Agreement, FrameReader, Hello, Kind, Verdict, WireError, have_bodies};
 
-/// How often the pipe to xl is looked at while it takes the last bytes before END.
+/// How often the pipe to xl is looked at while it takes the last bytes before END, and for what the source has learnt.
 const POLL: Duration = Duration::from_millis(1);
 
 /// How often it is looked for a reason to stop while pages come that have to be there before the guest is started.
@@ -36,6 +36,9 @@ const PATIENCE: u32 = 4;
 
 /// How long the cause of xl's end, or its last words, may take to show.
 const CAUSE: Duration = Duration::from_secs(2);
+
+/// How long a model of the guest's writes is waited for when all else is done: a source may have none, and is not asked.
+const MODEL_PATIENCE: Duration = Duration::from_millis(200);
 
 /// How long the agent stays when all is said, until the source has heard it: it may have to connect again for that.
 pub(super) const UNHEARD: Duration = Duration::from_secs(3600);
@@ -272,11 +275,24 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     {
         contents.save_image(&ids);
     }
-    let model = model.lock().take().filter(|_| result.is_ok());
-    if let (Some(keep_model), Some(model)) = (keep_model, model) {
+    if let Some(keep_model) = keep_model.filter(|_| result.is_ok())
+        && let Some(model) = arrived(&model)
+    {
         keep_model(&model);
     }
     result.map(|()| status)
+}
+
+/// What the source has learnt. It comes behind GO, which xl may have been quick to follow.
+fn arrived(model: &Mutex<Option<Vec<u8>>>) -> Option<Vec<u8>> {
+    let until = Instant::now() + MODEL_PATIENCE;
+    loop {
+        let arrived = model.lock().take();
+        if arrived.is_some() || Instant::now() > until {
+            return arrived;
+        }
+        thread::sleep(POLL);
+    }
 }
 
 /// Says what this host holds, and that this is all for now.
