@@ -48,7 +48,7 @@ impl Notes {
     pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         let pages = self.chunks.iter().flat_map(|(chunk, notes)| {
             let first = chunk * CHUNK as u32;
-            (first..).zip(notes.iter().copied())
+            (first..=first.saturating_add(CHUNK as u32 - 1)).zip(notes.iter().copied())
         });
         pages.filter(|(_, note)| *note != 0)
     }

@@ -284,11 +284,13 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
 }
 
 /// What the source has learnt. It comes behind GO, which xl may have been quick to follow.
-fn arrived(model: &Mutex<Option<Vec<u8>>>) -> Option<Vec<u8>> {
+fn arrived(model: &Arc<Mutex<Option<Vec<u8>>>>) -> Option<Vec<u8>> {
     let until = Instant::now() + MODEL_PATIENCE;
     loop {
+        // Whoever reads the connection has it, too, for as long as that is read.
+        let nothing_comes = Arc::strong_count(model) == 1;
         let arrived = model.lock().take();
-        if arrived.is_some() || Instant::now() > until {
+        if arrived.is_some() || nothing_comes || Instant::now() > until {
             return arrived;
         }
         thread::sleep(POLL);

@@ -19,7 +19,8 @@
 //! What is known comes from a [`Model`] made before the migration, if there is one and it holds, from earlier migrations
 //! ([`Known`]), from whoever has seen pages change since ([`Filter::expect_writes`]), from peeks, and from the order in which a
 //! guest writes that goes round ([`Circle`]).
-//! Memory: 8 bytes and 4 bits for each page below the bound, and what is left of the model: its regions and working sets.
+//! Memory: 8 bytes and 4 bits for each page below the bound, 4 bytes for each written without a place in the order, and
+//! what is left of the model: its regions and working sets.
 use std::time::Duration;
 
 use super::ages::Ages;

@@ -136,7 +136,10 @@ impl Inner {
             let model = builder.take().map(Builder::finish);
             let mut filter = Filter::new(model, bound, guest_pages);
             filter.limit_downtime(self.downtime);
-            self.changing.iter().for_each(|pages| filter.expect_writes(pages));
+            self.changing
+                .take()
+                .iter()
+                .for_each(|pages| filter.expect_writes(pages));
             filter
         })
     }

@@ -686,7 +686,7 @@ mod tests {
             let avoided = |conditions| {
                 let all = all(&trace, conditions);
                 let (plain, ours) = (all[0].1, all[3].1);
-                assert!(ours.downtime_ms <= plain.downtime_ms + 500, "{ours:?} {plain:?}");
+                assert!(ours.downtime_ms <= plain.downtime_ms + 200, "{ours:?} {plain:?}");
                 1.0 - ours.repeat_pages as f64 / plain.repeat_pages as f64
             };
             let (before, after, watched) = (avoided(&first), avoided(&second), avoided(&watched));

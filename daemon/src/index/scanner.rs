@@ -415,18 +415,19 @@ impl Scanner {
         self.hashed = self.hashed.saturating_add(there);
         let slot = cursor.slot;
         let sharing = &self.index.sharing;
-        let partners = {
+        let sightings = {
             let mut state = self.index.state.lock();
             state.note(slot, &seen);
-            state.watch(slot, keys(&pfns, &read, &seen));
-            match sharing.enabled() {
+            let partners = match sharing.enabled() {
                 true => state.partners(slot, &seen),
-                false => Vec::new(),
-            }
+                false => vec![None; seen.len()],
+            };
+            let sightings = sightings(&pfns, &read, &seen, &partners);
+            state.watch(slot, &sightings);
+            sightings
         };
         let mut spent = there as f64 + holes as f64 * HOLE_PAGES;
         if sharing.enabled() {
-            let sightings = sightings(&pfns, &read, &seen, &partners);
             let nominated = sharing.visit(&self.index.host, &cursor.identity, &sightings);
             spent += nominated as f64 * NOMINATED_PAGES;
         }
@@ -434,7 +435,7 @@ impl Scanner {
     }
 }
 
-/// What sharing makes of a batch: the pages that were read are zero unless they are among those with keys.
+/// What is seen of a batch: the pages that were read are zero unless they are among those with keys.
 fn sightings(
     pfns: &[Pfn],
     read: &[bool],
@@ -452,15 +453,4 @@ fn sightings(
         }
     };
     pfns.iter().zip(read).map(sighting).collect()
-}
-
-/// The lookup keys of the pages that were read; those of zeros are not among `seen`.
-fn keys<'a>(pfns: &'a [Pfn], read: &'a [bool], seen: &'a [(u64, Place)]) -> impl Iterator<Item = (Pfn, u64)> + 'a {
-    let mut seen = seen.iter().peekable();
-    pfns.iter().zip(read).filter_map(move |(pfn, read)| {
-        let key = seen
-            .next_if(|(_, place)| place.pfn() == *pfn)
-            .map_or(ZERO, |(key, _)| *key);
-        read.then_some((*pfn, key))
-    })
 }

@@ -11,6 +11,7 @@ use super::changes::Changes;
 use super::host::Identity;
 use super::table::{Noted, Place, Slot, Table};
 use crate::membership::Membership;
+use crate::sharing::Sighting;
 
 /// The part of its memory that the index notes changes of pages in, at most: one in so many.
 const WATCHED_PART: u64 = 4;
@@ -176,14 +177,16 @@ impl State {
         }
     }
 
-    /// Notes whether pages are what they were; pages of zeros have key 0. As long as there is room, and all of it is not a quarter of
+    /// Notes whether pages are what they were. As long as there is room, and all of it is not a quarter of
     /// what the index may take.
-    pub fn watch(&mut self, slot: Slot, pages: impl Iterator<Item = (Pfn, u64)>) {
+    pub fn watch(&mut self, slot: Slot, sightings: &[Sighting]) {
         let room_bytes = (self.limit_bytes / WATCHED_PART).saturating_sub(self.changes_bytes());
         let room_bytes = room_bytes.min(self.limit_bytes.saturating_sub(self.bytes()));
         if let Some(guest) = self.guests.get_mut(&slot) {
             let most_bytes = guest.changes.bytes().saturating_add(room_bytes);
-            let pages = pages.filter_map(|(pfn, key)| Some((u32::try_from(pfn.get()).ok()?, key)));
+            let pages = sightings
+                .iter()
+                .filter_map(|seen| Some((u32::try_from(seen.pfn.get()).ok()?, seen.key?)));
             pages.for_each(|(pfn, key)| guest.changes.seen(pfn, key, most_bytes));
         }
     }
