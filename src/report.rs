@@ -32,7 +32,7 @@ pub struct Figures {
     pub stream_bytes: u64,
     /// Passes over memory that were seen to begin.
     pub iteration: u32,
-    /// Pages of the current pass so far.
+    /// Pages that xl has offered in the current pass so far.
     pub iteration_pages: u64,
     pub pages: Pages,
     /// Blocks by the codec that carried them.
@@ -121,9 +121,11 @@ pub struct HoldingFigures {
     pub pages_from_xl: u64,
     /// How often one of them was held back.
     pub held_pages: u64,
+    /// Held pages that came again from xl, so that they did not travel in between.
+    pub again_pages: u64,
     /// Held pages that went while the guest ran, read from its frames.
     pub released_pages: u64,
-    /// The same when it was suspended.
+    /// The same when it was suspended; with pages that follow the guest also others, written last.
     pub flushed_pages: u64,
     /// Pages that went although they had gone before, as they were then.
     pub repeat_pages: u64,
@@ -137,13 +139,6 @@ pub struct HoldingFigures {
     pub rounds: u32,
     pub round_time_ms: u64,
     pub ahead_pages: u64,
-}
-
-impl HoldingFigures {
-    /// Held pages that came again from xl, so that they were not sent in between.
-    pub fn spared_pages(&self) -> u64 {
-        self.held_pages.saturating_sub(self.released_pages + self.flushed_pages)
-    }
 }
 
 /// Pages that travelled late. The destination counts them.
@@ -272,7 +267,6 @@ impl Figures {
         self.pages.absent += pages.absent;
         self.pages.known += pages.known;
         self.pages.delta += pages.delta;
-        self.iteration_pages += pages.carried();
         self.memory_processed_bytes += pages.carried() * PAGE_SIZE as u64;
     }
 }

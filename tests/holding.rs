@@ -300,6 +300,11 @@ fn pages_written_again_are_not_sent_again() {
         (repeats - 200..=repeats + 200).contains(&held.repeat_pages),
         "{figures:?}"
     );
+    assert_eq!(
+        held.held_pages,
+        held.again_pages + held.released_pages + held.flushed_pages,
+        "{held:?}"
+    );
     // Those that the guest has given up meanwhile go without data.
     let sent = held.pages_from_xl - held.held_pages + held.released_pages + held.flushed_pages;
     assert!((sent - 200..=sent).contains(&figures.pages.carried()), "{figures:?}");

@@ -352,7 +352,7 @@ pub fn summary(figures: &Figures) -> String {
              {} pages went more than once; the dirty bitmap was read {} times in {} ms",
             holding.held_pages,
             holding.pages_from_xl,
-            holding.spared_pages(),
+            holding.again_pages,
             holding.released_pages,
             holding.flushed_pages,
             holding.repeat_pages,

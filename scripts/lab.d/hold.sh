@@ -31,11 +31,10 @@ lab_hold() {
 import json, sys
 runs = [json.loads(line) for line in sys.stdin]
 total = lambda key: sum(run["holding"][key] for run in runs)
-peeks, busy, pages, held = (total(key) for key in ("peeks", "busy_peeks", "pages_from_xl", "held_pages"))
-spared = held - total("released_pages") - total("flushed_pages")
+peeks, busy, pages, held, again = (total(key) for key in ("peeks", "busy_peeks", "pages_from_xl", "held_pages", "again_pages"))
 share = total("peek_time_us") / 10 / max(sum(run["time_elapsed_ms"] for run in runs), 1)
 print(f"hold: {len(runs)} migrations, all verified: the bitmap was read {peeks} times ({share:.2f} % of the time), {busy} times "
-      f"Xen was busy; of {pages} pages from xl {spared} were not sent")
+      f"Xen was busy; of {pages} pages from xl {again} were not sent")
 verified = all(run["verify"]["equal_pages"] > 0 for run in runs)
 sys.exit(0 if len(runs) == int(sys.argv[1]) and verified and peeks and held else "hold: not verified, or nothing was held")' "$count"
 }

@@ -90,6 +90,8 @@ pub(super) struct Held {
     /// Have gone to the other host, as they were then.
     gone: PageSet,
     behind: Option<Behind>,
+    /// Pages that are held only because it was said that they stay behind.
+    announced: PageSet,
     /// Written since the pass began, at the last look.
     dirty: PageSet,
     next_peek: Instant,
@@ -163,6 +165,7 @@ impl Held {
             held: PageSet::new(bound),
             gone: PageSet::new(bound),
             behind: holding.behind.map(|plan| Behind::new(plan, bound)),
+            announced: PageSet::new(bound),
             dirty: PageSet::new(bound),
             next_peek: start,
             peeks: 0,
@@ -307,17 +310,21 @@ impl Held {
             _ => Vec::new(),
         };
         let mut wanted = wanted.into_iter();
+        let (mut held, mut again) = (0, 0);
         let fates: Vec<Fate> = list
             .iter()
             .map(|entry| {
                 let wait = wanted.next() == Some(true);
-                self.fate(entry, wait, unread.is_some())
+                again += u64::from(self.held.contains(entry.pfn) && !self.announced.contains(entry.pfn));
+                let fate = self.fate(entry, wait, unread.is_some());
+                held += u64::from(fate == Fate::Hold && self.held.contains(entry.pfn));
+                fate
             })
             .collect();
-        let held = fates.iter().filter(|fate| **fate == Fate::Hold).count() as u64;
         let mut figures = self.figures.lock();
         figures.holding.pages_from_xl += list.iter().filter(|entry| entry.has_data).count() as u64;
         figures.holding.held_pages += held;
+        figures.holding.again_pages += again;
         fates.iter().any(|fate| *fate != Fate::Carry).then_some(fates)
     }
 
@@ -347,6 +354,8 @@ impl Held {
         };
         let mut pages = behind.announced(&self.held, &self.dirty);
         carried.iter().for_each(|pfn| pages.remove(*pfn));
+        self.announced = pages.clone();
+        self.held.iter().for_each(|pfn| self.announced.remove(pfn));
         self.held.union(&pages);
         let pages: Vec<Pfn> = pages.iter().collect();
         pages.chunks(MAX_ROWS).map(record_behind).collect()

@@ -433,6 +433,7 @@ impl<R: Read> Front<R> {
         }
         self.last_pfn = list.last().map(|entry| entry.pfn);
         self.pass_pages = self.pass_pages.saturating_add(list.len() as u64);
+        self.figures.lock().iteration_pages += list.iter().filter(|entry| entry.has_data).count() as u64;
     }
 
     /// Whether this record is the last of xl's last pass over the running guest: its fifth, or one of few pages.
