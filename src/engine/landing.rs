@@ -3,6 +3,8 @@
 //!
 //! Two threads work on one state: whoever reads the connection brings pages ([`Landing::arrived`]), and the pager's own
 //! thread hears Xen ([`Landing::serve`]).
+mod state;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,18 +14,18 @@ use super::contents::read_checked;
 use super::early::EarlyTime;
 use super::journal::LateJournal;
 use super::link::{Link, Watch};
-use super::rejoin::{Incoming, Joined, Patience};
+use super::rejoin::{Incoming, Joined};
 use super::said::Said;
 use super::threads::spawn;
-use super::{Contents, EngineError, FrameError, Frames};
-use crate::codec::Decompressor;
+use super::{Contents, EngineError, Frames, GuestPaging, Notices, PageRequest};
 use crate::late::journal::Noted;
-use crate::late::{Arrival, Asking, Pager, Save, SaveStep, Saving};
+use crate::late::{Arrival, Asking, Pager, SaveStep, Saving};
 use crate::page::{ContentId, ContentKey, PAGE_SIZE, Pfn, ZERO_PAGE};
 use crate::page_set::PageSet;
 use crate::report::LateFigures;
 use crate::table::PageIds;
-use crate::wire::{EarlyOut, Kind, LatePages, LateRow, MAX_WANTS, WireError, missing_bodies, want_body};
+use crate::wire::{Kind, LatePages, LateRow, MAX_WANTS, WireError, missing_bodies, want_body};
+use state::State;
 
 /// Pages that are taken out of the guest in one go.
 const EVICT_PAGES: usize = 256;
@@ -33,79 +35,6 @@ const LOOK_AROUND: Duration = Duration::from_millis(100);
 
 /// How often it is looked whether the guest is still there.
 const ALIVE: Duration = Duration::from_secs(1);
-
-/// Somebody asks for a page that is not there.
-#[derive(Clone, Copy, Debug)]
-pub struct PageRequest {
-    pub pfn: Pfn,
-    pub asking: Asking,
-    /// What the request is answered by ([`GuestPaging::answer`]).
-    pub token: u64,
-}
-
-/// Takes pages out of the guest under construction and puts them back, as Xen's mem_paging does.
-pub trait GuestPaging: Send {
-    /// Begins. Errors: this guest's pages cannot be left behind.
-    fn enable(&mut self) -> Result<(), FrameError>;
-
-    /// The same while the guest still runs at its source, of which `source` tells. False: not yet, the guest has not got all
-    /// of its memory.
-    fn enable_early(&mut self, source: &EarlyOut) -> Result<bool, FrameError>;
-
-    /// After pages were taken out early: what they need of the host's memory is kept back for them, and the guest has borne
-    /// it. Errors: it is not so.
-    fn secure(&mut self) -> Result<(), FrameError>;
-
-    /// Takes pages out; which of them. Those that are not taken out hold memory and can be written to.
-    fn evict(&mut self, pfns: &[Pfn]) -> Result<Vec<bool>, FrameError>;
-
-    /// Fills a page that was not taken out. The guest does not run yet.
-    fn write(&mut self, pfn: Pfn, page: &[u8; PAGE_SIZE]) -> Result<(), FrameError>;
-
-    /// Puts a page back that was taken out; one that the guest has given up meanwhile is left alone.
-    fn load(&mut self, pfn: Pfn, page: &[u8; PAGE_SIZE]) -> Result<(), FrameError>;
-
-    /// Pages have been put back: a program that saves the guest meanwhile has to take them (again), since it may have looked
-    /// for them before.
-    fn mark_dirty(&mut self, pfns: &[Pfn]) -> Result<(), FrameError>;
-
-    /// Whether another program saves the guest, or migrates it away.
-    fn saving(&mut self) -> Result<Saving, FrameError>;
-
-    /// Waits for requests, and for what [`GuestPaging::saving`] tells, beside everything else.
-    fn notices(&mut self) -> Result<Box<dyn Notices>, FrameError>;
-
-    /// Requests that have come since the last time.
-    fn requests(&mut self) -> Result<Vec<PageRequest>, FrameError>;
-
-    /// Whoever asked goes on.
-    fn answer(&mut self, token: u64) -> Result<(), FrameError>;
-
-    /// Whether there is such a guest, running or not.
-    fn guest_exists(&mut self) -> Result<bool, FrameError>;
-
-    /// Lets no processor of the guest's run, or takes that back.
-    fn hold_still(&mut self, still: bool) -> Result<(), FrameError>;
-
-    /// Whether the guest has never run and is not about to: somebody keeps it paused.
-    fn has_not_run(&mut self) -> Result<bool, FrameError>;
-
-    /// Ends. All pages are back, or the guest is gone.
-    fn disable(&mut self) -> Result<(), FrameError>;
-
-    /// Whether somebody holds the guest still.
-    fn is_held(&mut self) -> Result<bool, FrameError>;
-
-    /// In the place of [`GuestPaging::enable`]: goes on with a guest whose pager was killed. Pages that are out stay out, and
-    /// processors that wait for an answer of the former pager's ask again. The guest is held still.
-    fn take_over(&mut self) -> Result<(), FrameError>;
-}
-
-/// Waits for what [`GuestPaging`] tells.
-pub trait Notices: Send {
-    /// Whether there may be something; false after `patience`.
-    fn wait(&mut self, patience: Duration) -> bool;
-}
 
 /// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,40 +58,6 @@ pub(super) struct Landing {
     key: ContentKey,
     contents: Option<Arc<dyn Contents>>,
     start: Instant,
-}
-
-struct State {
-    pager: Pager<u64>,
-    paging: Box<dyn GuestPaging>,
-    /// Late pages that were not taken out of the guest, ascending.
-    resident: Vec<Pfn>,
-    decompressor: Decompressor,
-    /// Reads pages that others are the same as.
-    frames: Frames,
-    /// What the pages held that came, where that is to be verified.
-    came: Option<PageIds>,
-    /// When the guest could be started.
-    started: Option<Instant>,
-    figures: LateFigures,
-    /// Nobody needs the pages any more.
-    gone: bool,
-    ended: Option<Landed>,
-    /// The guest stands still because pages cannot come.
-    stands: bool,
-    /// They will not come any more.
-    broken: bool,
-    /// Since when there is no connection.
-    lost: Option<Instant>,
-    patience: Patience,
-    /// For another process, should this one be killed.
-    journal: Option<Box<dyn LateJournal>>,
-    noted: Noted,
-    /// Late pages that had come when this process took over.
-    before: u64,
-    /// Another program saves the guest.
-    save: Save,
-    /// That pages cannot be marked dirty has been said.
-    unmarked: bool,
 }
 
 /// What a landing is made from.
@@ -258,25 +153,10 @@ impl Landing {
         };
         Ok(Arc::new(Landing {
             state: Mutex::new(State {
-                pager,
-                paging,
                 resident,
-                decompressor: Decompressor::default(),
-                frames,
                 came: verify.then(PageIds::default),
-                started: None,
                 figures,
-                gone: false,
-                ended: None,
-                stands: false,
-                broken: false,
-                lost: None,
-                patience: Patience::default(),
-                journal: None,
-                noted: Noted::default(),
-                before: 0,
-                save: Save::default(),
-                unmarked: false,
+                ..State::new(pager, paging, frames)
             }),
             changed: Condvar::new(),
             link,
@@ -291,28 +171,17 @@ impl Landing {
     pub fn take_over(taken: Taken) -> Result<Arc<Landing>, EngineError> {
         let now = Instant::now();
         let mut state = State {
-            pager: Pager::new(taken.missing),
-            paging: taken.paging,
-            resident: Vec::new(),
-            decompressor: Decompressor::default(),
-            frames: taken.frames,
-            came: None,
             started: Some(now),
             figures: LateFigures {
                 takeovers: 1,
                 ..LateFigures::default()
             },
-            gone: false,
             ended: taken.noted.landed.then_some(Landed::All),
-            stands: false,
-            broken: false,
             lost: Some(now),
-            patience: Patience::default(),
             journal: Some(taken.journal),
             noted: taken.noted,
             before: taken.before,
-            save: Save::default(),
-            unmarked: false,
+            ..State::new(Pager::new(taken.missing), taken.paging, taken.frames)
         };
         for pfn in taken.awaited {
             // Nobody is answered: it tries again until the page is there.
@@ -809,127 +678,5 @@ fn content(row: &LateRow) -> Option<ContentId> {
     match row {
         LateRow::Full(id) | LateRow::Same(id, _) | LateRow::Known(id) => Some(*id),
         LateRow::Zero | LateRow::Gone => None,
-    }
-}
-
-impl State {
-    /// Whether the guest has been destroyed here: then nobody needs its pages.
-    fn guest_has_ended(&mut self) -> bool {
-        if !self.gone && matches!(self.paging.guest_exists(), Ok(false)) {
-            self.pager.abandon();
-            self.gone = true;
-        }
-        self.gone
-    }
-
-    /// Holds the guest still. When it does, if not now: for a message.
-    fn pause(&mut self) -> String {
-        if self.stands {
-            return String::new();
-        }
-        match self.hold() {
-            Ok(()) => String::new(),
-            Err(error) => format!(" as soon as it needs one ({error})"),
-        }
-    }
-
-    /// Whoever takes over has to know of it, at whichever moment this process is killed.
-    fn hold(&mut self) -> Result<(), FrameError> {
-        self.note(|noted| noted.held = true);
-        self.paging.hold_still(true)?;
-        self.stands = true;
-        Ok(())
-    }
-
-    fn note(&mut self, change: impl FnOnce(&mut Noted)) {
-        let before = self.noted;
-        change(&mut self.noted);
-        if let Some(journal) = self.journal.as_mut().filter(|_| self.noted != before)
-            && let Err(error) = journal.note(self.noted)
-        {
-            log::warn!("how it is with the guest cannot be written down: {error}");
-        }
-    }
-
-    /// Pages are where they belong: whoever saves the guest hears of it before those who waited for them go on.
-    fn come(&mut self, now: Duration, pfns: &[Pfn]) -> Result<(), EngineError> {
-        if pfns.is_empty() {
-            return Ok(());
-        }
-        if let (Err(error), false) = (self.paging.mark_dirty(pfns), self.unmarked) {
-            self.unmarked = true;
-            log::warn!(
-                "pages that come late cannot be marked ({error}): do not save or migrate the guest with xl before all are there"
-            );
-        }
-        for pfn in pfns {
-            // Behind the mark: what is not in it comes again, and is marked then.
-            if let Some(Err(error)) = self.journal.as_mut().map(|journal| journal.came(*pfn)) {
-                log::debug!("that page {pfn} has come cannot be written down: {error}");
-            }
-            for token in self.pager.landed(now, *pfn) {
-                self.paging.answer(token)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Lets the guest go on, unless there is another reason to hold it still.
-    fn let_run(&mut self) {
-        if self.lost.is_none() && !self.broken && !self.save.holds() {
-            self.unpause();
-        }
-    }
-
-    /// Lets the guest go on that was held still.
-    fn unpause(&mut self) {
-        if self.stands {
-            match self.paging.hold_still(false) {
-                Ok(()) => {
-                    self.stands = false;
-                    self.note(|noted| noted.held = false);
-                }
-                Err(error) => log::error!("the guest cannot be unpaused ({error}); type `xl unpause` with its name"),
-            }
-        }
-    }
-
-    /// What another page of the guest holds, if that is what is wanted; `put` are there already. One that is not there is not
-    /// looked at: that would wait for ourselves.
-    fn same(&mut self, key: &ContentKey, id: ContentId, other: Pfn, put: &[Pfn]) -> Option<[u8; PAGE_SIZE]> {
-        if self.pager.judge(other) == Arrival::Late && !put.contains(&other) {
-            return None;
-        }
-        let mut page = [0; PAGE_SIZE];
-        self.frames.as_mut()?.read(&[other], &mut page).ok()?;
-        (key.id(&page) == id).then_some(page)
-    }
-
-    /// Turns paging off. A processor that asked for a page just before that came has asked by the time that it stands still.
-    fn let_go(&mut self, key: &ContentKey) -> Result<(), FrameError> {
-        let paused = self.paging.has_not_run()?;
-        let stood = self.stands;
-        if !stood {
-            self.hold()?;
-        }
-        let answered = self.paging.requests().and_then(|requests| {
-            requests
-                .iter()
-                .try_for_each(|request| self.paging.answer(request.token))
-        });
-        let off = answered.and_then(|()| self.paging.disable());
-        if let (Ok(()), true, Some(came), Some(frames)) = (&off, paused, &self.came, &mut self.frames) {
-            match super::verify::read_back(came, frames.as_mut(), key) {
-                Ok(verified) => {
-                    self.figures.verified_pages = verified.equal;
-                    self.figures.different_pages = verified.different;
-                }
-                Err(error) => log::warn!("the late pages cannot be verified: {error}"),
-            }
-        }
-        if !stood {
-            self.unpause();
-        }
-        off
     }
 }

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::policy::kept::Kept;
 use crate::policy::model::Builder;
 
 const INTERVAL: Duration = Duration::from_millis(50);

@@ -2,18 +2,27 @@
 //! can be cut, silenced, stalled and lied on at any frame.
 #![allow(dead_code, reason = "each integration test uses its own part of this")]
 
+#[path = "link.rs"]
+mod link;
 #[path = "mortal.rs"]
 pub mod mortal;
 #[path = "pipe.rs"]
 mod pipe;
+#[path = "xls.rs"]
+mod xls;
 
+use link::link;
+#[allow(unused_imports, reason = "each integration test uses its own part of this")]
+pub use link::{Fate, Hook, OnTheWay, frame_bytes, kind, pass};
 use mortal::Mortal;
-pub use pipe::{Pipe, PipeReader, PipeWriter, pipe};
+pub use pipe::{Pipe, pipe};
+pub use xls::{Death, DestinationXl, FrameFault, Image, ImageFrames, Live, SourceDeath, SourceXl};
+use xls::{ReceivingXl, SendingXl};
 
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,477 +32,15 @@ use std::time::{Duration, Instant};
 use xenfold::engine::destination::{self, DestinationSetup, Listen, XlInput, XlProcess};
 use xenfold::engine::source::{self, Ending, SourceSetup};
 use xenfold::engine::{
-    Connect, Contents, EngineError, FrameError, FrameSource, GuestPaging, Holding, LateJournal, LinkEnds, Unseen,
-    WINDOW_ROWS, refuse,
+    Connect, Contents, EngineError, FrameSource, GuestPaging, Holding, LateJournal, LinkEnds, Unseen, WINDOW_ROWS,
+    refuse,
 };
-use xenfold::page::{ContentKey, PAGE_SIZE, Pfn};
+use xenfold::page::ContentKey;
 use xenfold::report::Figures;
 use xenfold::wire::{EarlyOut, FrameReader, Hello, Kind};
 
 /// Longer than anything here takes; whoever is not done then hangs.
 pub const DEADLINE: Duration = Duration::from_secs(120);
-
-const R0: &[u8] = b"xl migration receiver ready, send binary domain data.\n";
-const R1: &[u8] = b"domain received, ready to unpause\0";
-const GO: &[u8] = b"domain is yours, you are cleared to unpause\0";
-const R2: &[u8] = b"my copy unpause results are as follows\0";
-
-/// Numbers of frame kinds, as FORMAT.md has them.
-pub mod kind {
-    pub const BYTES: u16 = 1;
-    pub const GUEST: u16 = 2;
-    pub const ROWS: u16 = 3;
-    pub const FORGET: u16 = 4;
-    pub const END: u16 = 5;
-    pub const GO: u16 = 6;
-    pub const LATE: u16 = 8;
-    pub const REJOIN: u16 = 9;
-    pub const DONE: u16 = 10;
-    pub const MODEL: u16 = 11;
-    pub const XL: u16 = 16;
-    pub const VERDICT: u16 = 17;
-    pub const FIGURES: u16 = 18;
-    pub const EXIT: u16 = 19;
-    pub const WANT: u16 = 23;
-    pub const STARTED: u16 = 24;
-    pub const MISSING: u16 = 25;
-    pub const PING: u16 = 32;
-    pub const PONG: u16 = 33;
-    pub const ABORT: u16 = 34;
-}
-
-// ── The guest under construction, and xl at the destination ──
-
-/// What the destination's helper has applied so far: pfn → page.
-pub type Image = Arc<Mutex<HashMap<u64, Vec<u8>>>>;
-
-/// What is wrong with reading frames back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum FrameFault {
-    #[default]
-    None,
-    /// One bit of every page is wrong.
-    WrongBit,
-    Fails,
-}
-
-pub struct ImageFrames {
-    pub image: Image,
-    pub fault: FrameFault,
-}
-
-impl FrameSource for ImageFrames {
-    fn read(&mut self, pfns: &[Pfn], pages: &mut [u8]) -> Result<(), FrameError> {
-        let image = self.image.lock();
-        for (pfn, out) in pfns.iter().zip(pages.chunks_exact_mut(PAGE_SIZE)) {
-            let found = image.get(&pfn.get()).filter(|_| self.fault != FrameFault::Fails);
-            let unreadable = || FrameError::Unreadable {
-                pfn: *pfn,
-                source: io::ErrorKind::NotFound.into(),
-            };
-            out.copy_from_slice(found.ok_or_else(unreadable)?);
-            out[77] ^= u8::from(self.fault == FrameFault::WrongBit);
-        }
-        Ok(())
-    }
-}
-
-/// Where the receiving xl dies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Death {
-    BeforeReady,
-    /// After so many bytes of the stream.
-    InStream(u64),
-    /// With the first half of libxl's END taken.
-    AtEnd,
-    BeforeReceived,
-    BeforeGo,
-    AfterGo,
-}
-
-/// What became of the receiving xl and its guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DestinationXl {
-    Died(Death),
-    /// The stream or GO did not come: the guest is destroyed.
-    Destroyed,
-    /// R2 could not be written: xl ended before it destroyed the guest.
-    LeftIncoming,
-    /// It could not start the guest, said so and destroyed it.
-    StartFailed,
-    Running,
-}
-
-struct ReceivingXl {
-    stdin: PipeReader,
-    stdout: PipeWriter,
-    image: Image,
-    received: Arc<Mutex<Vec<u8>>>,
-    dies: Option<Death>,
-    start_status: u8,
-    apply_delay: Duration,
-    /// Bytes of the stream taken.
-    taken: u64,
-    verifying: bool,
-    filled: Option<Box<dyn Fn(u64) + Send>>,
-    started: Option<Box<dyn FnOnce() + Send>>,
-}
-
-/// The stream ended, or xl dies here.
-enum Stopped {
-    Eof,
-    Dies(Death),
-}
-
-impl ReceivingXl {
-    fn run(mut self) -> DestinationXl {
-        match self.phases() {
-            Ok(state) => state,
-            Err(Stopped::Eof) => DestinationXl::Destroyed,
-            Err(Stopped::Dies(death)) => DestinationXl::Died(death),
-        }
-    }
-
-    fn phases(&mut self) -> Result<DestinationXl, Stopped> {
-        self.dies_at(Death::BeforeReady)?;
-        self.stdout.write_all(R0).map_err(|_| Stopped::Eof)?;
-        self.stream()?;
-        self.dies_at(Death::BeforeReceived)?;
-        self.stdout.write_all(R1).map_err(|_| Stopped::Eof)?;
-        self.dies_at(Death::BeforeGo)?;
-        let mut go = [0; GO.len()];
-        let told = self.stdin.read_exact(&mut go).is_ok() && go == GO;
-        self.dies_at(Death::AfterGo)?;
-        let status = if told { self.start_status } else { 1 };
-        if let Some(started) = self.started.take_if(|_| status == 0) {
-            started();
-        }
-        if self.stdout.write_all(&[R2, &[status]].concat()).is_err() {
-            return Ok(if status == 0 {
-                DestinationXl::Running
-            } else {
-                DestinationXl::LeftIncoming
-            });
-        }
-        if status == 0 {
-            return Ok(DestinationXl::Running);
-        }
-        // The guest is destroyed here; that this is said matters to the source only.
-        let _ = self.stdout.write_all(GO);
-        Ok(if told {
-            DestinationXl::StartFailed
-        } else {
-            DestinationXl::Destroyed
-        })
-    }
-
-    fn dies_at(&self, here: Death) -> Result<(), Stopped> {
-        if self.dies == Some(here) {
-            Err(Stopped::Dies(here))
-        } else {
-            Ok(())
-        }
-    }
-
-    fn take(&mut self, length: usize) -> Result<Vec<u8>, Stopped> {
-        let mut bytes = vec![0; length];
-        let death = match self.dies {
-            Some(Death::InStream(at)) if at < self.taken + length as u64 => Some(at - self.taken),
-            _ => None,
-        };
-        let (part, _) = bytes.split_at_mut(death.map_or(length, |at| at as usize));
-        self.stdin.read_exact(part).map_err(|_| Stopped::Eof)?;
-        if let (Some(_), Some(death)) = (death, self.dies) {
-            return Err(Stopped::Dies(death));
-        }
-        self.taken += length as u64;
-        self.received.lock().extend_from_slice(&bytes);
-        Ok(bytes)
-    }
-
-    /// Everything from S0 to libxl's END, read as xl, libxl and the helper do: exact sizes, one record after another.
-    fn stream(&mut self) -> Result<(), Stopped> {
-        let fixed = self.take(48)?;
-        self.take(word(&fixed, 44) as usize)?;
-        self.take(16)?;
-        let (mut in_libxc, mut in_checkpoint) = (false, false);
-        loop {
-            let header = self.header(in_libxc)?;
-            let (kind, length) = (word(&header, 0), word(&header, 4) as usize);
-            let body = self.take(length.next_multiple_of(8))?;
-            match (in_libxc, kind) {
-                (false, 0) => return Ok(()),
-                (false, 1) => {
-                    self.take(24 + 16)?;
-                    in_libxc = true;
-                }
-                (false, 4) if in_checkpoint => (in_libxc, in_checkpoint) = (true, false),
-                (true, 1) => self.apply(&body[..length]).ok_or(Stopped::Eof)?,
-                (true, 0xd) => self.verifying = true,
-                (true, 0xe) => (in_libxc, in_checkpoint) = (false, true),
-                (true, 0) => in_libxc = false,
-                _ => {}
-            }
-        }
-    }
-
-    fn header(&mut self, in_libxc: bool) -> Result<Vec<u8>, Stopped> {
-        let mut header = self.take(4)?;
-        if !in_libxc && word(&header, 0) == 0 {
-            self.dies_at(Death::AtEnd)?;
-        }
-        header.extend(self.take(4)?);
-        Ok(header)
-    }
-
-    /// `None` when the record is not valid: xl ends.
-    fn apply(&mut self, body: &[u8]) -> Option<()> {
-        if !self.apply_delay.is_zero() {
-            thread::sleep(self.apply_delay);
-        }
-        let (count, rest) = body.split_first_chunk::<4>()?;
-        let list = (u32::from_le_bytes(*count) as usize).checked_mul(8)?;
-        let (list, mut pages) = rest.get(4..)?.split_at_checked(list)?;
-        if let Some(filled) = &self.filled {
-            let entries = list.as_chunks().0.iter().map(|entry| u64::from_le_bytes(*entry));
-            let with_data = entries.filter(|entry| entry >> 60 < 0xd);
-            with_data.for_each(|entry| filled(entry & 0xf_ffff_ffff_ffff));
-        }
-        let mut image = self.image.lock();
-        for entry in list
-            .chunks_exact(8)
-            .map(|entry| u64::from_le_bytes(entry.try_into().unwrap()))
-        {
-            let pfn = entry & 0xf_ffff_ffff_ffff;
-            if entry >> 60 >= 0xd {
-                if !self.verifying {
-                    image.remove(&pfn);
-                }
-                continue;
-            }
-            let (page, rest) = pages.split_at_checked(PAGE_SIZE)?;
-            pages = rest;
-            if !self.verifying {
-                image.insert(pfn, page.to_vec());
-            }
-        }
-        Some(())
-    }
-}
-
-fn word(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
-}
-
-// ── xl at the source ──
-
-/// Where the sending xl is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceDeath {
-    BeforeStream,
-    InStream(usize),
-    BeforeReceived,
-    BeforeGo,
-    AfterGo,
-}
-
-/// What became of the source's guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceXl {
-    Untouched,
-    Resumed,
-    /// xl does not know what became of the other: `failed_badly`.
-    Suspended,
-    /// It runs at the destination, this copy is destroyed.
-    Gone,
-    Died(SourceDeath),
-}
-
-struct SendingXl {
-    stream: Arc<Vec<u8>>,
-    live: Option<Live>,
-    to_agent: PipeWriter,
-    from_agent: PipeReader,
-    dies: Option<SourceDeath>,
-}
-
-impl SendingXl {
-    fn run(mut self) -> SourceXl {
-        let dies = self.dies;
-        let died = |here| {
-            if dies == Some(here) {
-                Err(SourceXl::Died(here))
-            } else {
-                Ok(())
-            }
-        };
-        let mut phases = || -> Result<SourceXl, SourceXl> {
-            self.expect(R0, SourceXl::Untouched)?;
-            died(SourceDeath::BeforeStream)?;
-            if let Some(SourceDeath::InStream(at)) = dies {
-                let _ = self.to_agent.write_all(&self.stream[..at]);
-                return Ok(SourceXl::Died(SourceDeath::InStream(at)));
-            }
-            let written = match self.live.take() {
-                Some(live) => live(&mut self.to_agent),
-                None => self.to_agent.write_all(&self.stream),
-            };
-            written.map_err(|_| SourceXl::Resumed)?;
-            died(SourceDeath::BeforeReceived)?;
-            self.expect(R1, SourceXl::Resumed)?;
-            died(SourceDeath::BeforeGo)?;
-            self.to_agent.write_all(GO).map_err(|_| SourceXl::Suspended)?;
-            died(SourceDeath::AfterGo)?;
-            self.expect(R2, SourceXl::Suspended)?;
-            let mut status = [0];
-            self.from_agent
-                .read_exact(&mut status)
-                .map_err(|_| SourceXl::Suspended)?;
-            if status == [0] {
-                return Ok(SourceXl::Gone);
-            }
-            self.expect(GO, SourceXl::Suspended)?;
-            Ok(SourceXl::Resumed)
-        };
-        phases().unwrap_or_else(|state| state)
-    }
-
-    fn expect(&mut self, message: &[u8], otherwise: SourceXl) -> Result<(), SourceXl> {
-        let mut got = vec![0; message.len()];
-        self.from_agent.read_exact(&mut got).map_err(|_| otherwise)?;
-        if got == message { Ok(()) } else { Err(otherwise) }
-    }
-}
-
-// ── The link ──
-
-/// A frame on its way, to be looked at and changed; sequence and CRC-32 are made right again.
-pub struct OnTheWay {
-    pub kind: u16,
-    pub body: Vec<u8>,
-    /// How many of this kind have passed before in this direction.
-    pub nth: usize,
-}
-
-/// What happens to a frame, or to the link around it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    Pass,
-    /// This frame is lost, and nobody notices.
-    Lose,
-    CutBefore,
-    CutAfter,
-    /// From here on nothing arrives any more, in either direction.
-    SilenceBefore,
-    SilenceAfter,
-    /// Nothing arrives any more in this direction only.
-    MuteBefore,
-    MuteAfter,
-    /// The other side does not read any more.
-    StallBefore,
-}
-
-pub type Hook = Box<dyn FnMut(&mut OnTheWay) -> Fate + Send>;
-
-/// Lets everything pass.
-pub fn pass() -> Hook {
-    Box::new(|_| Fate::Pass)
-}
-
-/// One direction of the link: takes frames apart and asks the hook about each.
-struct Tap {
-    inner: PipeWriter,
-    pipe: Pipe,
-    other: Pipe,
-    hook: Hook,
-    /// Both directions swallow what is written.
-    silent: Arc<AtomicBool>,
-    muted: bool,
-    pending: Vec<u8>,
-    hello_passed: bool,
-    sequence: u64,
-    seen: HashMap<u16, usize>,
-}
-
-impl Tap {
-    fn forward(&mut self) -> io::Result<()> {
-        if !self.hello_passed {
-            if self.pending.len() < 16 || self.pending.len() < 20 + word(&self.pending, 12) as usize {
-                return Ok(());
-            }
-            let rest = self.pending.split_off(20 + word(&self.pending, 12) as usize);
-            let hello = std::mem::replace(&mut self.pending, rest);
-            self.hello_passed = true;
-            self.inner.write_all(&hello)?;
-        }
-        while self.pending.len() >= 20 && self.pending.len() >= 20 + word(&self.pending, 0) as usize {
-            let rest = self.pending.split_off(20 + word(&self.pending, 0) as usize);
-            let frame = std::mem::replace(&mut self.pending, rest);
-            self.frame(&frame)?;
-        }
-        Ok(())
-    }
-
-    fn frame(&mut self, frame: &[u8]) -> io::Result<()> {
-        let kind = u16::from_le_bytes([frame[4], frame[5]]);
-        let nth = self.seen.entry(kind).or_default();
-        let mut way = OnTheWay {
-            kind,
-            body: frame[20..].to_vec(),
-            nth: *nth,
-        };
-        *nth += 1;
-        let fate = (self.hook)(&mut way);
-        match fate {
-            Fate::CutBefore => self.cut(),
-            Fate::SilenceBefore => self.silent.store(true, Ordering::SeqCst),
-            Fate::MuteBefore => self.muted = true,
-            Fate::StallBefore => self.pipe.wait_broken(),
-            _ => {}
-        }
-        if fate != Fate::Lose && !self.muted && !self.silent.load(Ordering::SeqCst) {
-            let bytes = frame_bytes(self.sequence, way.kind, &way.body);
-            self.sequence += 1;
-            self.inner.write_all(&bytes)?;
-        }
-        match fate {
-            Fate::CutAfter => self.cut(),
-            Fate::SilenceAfter => self.silent.store(true, Ordering::SeqCst),
-            Fate::MuteAfter => self.muted = true,
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn cut(&self) {
-        self.pipe.close();
-        self.other.close();
-    }
-}
-
-/// A frame as FORMAT.md has it.
-pub fn frame_bytes(sequence: u64, kind: u16, body: &[u8]) -> Vec<u8> {
-    let mut bytes = (body.len() as u32).to_le_bytes().to_vec();
-    bytes.extend_from_slice(&u32::from(kind).to_le_bytes());
-    bytes.extend_from_slice(&sequence.to_le_bytes());
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&bytes);
-    crc.update(body);
-    bytes.extend_from_slice(&crc.finalize().to_le_bytes());
-    bytes.extend_from_slice(body);
-    bytes
-}
-
-impl Write for Tap {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.pending.extend_from_slice(bytes);
-        self.forward().map(|()| bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 // ── A migration ──
 
@@ -506,9 +53,6 @@ pub struct Controls {
 
 /// Makes the hooks of both directions: to the destination, to the source.
 pub type Hooks = Box<dyn FnOnce(&Controls) -> (Hook, Hook) + Send>;
-
-/// Writes a stream.
-pub type Live = Box<dyn FnOnce(&mut dyn Write) -> io::Result<()> + Send>;
 
 pub struct Plan {
     /// Everything that the source's xl sends before GO.
@@ -702,46 +246,6 @@ fn wait<T>(result: &mpsc::Receiver<T>, deadline: Instant, what: &str) -> T {
     result
         .recv_timeout(left)
         .unwrap_or_else(|error| panic!("{what}: {error} (hangs, or panicked)"))
-}
-
-/// The link with hooks in both directions.
-fn link(bytes: usize, to_destination: Hook, to_source: Hook) -> (LinkEnds, LinkEnds, [Pipe; 2]) {
-    let (forth_in, forth_out, forth) = pipe(bytes);
-    let (back_in, back_out, back) = pipe(bytes);
-    let silent = Arc::new(AtomicBool::new(false));
-    let tap = |inner, pipe: &Pipe, other: &Pipe, hook| Tap {
-        inner,
-        pipe: pipe.clone(),
-        other: other.clone(),
-        hook,
-        silent: silent.clone(),
-        muted: false,
-        pending: Vec::new(),
-        hello_passed: false,
-        sequence: 0,
-        seen: HashMap::new(),
-    };
-    let (ends, to_peer) = (
-        [forth.clone(), back.clone()],
-        tap(forth_in, &forth, &back, to_destination),
-    );
-    // The source's agent kills its ssh, the destination's makes its own input end.
-    let hangup = Arc::new(move || ends.iter().for_each(Pipe::close));
-    let source = LinkEnds {
-        to_peer: Box::new(to_peer),
-        from_peer: Box::new(back_out),
-        hangup,
-        carrier: Arc::new(Unseen),
-    };
-    let (input, to_peer) = (forth.clone(), tap(back_in, &back, &forth, to_source));
-    let hangup = Arc::new(move || input.end_reading());
-    let destination = LinkEnds {
-        to_peer: Box::new(to_peer),
-        from_peer: Box::new(forth_out),
-        hangup,
-        carrier: Arc::new(Unseen),
-    };
-    (source, destination, [forth, back])
 }
 
 /// The key of all migrations here.
