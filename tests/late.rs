@@ -262,6 +262,12 @@ fn late_pages_go_out_while_the_guest_runs_at_its_source() {
             });
             let late = completed(&outcome);
             compare(&memory, &guest, case.pages);
+            let held = outcome.figures.holding;
+            // Those held last did not come again: they follow.
+            match mode {
+                Mode::Hybrid => assert!(held.again_pages + held.released_pages < held.held_pages, "{held:?}"),
+                _ => assert_eq!((held.held_pages, held.again_pages), (0, 0)),
+            }
             (late.early > 0 && guest.came_back() > 0) || (!early && late.early == 0)
         });
         assert!(seen, "{mode}: none went out, or none came again");

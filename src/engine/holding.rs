@@ -316,6 +316,7 @@ impl Held {
             .map(|entry| {
                 let wait = wanted.next() == Some(true);
                 again += u64::from(self.held.contains(entry.pfn) && !self.announced.contains(entry.pfn));
+                self.announced.remove(entry.pfn);
                 let fate = self.fate(entry, wait, unread.is_some());
                 held += u64::from(fate == Fate::Hold && self.held.contains(entry.pfn));
                 fate
@@ -354,8 +355,9 @@ impl Held {
         };
         let mut pages = behind.announced(&self.held, &self.dirty);
         carried.iter().for_each(|pfn| pages.remove(*pfn));
-        self.announced = pages.clone();
-        self.held.iter().for_each(|pfn| self.announced.remove(pfn));
+        for pfn in pages.iter().filter(|pfn| !self.held.contains(*pfn)) {
+            self.announced.insert(pfn);
+        }
         self.held.union(&pages);
         let pages: Vec<Pfn> = pages.iter().collect();
         pages.chunks(MAX_ROWS).map(record_behind).collect()
