@@ -8,8 +8,8 @@
 //!      │                           │ ◀── Need, Settled ─ ─ Contents ─ ─ ─ ─ ─▶│
 //!      │                           │ ◀── Verdict ─────────────────────────────┤  settle
 //!      │ ◀── R1 ───────────────────┤ ◀── Xl(R1) ──────────────────────────────┤  wait_received
-//!      ├─ GO ─────────────────────▶├─ Ping ──────────▶ ◀────────────── Pong ──┤  hand_over
-//!      │                           ├─ Go ════ point of no return ════════════▶│
+//!      │                           ├─ Ping ──────────▶ ◀────────────── Pong ──┤
+//!      ├─ GO ─────────────────────▶├─ Go ════ point of no return ════════════▶│  hand_over
 //!      │                           ├─ Model ─────────────────────────────────▶│
 //!      │                           ├─ Late ─ ─ ─ ─ ─ ─▶ ◀─ ─ Want, Started ─ ─┤  (pages that follow; rejoin.rs)
 //!      │ ◀── R2, status [, R3] ────┤ ◀── Xl ──────────────────────────────────┤  result
@@ -58,6 +58,9 @@ const HAVE: Duration = Duration::from_secs(5);
 /// many of the migration's time.
 const LEAVING: Duration = Duration::from_secs(10);
 const LEAVING_SHARE: u32 = 20;
+
+/// How long an answer of the other host's holds before GO, for which xl needs a moment.
+const PROBE_HOLDS: Duration = Duration::from_millis(500);
 
 /// What the source's phases wait for.
 pub enum Event {
@@ -149,6 +152,8 @@ pub struct Source {
     hello: Hello,
     /// Bytes of the destination's xl that have come.
     heard: u64,
+    /// Asked when the other host's xl had the guest.
+    probe: Option<Probe>,
     /// xl knows that the guest runs over there: nothing of it is needed any more.
     reported: bool,
     /// GO has been sent: there is nothing left to stop.
@@ -189,6 +194,32 @@ pub struct Source {
 impl Drop for Source {
     fn drop(&mut self) {
         self.pacing.close();
+    }
+}
+
+/// A question whether the other host is there.
+struct Probe {
+    nonce: [u8; 8],
+    answered: Option<Instant>,
+}
+
+impl Probe {
+    fn send(link: &Link, start: Instant) -> Result<Probe, EngineError> {
+        let nonce = (start.elapsed().as_nanos() as u64).to_le_bytes();
+        link.send(Kind::Ping, &[&nonce])
+            .map_err(|error| EngineError::Wire(error.into()))?;
+        Ok(Probe { nonce, answered: None })
+    }
+
+    fn came(&mut self, echo: &[u8]) {
+        if echo == self.nonce {
+            self.answered = Some(Instant::now());
+        }
+    }
+
+    /// Whether the answer came so long ago that it says nothing of now.
+    fn is_old(&self) -> bool {
+        self.answered.is_some_and(|at| at.elapsed() > PROBE_HOLDS)
     }
 }
 
@@ -320,6 +351,7 @@ impl Source {
             journal,
             hello,
             heard: 0,
+            probe: None,
             reported: false,
             handed_over: false,
             to_xl,
@@ -507,6 +539,8 @@ impl Source {
         let received = self.message(xl::R1_READY.len())?;
         self.figures.lock().devices_time_ms = begin.elapsed().as_millis() as u64;
         log::debug!("the other host's xl has the guest");
+        // Xl takes a moment to answer with GO, in which the other host can say that it is there.
+        self.probe = Some(Probe::send(&self.link, self.start)?);
         self.tell_xl(&received)?;
         if received != xl::R1_READY {
             return Err(EngineError::Protocol(
@@ -536,12 +570,13 @@ impl Source {
                 Ok(Signal::Go(Some(go))) if go == *xl::GO => break go,
                 Ok(Signal::Go(_)) => return Ending::SourceOwns(xl_ended()),
                 Ok(Signal::Exit(status)) => failure = Some(EngineError::RemoteEnded(status)),
+                Ok(Signal::Pong(echo)) => self.probe.iter_mut().for_each(|probe| probe.came(&echo)),
                 Ok(_) => {}
                 // xl has R1 and will send GO; only then can it be told that nothing became of it.
                 Err(error) => failure = failure.or(Some(error)),
             }
         };
-        if let Some(error) = failure.or_else(|| self.probe().err()) {
+        if let Some(error) = failure.or_else(|| self.is_there().err()) {
             return self.take_back(error);
         }
         log::debug!("xl lets the guest go");
@@ -572,18 +607,20 @@ impl Source {
         }
     }
 
-    /// Asks the other host whether it is still there, right before GO.
-    fn probe(&mut self) -> Result<(), EngineError> {
-        let nonce = self.start.elapsed().as_nanos().to_le_bytes();
-        let (nonce, _) = nonce.split_at(8);
-        self.say(Kind::Ping, &[nonce])?;
-        loop {
+    /// Whether the other host is still there, right before GO.
+    fn is_there(&mut self) -> Result<(), EngineError> {
+        let mut probe = match self.probe.take() {
+            Some(probe) if !probe.is_old() => probe,
+            _ => Probe::send(&self.link, self.start)?,
+        };
+        while probe.answered.is_none() {
             match self.next()? {
-                Signal::Pong(echo) if echo == nonce => return Ok(()),
+                Signal::Pong(echo) => probe.came(&echo),
                 Signal::Exit(status) => return Err(EngineError::RemoteEnded(status)),
                 _ => {}
             }
         }
+        Ok(())
     }
 
     /// Answers xl in the destination's place: the guest did not start there, the source may resume it.

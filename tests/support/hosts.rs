@@ -65,6 +65,8 @@ pub struct Plan {
     pub destination_dies: Option<Death>,
     pub source_dies: Option<SourceDeath>,
     pub start_status: u8,
+    /// What the source's xl takes to answer R1 with GO.
+    pub go_after: Duration,
     pub apply_delay: Duration,
     pub link_bytes: usize,
     /// Rows that the destination says it keeps.
@@ -173,6 +175,7 @@ impl Plan {
             destination_dies: None,
             source_dies: None,
             start_status: 0,
+            go_after: Duration::ZERO,
             apply_delay: Duration::ZERO,
             link_bytes: 64 << 10,
             window_rows: WINDOW_ROWS,
@@ -358,6 +361,7 @@ pub fn migrate(plan: Plan) -> Outcome {
         to_agent,
         from_agent,
         dies: plan.source_dies,
+        go_after: plan.go_after,
     };
     let source_xl = spawn(move || {
         let state = xl.run();

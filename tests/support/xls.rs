@@ -267,6 +267,7 @@ pub struct SendingXl {
     pub to_agent: PipeWriter,
     pub from_agent: PipeReader,
     pub dies: Option<SourceDeath>,
+    pub go_after: Duration,
 }
 
 impl SendingXl {
@@ -294,6 +295,7 @@ impl SendingXl {
             died(SourceDeath::BeforeReceived)?;
             self.expect(R1, SourceXl::Resumed)?;
             died(SourceDeath::BeforeGo)?;
+            thread::sleep(self.go_after);
             self.to_agent.write_all(GO).map_err(|_| SourceXl::Suspended)?;
             died(SourceDeath::AfterGo)?;
             self.expect(R2, SourceXl::Suspended)?;
