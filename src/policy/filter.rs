@@ -34,7 +34,6 @@ use super::rate::{Pace, Rate};
 use super::written::{Forecast, LastWrites, Shown, Written};
 use crate::page::Pfn;
 use crate::page_set::{PageSet, bits_of};
-use earlier::quarter;
 
 /// The time between samples where there were none: as long as any.
 const UNSAMPLED: Duration = Duration::from_millis(50);
@@ -612,6 +611,16 @@ impl Filter {
         let pages = (known as f64 + self.dirtying * since).min(self.bound as f64);
         Duration::try_from_secs_f64(pages / self.rate.pages).unwrap_or(Duration::MAX)
     }
+}
+
+/// The quarter of a second that a time is in, from 1.
+fn quarter(time: f64) -> u16 {
+    ((time * 4.0) as u16).saturating_add(1)
+}
+
+/// The middle of it.
+fn middle_of(quarter: u16) -> f64 {
+    (f64::from(quarter) - 0.5) / 4.0
 }
 
 /// The class of a page of which so many writes are expected: two for each doubling.

@@ -1,6 +1,6 @@
 //! What is known of the guest's writes from before its migration: taken in, held against what peeks show, and kept with what this
 //! migration has shown.
-use super::Filter;
+use super::{Filter, middle_of};
 use crate::page::Pfn;
 use crate::page_set::PageSet;
 use crate::policy::ages::Ages;
@@ -108,14 +108,4 @@ impl Filter {
             states: self.states.clone(),
         }
     }
-}
-
-/// The quarter of a second that a time is in, from 1.
-pub(super) fn quarter(time: f64) -> u16 {
-    ((time * 4.0) as u16).saturating_add(1)
-}
-
-/// The middle of it.
-fn middle_of(quarter: u16) -> f64 {
-    (f64::from(quarter) - 0.5) / 4.0
 }
