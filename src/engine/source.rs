@@ -204,13 +204,6 @@ struct Probe {
 }
 
 impl Probe {
-    fn send(link: &Link, start: Instant) -> Result<Probe, EngineError> {
-        let nonce = (start.elapsed().as_nanos() as u64).to_le_bytes();
-        link.send(Kind::Ping, &[&nonce])
-            .map_err(|error| EngineError::Wire(error.into()))?;
-        Ok(Probe { nonce, answered: None })
-    }
-
     fn came(&mut self, echo: &[u8]) {
         if echo == self.nonce {
             self.answered = Some(Instant::now());
@@ -540,7 +533,7 @@ impl Source {
         self.figures.lock().devices_time_ms = begin.elapsed().as_millis() as u64;
         log::debug!("the other host's xl has the guest");
         // Xl takes a moment to answer with GO, in which the other host can say that it is there.
-        self.probe = Some(Probe::send(&self.link, self.start)?);
+        self.probe = Some(self.ask()?);
         self.tell_xl(&received)?;
         if received != xl::R1_READY {
             return Err(EngineError::Protocol(
@@ -607,11 +600,18 @@ impl Source {
         }
     }
 
+    /// Asks the other host whether it is there.
+    fn ask(&self) -> Result<Probe, EngineError> {
+        let nonce = (self.start.elapsed().as_nanos() as u64).to_le_bytes();
+        self.say(Kind::Ping, &[&nonce])?;
+        Ok(Probe { nonce, answered: None })
+    }
+
     /// Whether the other host is still there, right before GO.
     fn is_there(&mut self) -> Result<(), EngineError> {
         let mut probe = match self.probe.take() {
             Some(probe) if !probe.is_old() => probe,
-            _ => Probe::send(&self.link, self.start)?,
+            _ => self.ask()?,
         };
         while probe.answered.is_none() {
             match self.next()? {
