@@ -14,6 +14,7 @@ use xenfold::policy::packed;
 use xenfold::policy::trace::MOST_PAGES;
 
 use crate::daemon::{Bound, Daemon, model_failed, store_failed};
+use crate::index::Index;
 use crate::server::{Connections, MAX_CONNECTIONS};
 use crate::store::{Group, Image};
 use crate::templates;
@@ -190,11 +191,13 @@ impl Connection<'_> {
         };
         let bound = self.daemon.bind(uuid, name, offer.as_ref())?;
         log::debug!("guest {name} ({uuid}) is in group {}", bound.membership.group);
+        let index = self.daemon.index();
         let reply = Reply::Opened {
             group: bound.membership.group.clone(),
             key_hex: KeyHex::new(&bound.membership.key),
             store: bound.group.is_some(),
-            index: self.daemon.index().is_some(),
+            index: index.is_some(),
+            image: bound.group.is_some() || index.is_some_and(Index::takes_arrivals),
         };
         self.bound = Some(bound);
         Ok(reply)

@@ -171,8 +171,8 @@ fn contents_and_images_outlive_the_daemon() {
     let mut host = Host::started("store_size = \"1GiB\"");
     let (mut client, opened) = host.opened(GUEST, "guest", None);
     assert_eq!(
-        (opened.group.as_str(), opened.store),
-        (&*format!("guest-{GUEST}"), true)
+        (opened.group.as_str(), opened.store, opened.image),
+        (&*format!("guest-{GUEST}"), true, true)
     );
     // More than fits into one message.
     let contents = contents(&opened.key, 2500);
@@ -423,6 +423,8 @@ fn without_a_store_the_daemon_runs_on() {
         host.start();
         let (mut client, opened) = host.opened(GUEST, "guest", None);
         assert!(!opened.store);
+        // Nor is memory shared.
+        assert!(!opened.image);
         let contents = contents(&opened.key, 2);
         let ids = [contents[0].0, contents[1].0];
         assert_eq!(client.want(&ids).unwrap(), [false; 2]);

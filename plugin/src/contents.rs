@@ -40,6 +40,10 @@ pub struct DaemonContents {
     lookup_keys: Vec<u64>,
     held: Held,
     image: PageIds,
+    /// The daemon keeps contents.
+    keeps: bool,
+    /// The daemon has a use for the guest's image.
+    takes_image: bool,
     keep: Sender<Keep>,
     start: Instant,
     /// Time spent waiting until records were taken, and pages that were not.
@@ -110,6 +114,8 @@ impl DaemonContents {
             lookup_keys,
             held,
             image,
+            keeps: opened.store,
+            takes_image: opened.image,
             keep,
             start: Instant::now(),
             waited: Mutex::default(),
@@ -184,7 +190,7 @@ impl Contents for DaemonContents {
     }
 
     fn keep(&self, pages: &[(ContentId, &[u8])]) {
-        if self.lost.load(Ordering::Relaxed) {
+        if !self.keeps || self.lost.load(Ordering::Relaxed) {
             return;
         }
         let mut waited = self.waited.lock();
@@ -212,6 +218,9 @@ impl Contents for DaemonContents {
     }
 
     fn wants(&self, ids: &[ContentId]) -> Vec<bool> {
+        if !self.keeps {
+            return Vec::new();
+        }
         self.ask(|client| client.want(ids)).unwrap_or_default()
     }
 
@@ -220,6 +229,10 @@ impl Contents for DaemonContents {
     }
 
     fn save_image(&self, ids: &PageIds) {
+        // At the destination it would take a processor from the guest as that begins to run.
+        if !self.takes_image {
+            return;
+        }
         let (done, given) = bounded(1);
         let flushed = self.keep.send_timeout(Keep::Flush(done), LAST_PAGES).is_ok();
         let (_, left_out) = *self.waited.lock();
@@ -228,6 +241,70 @@ impl Contents for DaemonContents {
         }
         if flushed && given.recv_timeout(LAST_PAGES).is_ok() {
             self.ask(|client| client.save_image(ids.iter()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use xenfold::control::{KeyHex, Reply, Request, read_message, write_message};
+    use xenfold::page::ContentKey;
+
+    use super::*;
+
+    /// Answers as a daemon that keeps nothing, and has a use for images or not. What it was asked goes into `asked`.
+    fn answer(caller: UnixStream, image: bool, asked: &Mutex<Vec<Request>>) {
+        let mut reader = std::io::BufReader::new(&caller);
+        while let Ok(message) = read_message::<Request>(&mut reader) {
+            let reply = match message.body {
+                Request::Open { .. } => Reply::Opened {
+                    group: "group".into(),
+                    key_hex: KeyHex::new(&ContentKey::new([7; 32])),
+                    store: false,
+                    index: true,
+                    image,
+                },
+                Request::Holdings { .. } => Reply::Part { last: true },
+                Request::Image {} => Reply::None {},
+                _ => Reply::Done { new: 0 },
+            };
+            asked.lock().push(message.body);
+            write_message(&mut &caller, &reply, &[]).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_of_no_use_to_the_daemon_does_not_go_there() {
+        for image in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let socket = folder.path().join("socket");
+            let listener = UnixListener::bind(&socket).unwrap();
+            let asked = Arc::new(Mutex::default());
+            let heard = asked.clone();
+            thread::spawn(move || {
+                for caller in listener.incoming() {
+                    let heard = heard.clone();
+                    thread::spawn(move || answer(caller.unwrap(), image, &heard));
+                }
+            });
+            let (_, contents) = DaemonContents::open(&socket, "uuid", "guest", None).unwrap();
+            let contents = contents.expect("guests' contents are looked up");
+            asked.lock().clear();
+            let page = [1; PAGE_SIZE];
+            let id = ContentKey::new([7; 32]).id(&page);
+            contents.keep(&[(id, &page)]);
+            assert!(contents.wants(&[id]).is_empty());
+            let mut ids = PageIds::default();
+            ids.set(Pfn::new(3).unwrap(), id).unwrap();
+            contents.save_image(&ids);
+            let wanted = if image {
+                vec![Request::SaveImage { last: true }]
+            } else {
+                Vec::new()
+            };
+            assert_eq!(*asked.lock(), wanted);
         }
     }
 }

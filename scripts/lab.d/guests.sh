@@ -121,10 +121,11 @@ guest_console() {
 }
 
 guest_load() {
-  local name=${1:?usage: lab guest load NAME WORKLOAD} load=${2:?usage: lab guest load NAME WORKLOAD} host
+  local name=${1:?usage: lab guest load NAME WORKLOAD} load=${2:?usage: lab guest load NAME WORKLOAD} host n
   host=$(guest_where "$name")
-  on "$host" "echo $load >\"\$(xenstore-read /local/domain/\$(xl domid $name)/console/tty)\"" </dev/null
-  for _ in $(seq 300); do
+  for ((n = 0; n < 300; n++)); do
+    # What comes before the guest listens is lost.
+    ((n % 30)) || on "$host" "echo $load >\"\$(xenstore-read /local/domain/\$(xl domid $name)/console/tty)\"" </dev/null
     [[ $(guest_console "$name" 50) != *"guest load: $load"* ]] || return 0
     sleep 1
   done

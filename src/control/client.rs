@@ -37,6 +37,8 @@ pub struct Opened {
     pub store: bool,
     /// Contents of running guests are looked up. When neither this nor `store`, asking is of no use either.
     pub index: bool,
+    /// False: saving an image is of no use.
+    pub image: bool,
 }
 
 impl Client {
@@ -75,6 +77,7 @@ impl Client {
                 key_hex,
                 store,
                 index,
+                image,
             } => {
                 let key = key_hex.key().ok_or(ControlError::Unexpected { what: "open" })?;
                 Ok(Opened {
@@ -82,6 +85,7 @@ impl Client {
                     key,
                     store,
                     index,
+                    image,
                 })
             }
             _ => Err(ControlError::Unexpected { what: "open" }),

@@ -112,6 +112,10 @@ pub enum HoldingsFrom {
     Guests,
 }
 
+fn yes() -> bool {
+    true
+}
+
 /// What the daemon answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
@@ -124,6 +128,9 @@ pub enum Reply {
         /// Contents of running guests are looked up. When neither this nor `store`: nothing need be asked.
         #[serde(default)]
         index: bool,
+        /// What a guest's pages hold is of use. A daemon of before 2026-11-28 does not say.
+        #[serde(default = "yes")]
+        image: bool,
     },
     /// One byte for each id, and for `read` the pages found.
     Answers {},

@@ -146,13 +146,18 @@ impl Arrivals {
 }
 
 impl Index {
+    /// Whether anything is done with what arriving guests' pages held.
+    pub(crate) fn takes_arrivals(&self) -> bool {
+        self.sharing.enabled()
+    }
+
     /// What a guest's pages held when it moved. Those that another guest of its group has are to be shared.
     pub(crate) fn arrived(&self, asking: &Membership, image: &[(Pfn, ContentId)]) {
         self.arrived_at(self.began.elapsed(), asking, image);
     }
 
     pub(crate) fn arrived_at(&self, now: Duration, asking: &Membership, image: &[(Pfn, ContentId)]) {
-        if !self.sharing.enabled() {
+        if !self.takes_arrivals() {
             return;
         }
         let mut had = Vec::new();
