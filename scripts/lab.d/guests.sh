@@ -27,7 +27,7 @@ guest_where() { guest_host "${1:?usage: lab guest where NAME}" || die "no host r
 guest_config() { # uses the variables of guest_create
   # A name always gets the same MAC and IP address: both hosts, and both of its lives, agree on them.
   local n=$((50 + $(printf %s "$name" | cksum | cut -d' ' -f1) % 200))
-  local arguments="console=hvc0 quiet lab.name=$name lab.ip=10.9.0.$n lab.check=$check lab.write=$write lab.race=$race lab.racing=$racing"
+  local arguments="console=hvc0 quiet norandmaps lab.name=$name lab.ip=10.9.0.$n lab.check=$check lab.write=$write lab.race=$race lab.racing=$racing"
   cat <<CFG
 name = "$name"
 type = "$type"
