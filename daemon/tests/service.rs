@@ -75,7 +75,8 @@ impl Host {
     fn start(&mut self) {
         self.daemon = Some(self.spawn());
         let deadline = Instant::now() + PATIENCE;
-        while let Err(error) = Client::connect(&self.socket(), None) {
+        // It answers when all else is there, too, and can be called before that.
+        while let Err(error) = Client::connect(&self.socket(), Some(PATIENCE)).and_then(|mut client| client.status()) {
             assert!(Instant::now() < deadline, "{error}");
             sleep(Duration::from_millis(10));
         }
