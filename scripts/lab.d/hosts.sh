@@ -64,7 +64,7 @@ start_host() {
   n=$(address_of "$host")
   n=${n##*.}
   # norandmaps: QEMU without KVM translates a program again for each address that it runs at, and forgets all it has
-  # translated when half a gigabyte is full. With random addresses every process costs 3 MB of that, and up to twice the time.
+  # translated when half a gigabyte is full. With random addresses a short process costs 2.6 MB of that, and up to 1.8 times the time.
   setsid qemu-system-x86_64 -name "xen-$host" "${cpu[@]}" -smp 1 -m "$HOST_MIB" \
     -display none -nodefaults -no-reboot \
     -kernel "$xen" -initrd "$rootfs/vmlinuz root=/dev/vda rw console=hvc0 quiet loglevel=4 norandmaps systemd.hostname=xen-$host lab.ip=$(address_of "$host"),$rootfs/initrd.img" \
