@@ -408,4 +408,14 @@ mod tests {
         assert_eq!(keys, [1, 2]);
         assert!(!told(&answer(&Reply::None {}, &[]), |client| client.image(|_, _| {})).unwrap());
     }
+
+    #[test]
+    fn an_older_daemon_takes_images() {
+        let key_hex = "12".repeat(32);
+        let older = format!(
+            "{{\"version\":1,\"reply\":\"opened\",\"group\":\"g\",\"key_hex\":\"{key_hex}\",\"store\":true}}\0"
+        );
+        let opened = told(older.as_bytes(), |client| client.open("", "", None)).unwrap();
+        assert!(opened.store && !opened.index && opened.image);
+    }
 }
