@@ -250,7 +250,7 @@ fn late_lines(late: &LateFigures) -> String {
         late.prefetched,
         late.hits,
         late.given_up,
-        late.referred + late.known,
+        late.referred.saturating_add(late.known),
         late.referred,
         late.known,
         late.asked_again,

@@ -85,7 +85,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         timeout_s: config.timeout,
         ..Hello::default()
     };
-    let link = link()?;
+    let link = link(None)?;
     let negotiated = destination::negotiate(link, &hello, Duration::from_secs(config.timeout.into()))
         .context("the source did not introduce itself; xenfold receive is started by xenfold-ssh")?;
     let events = destination::events();
@@ -180,8 +180,8 @@ fn contents(source: &Hello, key: &ContentKey) -> Option<Arc<dyn Contents>> {
     }
 }
 
-/// Standard input and output, with an input that can be made to end.
-pub(crate) fn link() -> Result<LinkEnds> {
+/// Standard input and output, with an input that can be made to end. `stuck`: how long nobody may take what is written.
+pub(crate) fn link(stuck: Option<Duration>) -> Result<LinkEnds> {
     let input = fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
     let output = fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?;
     // Else sshd would never see that the connection has been closed here.
@@ -195,6 +195,7 @@ pub(crate) fn link() -> Result<LinkEnds> {
         to_peer: Box::new(Unblocked {
             output,
             cancelled: no_writing,
+            stuck: stuck.and_then(|stuck| Timespec::try_from(stuck).ok()),
         }),
         from_peer: Box::new(Cancellable { input, cancelled }),
         // One byte is enough, and an error means that nobody reads any more.
@@ -229,6 +230,8 @@ impl Read for Cancellable {
 struct Unblocked {
     output: OwnedFd,
     cancelled: OwnedFd,
+    /// How long it waits before that; `None`: as long as it takes.
+    stuck: Option<Timespec>,
 }
 
 /// Bytes that go into a pipe with any room at once.
@@ -241,7 +244,9 @@ impl Write for Unblocked {
             PollFd::new(&self.output, PollFlags::OUT),
             PollFd::new(&self.cancelled, PollFlags::IN),
         ];
-        poll(&mut polled, None)?;
+        if poll(&mut polled, self.stuck.as_ref())? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         if polled[0].revents().is_empty() {
             // Somebody may read yet: a last word goes through, but is not waited for long.
             let last = Timespec::try_from(LAST_WORD).ok();
@@ -370,4 +375,25 @@ fn destroy_leftover(domid: DomId) -> Result<bool> {
     }
     Libxl::open()?.destroy(domid)?;
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_takes_is_not_waited_for() {
+        let (_reader, output) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let (cancelled, cancel) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let mut writer = Unblocked {
+            output,
+            cancelled,
+            stuck: Timespec::try_from(Duration::from_millis(50)).ok(),
+        };
+        let error = writer.write_all(&vec![0; 1 << 20]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        writer.stuck = None;
+        rustix::io::write(&cancel, &[0]).unwrap();
+        assert_eq!(writer.write(&[0]).unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
 }

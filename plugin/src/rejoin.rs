@@ -119,7 +119,7 @@ pub fn run(migration: &str) -> Result<i32> {
             return pass_on(agent);
         }
         match takeover::take(migration) {
-            Ok((journal, found)) => return takeover::run(journal, found, receive::link()?),
+            Ok((journal, found)) => return takeover::run(journal, found, receive::link(Some(STUCK))?),
             Err(_) if Instant::now() < until => thread::sleep(RETRY),
             Err(JournalError::Absent) => {
                 return nobody(&format!("{NOBODY}: it was not started, or is here whole"));
@@ -136,7 +136,7 @@ pub fn run(migration: &str) -> Result<i32> {
 }
 
 fn nobody(why: &str) -> Result<i32> {
-    refuse(receive::link()?, why)?;
+    refuse(receive::link(Some(STUCK))?, why)?;
     Ok(1)
 }
 

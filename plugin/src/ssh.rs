@@ -134,14 +134,41 @@ impl Ssh {
 
     /// Waits for ssh; its exit status is the remote command's.
     pub fn wait(&self) -> i32 {
-        // Not waited for under the lock: a hang-up must get through.
-        let id = self.child.lock().id();
-        process::wait_for_end(id, None);
+        self.wait_for_end(None);
         self.child.lock().wait().map_or(TRANSPORT_FAILED, code)
+    }
+
+    /// The same, at most for `patience`; then ssh is ended, and there is no status.
+    pub fn wait_at_most(&self, patience: Duration) -> Option<i32> {
+        if self.wait_for_end(Some(patience)) {
+            return Some(self.wait());
+        }
+        self.hang_up();
+        None
+    }
+
+    /// Not waited for under the lock: a hang-up must get through.
+    fn wait_for_end(&self, patience: Option<Duration>) -> bool {
+        let id = self.child.lock().id();
+        process::wait_for_end(id, patience)
     }
 }
 
 /// An exit status as a shell gives it.
 pub fn code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ssh_that_does_not_end_is_ended() {
+        let with = |program: &str, word: &str| start(&[program.to_owned()], word, &[]).unwrap().0;
+        assert_eq!(with("false", "now").wait_at_most(Duration::from_secs(60)), Some(1));
+        let stuck = with("sleep", "600");
+        assert_eq!(stuck.wait_at_most(Duration::from_millis(50)), None);
+        assert_eq!(stuck.wait(), 128 + 9);
+    }
 }

@@ -171,7 +171,6 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         ..DestinationFigures::default()
     }));
 
-    tell_contents(&link, &agreement, contents.as_deref())?;
     let late = agreement.late && paging.is_some();
     let (paging, early) = match (paging, agreement.peer.early.clone()) {
         (Some(paging), Some(source)) if agreement.early => (None, Some(Arc::new(Early::new(paging, source)))),
@@ -192,11 +191,6 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
     let stopper = receiving.stopper();
     let (landing, said, watch) = (LateLanding::default(), Arc::new(Said::default()), Arc::new(watch));
     let (to_link, to_events, late, saying) = (link.clone(), event_sender.clone(), landing.clone(), said.clone());
-    let (relaying, relayed) = bounded::<()>(0);
-    spawn("xenfold-relay", move || {
-        relay_xl(output, &to_link, &to_events, &late, &saying);
-        drop(relaying);
-    })?;
     let (joining, joined) = unbounded();
     let (hearing, heard) = bounded::<()>(1);
     let waiting = agreement.rejoin.clone().zip(listen).map(|(token, listen)| Waiting {
@@ -217,6 +211,13 @@ pub fn run(negotiated: Negotiated, setup: DestinationSetup) -> Result<i32, Engin
         heard: hearing,
     };
     spawn("xenfold-frames", move || frames.read(reader, receiving))?;
+    // When somebody reads the connection, who notices that nobody takes this. Before xl says anything.
+    tell_contents(&link, &agreement, contents.as_deref());
+    let (relaying, relayed) = bounded::<()>(0);
+    spawn("xenfold-relay", move || {
+        relay_xl(output, &to_link, &to_events, &late, &saying);
+        drop(relaying);
+    })?;
 
     let destination = Destination {
         link: link.clone(),
@@ -298,15 +299,18 @@ fn arrived(model: &Arc<Mutex<Option<Vec<u8>>>>) -> Option<Vec<u8>> {
 }
 
 /// Says what this host holds, and that this is all for now.
-fn tell_contents(link: &Link, agreement: &Agreement, contents: Option<&dyn Contents>) -> Result<(), EngineError> {
+fn tell_contents(link: &Link, agreement: &Agreement, contents: Option<&dyn Contents>) {
     if !agreement.contents {
-        return Ok(());
+        return;
     }
     let keys = contents.map(Contents::lookup_keys).unwrap_or_default();
-    have_bodies(keys).iter().try_for_each(|body| {
-        link.send(Kind::Have, &[body])
-            .map_err(|error| EngineError::Wire(error.into()))
-    })
+    let told = have_bodies(keys)
+        .iter()
+        .try_for_each(|body| link.send(Kind::Have, &[body]));
+    // Whoever reads the connection finds it lost, too, and says why.
+    if let Err(error) = told {
+        log::debug!("the other host was not told what is held here: {error}");
+    }
 }
 
 /// Rebuilds a stream that goes to a file, where no xl has to be waited for, and settles it. Calls `ready` when all is
@@ -327,7 +331,6 @@ pub fn rebuild(
         timeout,
     } = negotiated;
     let figures = Arc::new(Mutex::new(DestinationFigures::default()));
-    tell_contents(&link, &agreement, contents.as_deref())?;
     let receiving = Receiving::start(Rebuilding {
         xl: input,
         frames,
@@ -335,7 +338,7 @@ pub fn rebuild(
         speaks_contents: agreement.contents,
         late: false,
         early: None,
-        contents,
+        contents: contents.clone(),
         link: Some(link.clone()),
         patience: timeout * PATIENCE,
         figures: figures.clone(),
@@ -352,6 +355,7 @@ pub fn rebuild(
         model: Arc::default(),
     };
     spawn("xenfold-frames", move || frames.read(reader, receiving))?;
+    tell_contents(&link, &agreement, contents.as_deref());
     let destination = Destination {
         link,
         watch: Arc::new(watch),

@@ -76,11 +76,15 @@ pub enum EngineError {
     Thread(#[source] io::Error),
 }
 
-/// What the peer says of its failure, fit for a terminal: one line, without control characters.
+/// What the peer says of its failure, fit for a terminal.
 pub(super) fn peer_words(body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(body);
-    let printable = |character: char| if character.is_control() { ' ' } else { character };
-    text.chars().take(MOST_PEER_WORDS).map(printable).collect()
+    printable(&String::from_utf8_lossy(body))
+}
+
+/// A peer's words fit for a terminal: one line, not too long, without control characters.
+pub fn printable(text: &str) -> String {
+    let clean = |character: char| if character.is_control() { ' ' } else { character };
+    text.chars().take(MOST_PEER_WORDS).map(clean).collect()
 }
 
 const MOST_PEER_WORDS: usize = 2000;

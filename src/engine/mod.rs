@@ -43,7 +43,7 @@ mod verify;
 pub use behind::{LeaveBehind, NOW_PAGES};
 pub use contents::Contents;
 pub use cpu::thread_cpu;
-pub use error::{EngineError, FrameError, chain};
+pub use error::{EngineError, FrameError, chain, printable};
 pub use guest_paging::{GuestPaging, Notices, PageRequest};
 pub use holding::{DowntimeLimit, Holding, SAMPLE};
 pub use journal::{JournalFile, LateJournal};

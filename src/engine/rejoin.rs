@@ -55,6 +55,9 @@ impl Patience {
 /// How long the two may take to greet each other: hosts may be slow.
 const GREETING: Duration = Duration::from_secs(30);
 
+/// How long all of that may take.
+const GREETED: Duration = Duration::from_secs(120);
+
 /// How often a connection is tried, how soon after one that has failed was begun, and how many at once. Several, since one that began while nothing got through may take
 /// long to notice that something does.
 const EVERY: Duration = Duration::from_secs(2);
@@ -256,9 +259,15 @@ fn greet(ends: LinkEnds, saying: &Saying<'_>) -> Result<Rejoined, EngineError> {
     let _ = out.write(Kind::Rejoin, &[&saying.heard.to_le_bytes()]);
     let mut reader = FrameReader::new(from_peer);
     let mut pages = PageSet::new(saying.bound);
-    let mut behind = 0;
+    let (mut behind, begin) = (0, Instant::now());
     loop {
         let frame = reader.read()?;
+        // Signs of life alone are no answer.
+        if begin.elapsed() > GREETED {
+            return Err(EngineError::Silent {
+                seconds: GREETED.as_secs(),
+            });
+        }
         match frame.kind {
             Kind::Missing if frame.body.is_empty() => break,
             Kind::Missing => {
@@ -340,17 +349,19 @@ fn same(one: &[u8], other: &[u8]) -> bool {
 }
 
 /// Tells a source that connects again that nobody here waits for it, and why.
-pub fn refuse(mut ends: LinkEnds, why: &str) -> Result<(), WireError> {
+pub fn refuse(mut ends: LinkEnds, why: &str) -> Result<(), EngineError> {
     Hello {
         program: crate::VERSION.into(),
         ..Hello::default()
     }
     .write(&mut ends.to_peer)?;
-    Hello::default().agree(&mut ends.from_peer)?;
-    FrameWriter::new(&mut ends.to_peer).write(Kind::Abort, &[why.as_bytes()])?;
+    let (mut from_peer, _watch) = Watched::new(ends.from_peer, GREETING, ends.hangup)?;
+    Hello::default().agree(&mut from_peer)?;
+    let abort = FrameWriter::new(&mut ends.to_peer).write(Kind::Abort, &[why.as_bytes()]);
+    abort.map_err(WireError::Io)?;
     // It goes when it has heard that. What it says until then must find a reader, or it hears nothing.
-    let mut rest = [0; 4096];
-    while ends.from_peer.read(&mut rest)? > 0 {}
+    let (mut rest, begin) = ([0; 4096], Instant::now());
+    while begin.elapsed() < GREETED && from_peer.read(&mut rest).map_err(WireError::Io)? > 0 {}
     Ok(())
 }
 

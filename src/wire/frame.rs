@@ -9,6 +9,9 @@ pub const FRAME_HEADER_BYTES: usize = 20;
 /// The largest body of a frame: one PAGE_DATA record of 1024 incompressible pages with its rows, and some room.
 pub const MAX_FRAME_BODY: u32 = (4 << 20) + (256 << 10);
 
+/// What a Ping may have to be sent back: whoever has to answer may be busy with something else for a while.
+const MAX_PING_BODY: u32 = 64;
+
 /// What a frame is. The numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -104,7 +107,7 @@ pub enum WireError {
     UnknownKind { sequence: u64, kind: u16 },
     #[error("frame {expected} was due, frame {got} came")]
     OutOfSequence { expected: u64, got: u64 },
-    #[error("frame {sequence} announces {length} bytes, more than the {MAX_FRAME_BODY} allowed")]
+    #[error("frame {sequence} announces {length} bytes, more than it may have")]
     TooLong { sequence: u64, length: u64 },
     #[error("frame {sequence} was damaged on the way (CRC-32 {computed:#010x}, sent as {sent:#010x})")]
     Damaged { sequence: u64, computed: u32, sent: u32 },
@@ -224,7 +227,8 @@ impl<R: Read> FrameReader<R> {
                 got,
             });
         }
-        if length > MAX_FRAME_BODY {
+        let is_ping = [Kind::Ping as u16, Kind::Pong as u16].contains(&kind);
+        if length > MAX_FRAME_BODY || (is_ping && length > MAX_PING_BODY) {
             return Err(WireError::TooLong {
                 sequence,
                 length: length.into(),
@@ -306,10 +310,10 @@ mod tests {
 
         let mut long = [0u8; FRAME_HEADER_BYTES];
         long[..4].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(matches!(
-            FrameReader::new(&long[..]).read(),
-            Err(WireError::TooLong { .. })
-        ));
+        for long in [&long[..], &frame(Kind::Ping, &[0; 65]), &frame(Kind::Pong, &[0; 65])] {
+            assert!(matches!(FrameReader::new(long).read(), Err(WireError::TooLong { .. })));
+        }
+        assert!(FrameReader::new(&frame(Kind::Ping, &[0; 64])[..]).read().is_ok());
     }
 
     #[test]
