@@ -17,14 +17,15 @@ usage: xl migrate -s xenfold-ssh GUEST HOST
   --no-fallback    fail when the other host has no xenfold, instead of sending as plain xl does
   --stats FILE     write all figures of the migration to FILE as JSON
   --timeout SECONDS  silence after which the other host is given up (15)
-  --bandwidth MIB  MiB a second that the migration may take of the link (all it can get)
+  --bandwidth MIB  MiB a second that the migration may take of the link (0: all it can get)
   --balloon MIB    before it is migrated the guest gives up memory that it does not use, but stays at least so large; it has
-                   its size back afterwards (it keeps its size)
-  --downtime-limit MS  how long the guest may stand still (300); what happens when it would be longer is on_no_convergence
-                   in the configuration: go-on (and say so), or abort
+                   its size back afterwards (0: it keeps its size)
+  --downtime-limit MS  how long the pages that are left when the guest is suspended may take (300); what its devices and
+                   --verify take comes on top. What happens when it would be longer is on_no_convergence in the
+                   configuration: go-on (the summary says so), or abort
   --max-iterations N  rounds for which xl is held after its passes, while they lower the downtime: pages that stay go ahead (30;
                    0: it is never held)
-  --max-time SECONDS  how long after its beginning the migration may still be held by that (no limit)
+  --max-time SECONDS  how long after xl has begun to send it may still be held by that (0: no limit)
   --mode MODE      when the guest starts on the other host: precopy (when all of its memory is there), hybrid (its memory is
                    sent while it runs, what is missing when it is suspended follows), postcopy (nearly all follows)
   --no-hold        send every page of each pass, also those that will be written again
@@ -51,7 +52,7 @@ pub enum ArgumentError {
     BadMode(String),
     #[error("no host and command: xenfold-ssh is called by `xl migrate -s xenfold-ssh GUEST HOST`")]
     NoCommand,
-    #[error("unknown option {0}; xenfold-ssh --help lists them")]
+    #[error("unknown option {0}")]
     Unknown(String),
 }
 
@@ -95,17 +96,17 @@ pub fn parse(config: Config, arguments: impl IntoIterator<Item = String>) -> Res
             "--timeout" => parsed.config.timeout = number(&argument, value()?, 3600)?,
             "--downtime-limit" => parsed.config.downtime_limit = number(&argument, value()?, MAX_DOWNTIME_MS)?,
             "--max-iterations" => parsed.config.max_iterations = number_from(0, &argument, value()?, MAX_ITERATIONS)?,
-            "--max-time" => parsed.config.max_time = number(&argument, value()?, MAX_TIME_S)?,
+            "--max-time" => parsed.config.max_time = number_from(0, &argument, value()?, MAX_TIME_S)?,
             "--mode" => {
                 let name = value()?;
                 parsed.config.mode = Mode::named(&name).ok_or(ArgumentError::BadMode(name))?;
             }
             "--bandwidth" => {
-                let mib = number(&argument, value()?, MAX_BANDWIDTH_MIB)?;
+                let mib = number_from(0, &argument, value()?, MAX_BANDWIDTH_MIB)?;
                 parsed.config.bandwidth = Size::new(u64::from(mib) << 20);
             }
             "--balloon" => {
-                let mib = number(&argument, value()?, MAX_BALLOON_MIB)?;
+                let mib = number_from(0, &argument, value()?, MAX_BALLOON_MIB)?;
                 parsed.config.balloon = Size::new(u64::from(mib) << 20);
             }
             "--" => {}
@@ -220,13 +221,19 @@ mod tests {
         let held = migrate("--max-iterations 0 --max-time 60 h xl").config;
         assert_eq!((held.max_iterations, held.max_time), (0, 60));
         assert!(error("--max-iterations 10001 h xl").to_string().contains("0 to 10000"));
-        assert!(error("--max-time 0 h xl").to_string().contains("1 to 86400"));
+        assert!(error("--max-time 86401 h xl").to_string().contains("0 to 86400"));
         assert_eq!(migrate("--balloon 128 h xl").config.balloon, Size::new(128 << 20));
-        assert!(
-            error("--balloon 0 h xl")
-                .to_string()
-                .contains("--balloon takes a number from 1")
-        );
+        let limited = Config {
+            max_time: 60,
+            bandwidth: Size::new(1 << 20),
+            balloon: Size::new(1 << 20),
+            ..Config::default()
+        };
+        let words = "--max-time 0 --bandwidth 0 --balloon 0 h xl".split_whitespace();
+        match parse(limited, words.map(str::to_owned)) {
+            Ok(Action::Migrate(none)) => assert_eq!(none.config, Config::default()),
+            other => panic!("{other:?}"),
+        }
         assert!(error("--timeout 0 h xl").to_string().contains("1 to 3600"));
     }
 }

@@ -42,7 +42,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     let there = ssh::code(asked.status);
     if ssh::COMMAND_NOT_FOUND.contains(&there) {
         println!("  it has no xenfold: guests go there as plain xl sends them; install it there");
-    } else if there != 0 {
+    } else if there != 0 && asked.stdout.is_empty() {
         println!("  it cannot be asked (status {there}); try `ssh {host} xenfold doctor`");
     }
     Ok(if status == 0 { there } else { status })

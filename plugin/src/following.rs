@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
 use xen_sys::{Libxl, Xenctrl};
 use xenfold::config::Config;
-use xenfold::engine::source::{self, Ending, Event, Following};
+use xenfold::engine::source::{self, Ending, Following};
 use xenfold::engine::{EngineError, JournalFile, chain};
 use xenfold::late::journal::{Facts, Journal, JournalError, SERVER, journal_path, look};
 use xenfold::migrations::FOLDER;
@@ -91,8 +92,19 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
     guest.name = guest.name.trim_end_matches(AWAY).to_owned();
     let record = Record::take(&guest, &facts.host, facts.ssh.clone(), &facts.migration)?;
     let events = source::events();
-    let stop = events.0.clone();
-    signals::handle(move || drop(stop.send(Event::Stop("aborted".into()))))?;
+    let (name, host, settled) = (guest.name.clone(), facts.host.clone(), Arc::new(AtomicBool::new(false)));
+    let over = settled.clone();
+    // What has not gone is written down: another one can go on wherever this one ends.
+    signals::handle_typed(move || {
+        if over.load(Ordering::SeqCst) {
+            return;
+        }
+        say!(
+            "xenfold: ended; guest {name} is {host}'s, and stands still there as soon as it needs one of the pages that are kept \
+             here. Type `xenfold follow {name}` to go on."
+        );
+        std::process::exit(1)
+    })?;
     let domain = KnownDomain::default();
     domain.set(guest.domid);
     let figures = Arc::new(Mutex::new(Figures {
@@ -119,6 +131,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<i32> {
         figures: figures.clone(),
         events,
     })?;
+    settled.store(true, Ordering::SeqCst);
     drop(progress);
     let figures = figures.lock().clone();
     end(ending, &guest, &facts.host, &path, record, &figures, config.quiet)

@@ -11,7 +11,7 @@ use xenfold::report::Figures;
 use crate::guest::{self, AWAY, Guest};
 use crate::progress::{arriving_line, line, summary};
 use crate::record::{self, Migration};
-use crate::{arrival, process};
+use crate::{arrival, following, process};
 
 /// How long an agent that is to end may take: the other host cleans up first, and xl resumes the guest.
 const ENDING: Duration = Duration::from_secs(60);
@@ -50,6 +50,14 @@ fn under_way(name: &str) -> Result<(Guest, Migration)> {
 pub fn abort(arguments: &AbortArguments) -> Result<()> {
     let (guest, migration) = under_way(&arguments.guest)?;
     let host = &migration.host;
+    let late = newest(&guest).and_then(|figures| figures.late);
+    // Where its connection is lost the attempts to set it up again are ended.
+    if late.is_some_and(|late| late.started && late.lost_for_ms == 0) {
+        bail!(
+            "too late: guest {} runs on {host}, whose it is, and its pages follow it; `xenfold jobinfo {0}` shows how far they are",
+            guest.name
+        )
+    }
     let agent = i32::try_from(migration.agent).ok().and_then(Pid::from_raw);
     let agent = agent.context("its agent is of an older version; end it with Ctrl-C on `xl migrate`")?;
     // Its number may have become another process's only if it has ended, and then the record is not locked any more.
@@ -60,13 +68,19 @@ pub fn abort(arguments: &AbortArguments) -> Result<()> {
     }
     if !process::wait_for_end(migration.agent, Some(ENDING)) {
         bail!(
-            "the migration of guest {} to {host} has not ended after {} s; look at it with `xenfold jobinfo {0}`",
+            "the migration of guest {} to {host} has not ended after {} s, and {host} may own the guest already; `xenfold jobinfo \
+             {0}` shows how far it is",
             guest.name,
             ENDING.as_secs()
         );
     }
     println!("xenfold: {}", whose(&guest, host)?);
     Ok(())
+}
+
+/// The newest figures of a migration under way, if they can be had.
+fn newest(guest: &Guest) -> Option<Figures> {
+    serde_json::from_str(&fs::read_to_string(record::figures_path(&guest.uuid)).ok()?).ok()
 }
 
 /// What has become of a guest whose migration has ended. xl resumes a suspended one when the agent has gone.
@@ -82,6 +96,10 @@ fn whose(guest: &Guest, host: &str) -> Result<String> {
             ),
             Some(info) if !guest::is_suspended(&info) => break,
             Some(_) if Instant::now() < until => thread::sleep(Duration::from_millis(200)),
+            Some(_) if following::find(guest).is_some() => bail!(
+                "the migration has ended; guest {name} is {host}'s and stands still there, and the pages that it lacks are here: \
+                 type `xenfold follow {name}`"
+            ),
             Some(_) => {
                 bail!("the migration has ended and guest {name} is suspended here; type `xenfold resume {name}`")
             }
@@ -134,12 +152,12 @@ pub fn info(arguments: &InfoArguments) -> Result<()> {
     if migration.is_err() && arriving_info(arguments)? {
         return Ok(());
     }
-    let (guest, _) = migration?;
+    let (guest, migration) = migration?;
     let path = record::figures_path(&guest.uuid);
     let json = fs::read_to_string(&path).with_context(|| {
         format!(
-            "there are no figures of guest {} yet; try again in a second",
-            guest.name
+            "there are no figures of guest {} yet: its migration has just begun, or ssh to {} is still connecting; it runs on here",
+            guest.name, migration.host
         )
     })?;
     if arguments.json {

@@ -33,6 +33,11 @@ pub fn of_kind(info: &DomainInfo) -> Option<&'static str> {
     }
 }
 
+/// Whether it is known to be a PV guest.
+pub fn is_pv(guest: &Guest) -> bool {
+    info(guest).is_some_and(|info| !info.hvm)
+}
+
 /// Pages of a guest that have not come yet from where it was before. Saved or migrated now it would lose them.
 pub fn still_late(guest: &Guest) -> u64 {
     info(guest).map_or(0, |info| info.paged_pages)

@@ -142,7 +142,10 @@ pub fn left_behind(uuid: &str) -> Result<Option<Migration>> {
         Err(error) => return Err(error.into()),
     };
     if let Err(TryLockError::WouldBlock) = file.try_lock_shared() {
-        bail!("its migration is still under way; end it with `xenfold abort`, then try again");
+        bail!(
+            "its migration is still under way: `xenfold jobinfo` shows how far it is, and whose the guest is; where it is not too late \
+             `xenfold abort` ends it"
+        );
     }
     read(&mut file, uuid).map(Some)
 }

@@ -96,7 +96,6 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
         }
         bail!("guest {} is not suspended: there is nothing to resume", found.name);
     }
-    let migration = record::left_behind(&found.uuid)?;
     let following = following::find(&found);
     if let (Some((_, facts)), false) = (&following, arguments.force) {
         bail!(
@@ -106,6 +105,7 @@ pub fn run(arguments: &Arguments, config: &Config) -> Result<()> {
             facts.host
         );
     }
+    let migration = record::left_behind(&found.uuid)?;
     let size = migration.as_ref().and_then(|migration| migration.memory_target_kib);
     ask_destination(arguments, config, &found, migration)?;
     let done = repair::resume(found.domid)?;

@@ -21,7 +21,7 @@ use xenfold::control::{ControlError, SOCKET};
 use xenfold::engine::source::{self, Ending, Event, Learnt, Left, Negotiated, SourceSetup};
 use xenfold::engine::{
     Connect, Contents, DirtyLog, DowntimeLimit, EngineError, FrameSource, Holding, JournalFile, LateJournal,
-    LeaveBehind, NOW_PAGES, SAMPLE, chain,
+    LeaveBehind, NOW_PAGES, SAMPLE, chain, printable,
 };
 use xenfold::late::Mode;
 use xenfold::late::journal::Facts;
@@ -47,6 +47,10 @@ const HELPER_EVERY: Duration = Duration::from_millis(100);
 /// How long the end of a process may take to be seen after its pipes have closed.
 const DYING: Duration = Duration::from_millis(200);
 
+/// How long ssh may take to end when everything has been said: the other host's xenfold may have contents to put away, and a
+/// connection can die without a sign.
+const AFTERWARDS: Duration = Duration::from_secs(60);
+
 /// Room in the pipe from xl.
 const PIPE_BYTES: usize = 256 << 10;
 
@@ -68,7 +72,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     }
     let xl = parent_id();
     let guest = guest::of_xl(xl).unwrap_or_else(|error| {
-        log::debug!("the guest is not known: {error:#}");
+        log::warn!("the guest is not known, so it goes without what needs that: no page is held back, `xenfold abort` does not find it: {error:#}");
         None
     });
     if let Some(guest) = &guest
@@ -76,7 +80,7 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
     {
         say!(
             "xenfold: {missing} pages of guest {} have not come yet from where it was before: migrated now it would lose them. It is \
-             untouched and runs on here; try again when they have come (`xenfold jobinfo` on the other host shows it).",
+             untouched and runs on here; try again when they have come (`xenfold jobinfo {0}` shows how many are missing).",
             guest.name
         );
         return Ok(1);
@@ -118,7 +122,8 @@ pub fn run(arguments: &Arguments) -> Result<i32> {
         rejoin_token: Some(hexadecimal(random::<16>()?)),
         ..hello
     };
-    let (process, link) = ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started")?;
+    let (process, link) =
+        ssh::start(&ssh, &arguments.host, &remote).context("ssh cannot be started; see `ssh` in the configuration")?;
     match source::negotiate(link, &hello, arguments.timeout()) {
         Ok(mut negotiated) => {
             if !arguments.config.dedup {
@@ -234,7 +239,8 @@ fn without_xenfold(
         error => {
             process.hang_up();
             say!(
-                "xenfold: {host} does not answer as it should: {}. The guest is untouched and runs on here.",
+                "xenfold: {host} does not answer as it should: {}. The guest is untouched and runs on here; try `ssh {host} xenfold \
+                 doctor`.",
                 chain(&error)
             );
             return Ok(1);
@@ -248,7 +254,9 @@ fn without_xenfold(
         );
         return Ok(1);
     }
-    say!("xenfold: {host} cannot receive through xenfold: {why}; sending as plain xl does");
+    say!(
+        "xenfold: {host} cannot receive through xenfold: {why}; sending as plain xl does, without any option of xenfold's"
+    );
     Err(plain(ssh, arguments))
 }
 
@@ -425,7 +433,7 @@ impl Agent<'_> {
         let why = match (self.cannot_follow, agreement.peer.late_missing.as_str()) {
             (Some(why), _) => why.to_owned(),
             (None, "") => format!("xenfold on {host} cannot do that; install the same version there"),
-            (None, why) => format!("{host}: {why}"),
+            (None, why) => format!("{host}: {}", printable(why)),
         };
         say!("xenfold: all of the guest goes before it is started (--mode precopy), none of it can follow: {why}");
         Mode::Precopy
@@ -457,11 +465,33 @@ impl Agent<'_> {
         }))
     }
 
+    /// Why a guest that writes too fast is not kept here.
+    fn cannot_abort(&self, mode: Mode) -> Option<&'static str> {
+        if mode.leaves_pages() {
+            Some("with --mode hybrid or postcopy what is missing follows it")
+        } else if !self.arguments.config.hold {
+            Some("with --no-hold nothing is known of its writes")
+        } else if self.guest.is_none() {
+            Some("xenfold does not know the guest")
+        } else if self.guest.as_ref().is_some_and(may_follow::is_pv) {
+            Some("it is a PV guest, whose writes are not looked at")
+        } else {
+            None
+        }
+    }
+
     /// What is needed to hold pages back. Where something of it is missing, each pass is sent whole.
     /// With what they are chosen by.
     fn holding(&self, seen: &Seen, from_xl: &File, guest_pages: u64, mode: Mode) -> Option<(Holding, Forecast)> {
         let config = &self.arguments.config;
         let leaves = mode.leaves_pages();
+        if config.on_no_convergence == NoConvergence::Abort
+            && let Some(why) = self.cannot_abort(mode)
+        {
+            say!(
+                "xenfold: the guest goes however long it stands still, which on_no_convergence = \"abort\" does not change: {why}"
+            );
+        }
         let guest = self.guest.as_ref().filter(|_| config.hold || leaves)?;
         // What is written does not matter to a guest whose pages all stay behind.
         let model_seconds = if mode == Mode::Postcopy {
@@ -559,13 +589,15 @@ impl Agent<'_> {
                 }
                 // Of several connections only the last word counts, which has been heard.
                 if status == 0 && figures.late.as_ref().is_none_or(|late| late.outages == 0) {
-                    self.process.lock().as_ref().map_or(status, Ssh::wait)
+                    let process = self.process.lock();
+                    let ended = process.as_ref().and_then(|ssh| ssh.wait_at_most(AFTERWARDS));
+                    ended.unwrap_or(status)
                 } else {
                     status
                 }
             }
             Ending::SourceOwns(error) => {
-                let why = chain(&error);
+                let (why, next) = (chain(&error), next_step(&error));
                 // First the guest, then the words.
                 let whose = if *seen.xl_was_dead.lock() {
                     self.repair(seen, &guest)
@@ -582,8 +614,7 @@ impl Agent<'_> {
                 } else {
                     self.close_record();
                     format!(
-                        "guest {guest} is this host's and runs on here (xl resumes it); {host} destroys what it has of it. \
-                         Try again with the same command."
+                        "guest {guest} is this host's and runs on here (xl resumes it); {host} destroys what it has of it. {next}"
                     )
                 };
                 say!("xenfold: migration of guest {guest} to {host} failed: {why}\nxenfold: {whose}");
@@ -703,6 +734,18 @@ fn is_gone(seen: &Seen) -> bool {
 
 fn domain_now(seen: &Seen) -> Option<DomainInfo> {
     Xenctrl::open().ok()?.domain(seen.domain.get()?).ok()?
+}
+
+/// What to type when a migration has failed for this.
+fn next_step(error: &EngineError) -> &'static str {
+    match error {
+        EngineError::NoConvergence { .. } => {
+            "Try again when it writes less, with a higher --downtime-limit or --bandwidth, with more --max-iterations, or with \
+             on_no_convergence = \"go-on\" in the configuration."
+        }
+        EngineError::ComparedWhole => "Try again without --debug, or with --mode precopy.",
+        _ => "Try again with the same command.",
+    }
 }
 
 /// As the figures name it.

@@ -106,8 +106,8 @@ follow_disturb() { # KIND SECONDS FROM TO
       on "$to" 'pkill -KILL -x xenfold' </dev/null || return 0
       ;;
     source)
-      say "follow: the sender on $from is killed"
-      on "$from" "pkill -KILL -x xenfold-ssh || pkill -KILL -f '^xenfold follow'" </dev/null || return 0
+      say "follow: the sender on $from is killed, or ended as with Ctrl-C where it was typed"
+      on "$from" "pkill -KILL -x xenfold-ssh || pkill -INT -f '^xenfold follow'" </dev/null || return 0
       # xl, where it was still there, ends with its warning, and what it has left is sent by another process; where it had been
       # told of the last page, it ends well.
       if wait "$migration"; then

@@ -274,6 +274,8 @@ lab_cut_while_pages_follow() {
   start_migration "$from" ci --mode postcopy
   within 300 log_has "$from" ': runs on '
   on "$to" 'xenfold jobinfo ci' | grep 'runs here'
+  if on "$from" 'xenfold abort ci >/root/abort.log 2>&1'; then die 'a guest that runs elsewhere was aborted'; fi
+  on "$from" "grep 'too late: guest ci runs on $to' /root/abort.log"
   # With pages missing it goes nowhere else.
   if on "$to" "xl migrate -s xenfold-ssh ci $from >/root/migrate.log 2>&1"; then die 'it went on with pages missing'; fi
   must_say "$to" 'have not come yet from where it was before: .* It is untouched and runs on here'

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::exit;
 
 use xenfold::config;
-use xenfold_plugin::arguments::{self, Action, USAGE};
+use xenfold_plugin::arguments::{self, Action, ArgumentError, USAGE};
 use xenfold_plugin::{say, source};
 
 fn main() {
@@ -14,7 +14,7 @@ fn main() {
         .format_timestamp_millis()
         .init();
     let config = config::read(Path::new(config::PATH)).unwrap_or_else(|error| {
-        say!("xenfold: {error}. The guest is untouched and runs on here.");
+        say!("xenfold: {error}. The guest is untouched and runs on here; mend the file, then type the same command again.");
         exit(1)
     });
     match arguments::parse(config, std::env::args().skip(1)) {
@@ -28,8 +28,14 @@ fn main() {
                 exit(1)
             }
         },
-        Err(error) => {
+        Err(error @ ArgumentError::NoCommand) => {
             say!("xenfold: {error}\n{USAGE}");
+            exit(1)
+        }
+        Err(error) => {
+            say!(
+                "xenfold: {error}. The guest is untouched and runs on here; mend the option (xenfold-ssh --help), then try again."
+            );
             exit(1)
         }
     }
