@@ -50,12 +50,13 @@ fn under_way(name: &str) -> Result<(Guest, Migration)> {
 pub fn abort(arguments: &AbortArguments) -> Result<()> {
     let (guest, migration) = under_way(&arguments.guest)?;
     let host = &migration.host;
+    let name = guest.name.trim_end_matches(AWAY);
     let late = newest(&guest).and_then(|figures| figures.late);
     // Where its connection is lost the attempts to set it up again are ended.
     if late.is_some_and(|late| late.started && late.lost_for_ms == 0) {
         bail!(
-            "too late: guest {} runs on {host}, whose it is, and its pages follow it; `xenfold jobinfo {0}` shows how far they are",
-            guest.name
+            "too late: guest {name} runs on {host}, whose it is, and its pages follow it; `xenfold jobinfo {name}` shows how far they \
+             are"
         )
     }
     let agent = i32::try_from(migration.agent).ok().and_then(Pid::from_raw);
@@ -68,9 +69,8 @@ pub fn abort(arguments: &AbortArguments) -> Result<()> {
     }
     if !process::wait_for_end(migration.agent, Some(ENDING)) {
         bail!(
-            "the migration of guest {} to {host} has not ended after {} s, and {host} may own the guest already; `xenfold jobinfo \
-             {0}` shows how far it is",
-            guest.name,
+            "the migration of guest {name} to {host} has not ended after {} s, and {host} may own the guest already; `xenfold jobinfo \
+             {name}` shows how far it is",
             ENDING.as_secs()
         );
     }
